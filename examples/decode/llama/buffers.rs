@@ -1,0 +1,160 @@
+//! The engine's working memory, and the bind groups over it.
+
+use std::num::NonZeroU64;
+
+use anyhow::{Result, ensure};
+use wgpu_kvcache::wgpu::util::{BufferInitDescriptor, DeviceExt};
+use wgpu_kvcache::{DType, Gpu, TensorView, wgpu};
+
+use super::engine::Options;
+use super::kernels::Kernels;
+use super::model::{Config, Matrix, Model};
+
+/// The most tokens of a prompt in one step; longer prompts take several. It bounds the size of the buffers.
+const PROMPT_ROWS: usize = 256;
+
+/// Rows that the matrix product reads at a time: the buffers hold a whole number of them.
+const TILE: usize = 8;
+
+/// Bytes from one set of parameters to the next in a uniform buffer: the alignment that suffices on every device.
+pub(crate) const SLOT: usize = 256;
+
+/// Working memory, reused by every layer and step. `rows` are the new tokens of all batch rows: `[batch, tokens]`.
+pub(crate) struct Buffers {
+    /// The most rows of a step.
+    pub(crate) room: usize,
+    /// Two slots of parameters: for the layers, whose rows are all new tokens, and for the head, whose rows are the
+    /// batch rows.
+    pub(crate) stage: wgpu::Buffer,
+    /// A slot of parameters for each layer's attention.
+    pub(crate) layers: wgpu::Buffer,
+    /// Token ids: `[rows]`.
+    pub(crate) tokens: wgpu::Buffer,
+    /// Cosines and sines of each position: `[max_tokens, head_dim / 2, 2]`.
+    pub(crate) turns: wgpu::Buffer,
+    /// The residual stream: `[rows, width]`.
+    pub(crate) hidden: wgpu::Buffer,
+    /// Its RMS norm.
+    pub(crate) normed: wgpu::Buffer,
+    /// The fused projection: `[rows, heads + 2 * kv_heads, head_dim]`.
+    pub(crate) projected: wgpu::Buffer,
+    /// Turned queries: `[rows, heads, head_dim]`.
+    pub(crate) query: wgpu::Buffer,
+    /// New keys: `[batch, tokens, kv_heads, head_dim]` in the cache's type.
+    pub(crate) key: wgpu::Buffer,
+    /// New values, as the keys.
+    pub(crate) value: wgpu::Buffer,
+    /// What the heads read from the cache: `[rows, heads, head_dim]`.
+    pub(crate) mixed: wgpu::Buffer,
+    /// Gate and up projections: `[rows, 2, feed_forward]`.
+    pub(crate) gate_up: wgpu::Buffer,
+    /// Their activation: `[rows, feed_forward]`.
+    pub(crate) activated: wgpu::Buffer,
+    /// The norm of each batch row's last token: `[batch, width]`.
+    pub(crate) last: wgpu::Buffer,
+    /// `[batch, vocabulary]`.
+    pub(crate) logits: wgpu::Buffer,
+    /// The best token of each batch row: `[batch]`.
+    pub(crate) chosen: wgpu::Buffer,
+    /// Where the host reads results: as large as the logits.
+    pub(crate) readback: wgpu::Buffer,
+}
+
+/// Bind groups that no step changes.
+pub(crate) struct Groups {
+    pub(crate) embed: wgpu::BindGroup,
+    pub(crate) rope: wgpu::BindGroup,
+    pub(crate) swiglu: wgpu::BindGroup,
+    pub(crate) norm_last: wgpu::BindGroup,
+    pub(crate) head: wgpu::BindGroup,
+    pub(crate) argmax: wgpu::BindGroup,
+    pub(crate) layers: Vec<LayerGroups>,
+}
+
+/// The bind groups over one layer's weights.
+pub(crate) struct LayerGroups {
+    pub(crate) attention_norm: wgpu::BindGroup,
+    pub(crate) qkv: wgpu::BindGroup,
+    pub(crate) attention_output: wgpu::BindGroup,
+    pub(crate) feed_forward_norm: wgpu::BindGroup,
+    pub(crate) gate_up: wgpu::BindGroup,
+    pub(crate) down: wgpu::BindGroup,
+}
+
+impl Buffers {
+    /// Makes the buffers for a model.
+    ///
+    /// # Errors
+    ///
+    /// Where a buffer would be larger than the device binds at once.
+    pub(crate) fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
+        let Config { layers, width, heads, kv_heads, head_dim, feed_forward, vocabulary, .. } = model.config;
+        let storage = wgpu::BufferUsages::STORAGE;
+        let room = options.max_tokens.min(PROMPT_ROWS).max(options.max_batch);
+        let rows = room.next_multiple_of(TILE);
+        let batch = options.max_batch.next_multiple_of(TILE);
+        let floats = |label, rows: usize, elements: usize| buffer(gpu, label, 4 * rows * elements, storage);
+        let cached = |label| buffer(gpu, label, rows * kv_heads * head_dim * options.dtype.size(), storage);
+        let written = wgpu::BufferUsages::COPY_DST;
+        let read = storage | wgpu::BufferUsages::COPY_SRC;
+        Ok(Self {
+            room,
+            stage: buffer(gpu, "stage", 2 * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
+            layers: buffer(gpu, "layer parameters", layers * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
+            tokens: buffer(gpu, "tokens", 4 * rows, storage | written)?,
+            turns: gpu.device().create_buffer_init(&BufferInitDescriptor {
+                label: Some("rope turns"),
+                contents: bytemuck::cast_slice(&turns(model, options.max_tokens)?),
+                usage: storage,
+            }),
+            hidden: floats("hidden", rows, width)?,
+            normed: floats("normed", rows, width)?,
+            projected: floats("projected", rows, (heads + 2 * kv_heads) * head_dim)?,
+            query: floats("query", rows, heads * head_dim)?,
+            key: cached("new keys")?,
+            value: cached("new values")?,
+            mixed: floats("mixed", rows, heads * head_dim)?,
+            gate_up: floats("gate and up", rows, 2 * feed_forward)?,
+            activated: floats("activated", rows, feed_forward)?,
+            last: floats("normed, last tokens", batch, width)?,
+            logits: buffer(gpu, "logits", 4 * batch * vocabulary, read)?,
+            chosen: buffer(gpu, "chosen tokens", 4 * batch, read)?,
+            readback: buffer(gpu, "readback", 4 * batch * vocabulary, wgpu::BufferUsages::MAP_READ | written)?,
+        })
+    }
+
+    /// The new keys and values of a step as the cache takes them. They stay in the order in which the projection left
+    /// them, `[batch, tokens, heads, elements]`, which is all that `bthd` has to say; nothing is transposed.
+    ///
+    /// # Errors
+    ///
+    /// Where an extent is zero.
+    pub(crate) fn new_keys_and_values(
+        &self,
+        config: &Config,
+        dtype: DType,
+        batch: usize,
+        count: usize,
+    ) -> Result<(TensorView<'_>, TensorView<'_>)> {
+        let shape = [batch, config.kv_heads, count, config.head_dim];
+        Ok((TensorView::bthd(&self.key, dtype, &shape)?, TensorView::bthd(&self.value, dtype, &shape)?))
+    }
+
+    /// The parameters of one layer's attention.
+    pub(crate) fn layer_slot(&self, layer: usize) -> wgpu::BufferBinding<'_> {
+        slot(&self.layers, layer)
+    }
+}
+
+impl Groups {
+    /// Makes the bind groups over a model's weights and the buffers.
+    pub(crate) fn new(gpu: &Gpu, model: &Model, kernels: &Kernels, buffers: &Buffers) -> Self {
+        let all = slot(&buffers.stage, 0);
+        let head = slot(&buffers.stage, 1);
+        let norm = |weight| kernels.norm.bind(gpu, &[all.clone(), whole(weight), whole(&buffers.hidden), whole(&buffers.normed)]);
+        let product = |stage: &wgpu::BufferBinding<'static>, matrix: &Matrix, input, output| {
+            kernels.matmul.bind(gpu, &[stage.clone(), whole(&matrix.shape), whole(&matrix.weight), whole(input), whole(output)])
+        };
+        todo!()
+    }
+}

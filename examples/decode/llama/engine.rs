@@ -1,0 +1,399 @@
+//! One step of the model: new tokens in, a choice or logits out, one compute pass.
+//!
+//! The cache's part in a step is small, and all of it is in [`Engine::record`]:
+//!
+//! 1. Beam search first moves the batch rows of the cache: `batch_repeat_interleave` or `reorder_cache`.
+//! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the tokens that the
+//!    layer holds. It returns a view of where the layer's tokens lie now.
+//! 3. The attention kernel binds the view's buffers and reads the tokens in place.
+//!
+//! The cache records its dispatches into the same pass as the model's own kernels, so that a whole step is one
+//! submission, and all that comes back to the host is its result.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use wgpu_kvcache::{CachePosition, DType, DynamicKVCache, Gpu, KVCache, LayerView, wgpu};
+
+use super::buffers::{Buffers, Groups, SLOT, whole};
+use super::kernels::Kernels;
+use super::model::{Config, Model};
+
+/// A token id that no vocabulary has, for a step that bans none.
+const NO_TOKEN: u32 = u32::MAX;
+
+/// What an engine is made for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    /// The type in which K and V are cached.
+    pub(crate) dtype: DType,
+    /// The longest sequence, in tokens.
+    pub(crate) max_tokens: usize,
+    /// The most batch rows.
+    pub(crate) max_batch: usize,
+}
+
+/// What becomes of the cache's batch rows before a step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rows<'a> {
+    /// They stay.
+    Keep,
+    /// Each row becomes so many equal rows.
+    Repeat(usize),
+    /// Row i becomes what row `parents[i]` was.
+    Reorder(&'a [u32]),
+}
+
+/// What a step ends with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// Nothing: a part of a prompt that is not its last.
+    Cache,
+    /// The logits of each batch row's last token.
+    Logits,
+    /// Those, and the best token of each row.
+    Token,
+}
+
+/// A model with its pipelines, buffers and bind groups, made once; a step creates none of them.
+pub(crate) struct Engine {
+    gpu: Gpu,
+    model: Model,
+    options: Options,
+    kernels: Kernels,
+    buffers: Buffers,
+    groups: Groups,
+    views: Views,
+}
+
+/// What the attention kernel is told of the cache: which buffers to bind, and where the tokens lie in them.
+struct Views {
+    /// A layer each: the bind group over its buffers in the cache, and those buffers.
+    groups: Vec<Option<(wgpu::Buffer, wgpu::Buffer, wgpu::BindGroup)>>,
+    /// A [`SLOT`] of parameters for each layer, gathered while a step is recorded.
+    parameters: Vec<u8>,
+}
+
+impl Engine {
+    /// Prepares a model for sequences of at most `options.max_tokens` tokens.
+    ///
+    /// # Errors
+    ///
+    /// Where the options ask for more than the model or the device can do.
+    pub(crate) fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
+        let context = model.config.context;
+        ensure!(
+            options.max_tokens <= context,
+            "{} tokens are asked for, prompt and new ones together, and the model's context holds {context}",
+            options.max_tokens
+        );
+        ensure!(options.max_tokens > 0 && options.max_batch > 0, "an engine needs room for a token in a batch row");
+        let kernels = Kernels::new(gpu, &model.config, options.dtype)?;
+        let buffers = Buffers::new(gpu, model, options)?;
+        let groups = Groups::new(gpu, model, &kernels, &buffers);
+        Ok(Self {
+            gpu: gpu.clone(),
+            model: model.clone(),
+            options,
+            kernels,
+            buffers,
+            groups,
+            views: Views { groups: vec![None; model.config.layers], parameters: Vec::new() },
+        })
+    }
+
+    /// The dimensions of the model.
+    pub(crate) fn config(&self) -> &Config {
+        &self.model.config
+    }
+
+    /// Runs every shape of step once on a cache of its own. Drivers finish compiling a pipeline when it first runs,
+    /// which is then not counted as work on the first prompt.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::next_tokens`].
+    pub(crate) fn warm_up(&mut self) -> Result<()> {
+        for tokens in [8, 3, 1] {
+            let mut cache = DynamicKVCache::new(&self.gpu);
+            if tokens <= self.options.max_tokens {
+                self.next_tokens(&mut cache, &vec![0; tokens], 1, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs `tokens`, `[batch, tokens]`, behind what the cache holds, and returns the best next token of each batch
+    /// row, other than `banned`.
+    ///
+    /// # Errors
+    ///
+    /// Where the tokens do not fit the engine or the cache. The cache is then of no more use.
+    pub(crate) fn next_tokens(
+        &mut self,
+        cache: &mut dyn KVCache,
+        tokens: &[u32],
+        batch: usize,
+        banned: Option<u32>,
+    ) -> Result<Vec<u32>> {
+        self.run(cache, tokens, batch, Rows::Keep, banned, Ending::Token)?;
+        self.read(batch)
+    }
+
+    /// Moves the cache's batch rows, runs `tokens`, `[batch, tokens]`, behind what they hold, and returns the logits
+    /// of each row's last token: `[batch, vocabulary]`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::next_tokens`].
+    pub(crate) fn logits(
+        &mut self,
+        cache: &mut dyn KVCache,
+        tokens: &[u32],
+        batch: usize,
+        rows: Rows<'_>,
+    ) -> Result<Vec<f32>> {
+        self.run(cache, tokens, batch, rows, None, Ending::Logits)?;
+        self.read(batch * self.model.config.vocabulary)
+    }
+
+    /// The time that the cache's own dispatches of a step take, from submission to the end of the work: for each
+    /// layer a new token, written over the last one, after a reordering of the batch rows. This spoils what the cache
+    /// holds. With `parents` as `None` the pass is empty, which tells what a submission costs by itself.
+    ///
+    /// # Errors
+    ///
+    /// Where the cache refuses.
+    pub(crate) fn time_cache_alone(&self, cache: &mut dyn KVCache, parents: Option<&[u32]>) -> Result<Duration> {
+        let start = Instant::now();
+        let mut encoder = self.encoder("the cache alone");
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        if let Some(parents) = parents {
+            if parents.len() > 1 {
+                cache.reorder_cache(&mut pass, parents)?;
+            }
+            let last = u32::try_from(cache.get_seq_length(0)?)?.saturating_sub(1);
+            for layer in 0..self.model.config.layers {
+                let (key, value) = self.buffers.new_keys_and_values(&self.model.config, self.options.dtype, parents.len(), 1)?;
+                cache.update(&mut pass, &key, &value, layer, CachePosition::At(last))?;
+            }
+        }
+        drop(pass);
+        self.gpu.queue().submit([encoder.finish()]);
+        self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
+        Ok(start.elapsed())
+    }
+
+    /// Runs one step, or several for a long prompt.
+    fn run(
+        &mut self,
+        cache: &mut dyn KVCache,
+        tokens: &[u32],
+        batch: usize,
+        rows: Rows<'_>,
+        banned: Option<u32>,
+        ending: Ending,
+    ) -> Result<()> {
+        let most = self.options.max_batch;
+        ensure!((1..=most).contains(&batch), "{batch} batch rows, and the engine was made for 1 to {most}");
+        ensure!(
+            !tokens.is_empty() && tokens.len().is_multiple_of(batch),
+            "{} tokens are no whole number for each of {batch} batch rows, or none",
+            tokens.len()
+        );
+        let vocabulary = self.model.config.vocabulary;
+        for &token in tokens {
+            let known = usize::try_from(token).is_ok_and(|token| token < vocabulary);
+            ensure!(known, "there is no token {token}; the model knows {vocabulary}");
+        }
+        let room = self.buffers.room;
+        if tokens.len() <= room {
+            return self.step(cache, tokens, batch, rows, banned, ending);
+        }
+        ensure!(batch == 1, "{} new tokens in {batch} batch rows, and a step holds {room}", tokens.len());
+        let mut parts = tokens.chunks(room).peekable();
+        let mut rows = rows;
+        while let Some(part) = parts.next() {
+            let ending = if parts.peek().is_some() { Ending::Cache } else { ending };
+            self.step(cache, part, batch, rows, banned, ending)?;
+            rows = Rows::Keep;
+        }
+        Ok(())
+    }
+
+    /// Writes the parameters of a step, records it into one pass, and submits.
+    fn step(
+        &mut self,
+        cache: &mut dyn KVCache,
+        tokens: &[u32],
+        batch: usize,
+        rows: Rows<'_>,
+        banned: Option<u32>,
+        ending: Ending,
+    ) -> Result<()> {
+        // A position is the number of tokens before it, which is the cache's length as long as nothing is cropped.
+        let past = cache.get_seq_length(0)?;
+        let count = tokens.len() / batch;
+        let most = self.options.max_tokens;
+        ensure!(past + count <= most, "{past} tokens and {count} more; the engine was made for {most}");
+
+        // `write_buffer` takes effect before all of the step's dispatches, so everything is written to a place of its
+        // own, once a step.
+        let queue = self.gpu.queue().clone();
+        queue.write_buffer(&self.buffers.tokens, 0, bytemuck::cast_slice(tokens));
+        for (slot, rows) in [(0, tokens.len()), (1, batch)] {
+            let stage = [size(rows)?, size(count)?, size(past)?, banned.unwrap_or(NO_TOKEN)];
+            queue.write_buffer(&self.buffers.stage, slot * SLOT as u64, bytemuck::cast_slice(&stage));
+        }
+        self.views.parameters.clear();
+        let mut encoder = self.encoder("step");
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+            label: Some("step"),
+            timestamp_writes: None,
+        });
+        self.record(&mut pass, cache, batch, count, rows, ending)?;
+        drop(pass);
+        queue.write_buffer(&self.buffers.layers, 0, &self.views.parameters);
+
+        let result = match ending {
+            Ending::Cache => None,
+            Ending::Token => Some((&self.buffers.chosen, batch)),
+            Ending::Logits => Some((&self.buffers.logits, batch * self.model.config.vocabulary)),
+        };
+        if let Some((buffer, words)) = result {
+            encoder.copy_buffer_to_buffer(buffer, 0, &self.buffers.readback, 0, bytes_of(words)?);
+        }
+        queue.submit([encoder.finish()]);
+        Ok(())
+    }
+
+    /// Records a step: `count` new tokens in each of `batch` rows.
+    fn record(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        cache: &mut dyn KVCache,
+        batch: usize,
+        count: usize,
+        rows: Rows<'_>,
+        ending: Ending,
+    ) -> Result<()> {
+        match rows {
+            Rows::Keep => {}
+            Rows::Repeat(repeats) => cache.batch_repeat_interleave(pass, repeats)?,
+            Rows::Reorder(parents) => cache.reorder_cache(pass, parents)?,
+        }
+
+        let Self { gpu, model, options, kernels, buffers, groups, views } = self;
+        let Config { width, heads, kv_heads, head_dim, feed_forward, .. } = model.config;
+        let new = size(batch * count)?;
+        let quads_of_width = size(width / 4)?;
+        let quads_of_feed_forward = size(feed_forward / 4)?;
+        let pairs_of_heads = size((heads + 2 * kv_heads) * head_dim / 2)?;
+        let heads = size(heads)?;
+
+        kernels.embed.dispatch(pass, &groups.embed, quads_of_width.div_ceil(64), new);
+        for (layer, (weights, bound)) in model.layers.iter().zip(&groups.layers).enumerate() {
+            kernels.norm.dispatch(pass, &bound.attention_norm, new, 1);
+            kernels.matmul.dispatch(pass, &bound.qkv, weights.qkv.outputs, new);
+            kernels.rope.dispatch(pass, &groups.rope, pairs_of_heads.div_ceil(64), new);
+
+            let (key, value) = buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
+            let view = cache.update(pass, &key, &value, layer, CachePosition::Append)?;
+            views.note(&view, count)?;
+            let attention = views.bind(gpu, kernels, buffers, layer, &view);
+            kernels.attention.dispatch(pass, attention, new, heads);
+
+            kernels.matmul_add.dispatch(pass, &bound.attention_output, weights.attention_output.outputs, new);
+            kernels.norm.dispatch(pass, &bound.feed_forward_norm, new, 1);
+            kernels.matmul.dispatch(pass, &bound.gate_up, weights.gate_up.outputs, new);
+            kernels.swiglu.dispatch(pass, &groups.swiglu, quads_of_feed_forward.div_ceil(64), new);
+            kernels.matmul_add.dispatch(pass, &bound.down, weights.down.outputs, new);
+        }
+
+        if ending != Ending::Cache {
+            let batch = size(batch)?;
+            kernels.norm_last.dispatch(pass, &groups.norm_last, batch, 1);
+            kernels.matmul.dispatch(pass, &groups.head, model.head.outputs, batch);
+            if ending == Ending::Token {
+                kernels.argmax.dispatch(pass, &groups.argmax, batch, 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn encoder(&self, label: &str) -> wgpu::CommandEncoder {
+        self.gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some(label) })
+    }
+
+    /// Waits for the last step and reads the first `words` words of its result.
+    fn read<T: bytemuck::AnyBitPattern>(&self, words: usize) -> Result<Vec<T>> {
+        let readback = self.buffers.readback.slice(..bytes_of(words)?);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        readback.map_async(wgpu::MapMode::Read, move |result| {
+            // The receiver is gone only where waiting has failed, which is reported there.
+            let _ = sender.send(result);
+        });
+        self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
+        receiver.recv().context("the device did not answer")??;
+        let result = bytemuck::cast_slice(&readback.get_mapped_range()?).to_vec();
+        self.buffers.readback.unmap();
+        Ok(result)
+    }
+}
+
+impl Views {
+    /// Notes what the attention kernel must know about where a layer's tokens lie: `Layer` in `attention.wgsl`.
+    fn note(&mut self, view: &LayerView<'_>, count: usize) -> Result<()> {
+        let [key_b, key_h, key_t, _] = view.key_strides();
+        let [value_b, value_h, value_t, _] = view.value_strides();
+        let end = self.parameters.len() + SLOT;
+        #[rustfmt::skip]
+        let words = [
+            view.start(), view.capacity(), view.len(), count,
+            key_b, key_h, key_t, 0,
+            value_b, value_h, value_t, 0,
+        ];
+        for word in words {
+            self.parameters.extend(size(word)?.to_le_bytes());
+        }
+        self.parameters.resize(end, 0);
+        Ok(())
+    }
+
+    /// The bind group over a layer's buffers in the cache. It is made anew only when the cache has moved the layer to
+    /// other buffers, which it does as it grows.
+    fn bind(
+        &mut self,
+        gpu: &Gpu,
+        kernels: &Kernels,
+        buffers: &Buffers,
+        layer: usize,
+        view: &LayerView<'_>,
+    ) -> &wgpu::BindGroup {
+        let bound = &mut self.groups[layer];
+        if bound.as_ref().is_some_and(|(key, value, _)| key != view.key() || value != view.value()) {
+            *bound = None;
+        }
+        let (_, _, group) = bound.get_or_insert_with(|| {
+            let group = kernels.attention.bind(gpu, &[
+                buffers.layer_slot(layer),
+                whole(&buffers.query),
+                whole(view.key()),
+                whole(view.value()),
+                whole(&buffers.mixed),
+            ]);
+            (view.key().clone(), view.value().clone(), group)
+        });
+        group
+    }
+}
+
+/// A count as a shader takes it.
+fn size(n: usize) -> Result<u32> {
+    Ok(u32::try_from(n)?)
+}
+
+/// The bytes of so many 32-bit words.
+fn bytes_of(words: usize) -> Result<u64> {
+    Ok(4 * u64::try_from(words)?)
+}

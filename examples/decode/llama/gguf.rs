@@ -1,0 +1,218 @@
+//! A GGUF file: its keys, and its tensors as `f32`.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufReader, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use gguf_rs_lib::format::{Metadata, MetadataValue};
+use gguf_rs_lib::prelude::{GGUFError, GGUFFileReader};
+use gguf_rs_lib::reader::GGUFReaderConfig;
+
+use super::dequant::dequantise;
+
+/// A matrix as it is stored: `values` is `[outputs, inputs]`, row-major. A vector has one output row.
+pub(crate) struct Stored {
+    /// The numbers, row by row.
+    pub(crate) values: Vec<f32>,
+    /// Rows: GGUF's second dimension.
+    pub(crate) outputs: usize,
+    /// Elements a row: GGUF's first dimension.
+    pub(crate) inputs: usize,
+}
+
+/// An open GGUF file whose every tensor is known to lie inside it.
+pub(crate) struct GgufFile {
+    path: PathBuf,
+    reader: GGUFFileReader<BufReader<File>>,
+    /// Tensors that were taken, to tell at the end which the engine does not know.
+    taken: HashSet<String>,
+}
+
+impl GgufFile {
+    /// Opens a file and reads its keys and its list of tensors, none of their bytes.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be read, is no GGUF file, or ends before its last tensor does.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let name = path.display();
+        let file = File::open(path).with_context(|| format!("cannot open {name}"))?;
+        let found = file.metadata().with_context(|| format!("cannot read {name}"))?;
+        ensure!(found.is_file(), "{name} is not a file; --model takes a GGUF file");
+
+        // The reader's own check of the ranges cannot say how much is missing, so it comes after ours.
+        let config = GGUFReaderConfig { validate_integrity: false, ..Default::default() };
+        let mut reader = GGUFFileReader::with_config(BufReader::new(file), config)
+            .map_err(|error| explain(error, path, found.len()))?;
+        let mut needed = 0;
+        for tensor in reader.tensor_infos() {
+            let size = tensor.checked_expected_data_size().map_err(|error| explain(error, path, found.len()))?;
+            let end = reader
+                .tensor_data_offset()
+                .checked_add(tensor.data_offset())
+                .and_then(|start| start.checked_add(size))
+                .ok_or_else(|| anyhow!("{name}: the offset of tensor {} is not sane", tensor.name()))?;
+            needed = needed.max(end);
+        }
+        ensure!(
+            needed <= found.len(),
+            "{name} is cut short: its tensors need {needed} bytes, and the file has {}; fetch it again",
+            found.len()
+        );
+        reader.validate_integrity().map_err(|error| explain(error, path, found.len()))?;
+        Ok(Self { path: path.to_owned(), reader, taken: HashSet::new() })
+    }
+
+    /// The key's text.
+    ///
+    /// # Errors
+    ///
+    /// Where the file lacks the key, or keeps something else under it.
+    pub(crate) fn text(&self, key: &str) -> Result<&str> {
+        self.keys().get_string(key).ok_or_else(|| self.missing(key, "a text"))
+    }
+
+    /// The key's text, if the file has it.
+    pub(crate) fn optional_text(&self, key: &str) -> Option<&str> {
+        self.keys().get_string(key)
+    }
+
+    /// The key's whole number.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::text`].
+    pub(crate) fn count(&self, key: &str) -> Result<usize> {
+        self.optional_count(key)?.ok_or_else(|| self.missing(key, "a whole number"))
+    }
+
+    /// The key's whole number, if the file has it.
+    ///
+    /// # Errors
+    ///
+    /// Where the number is too large for this machine.
+    pub(crate) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+        let number = self.keys().get_u64(key).map(usize::try_from).transpose();
+        number.with_context(|| format!("{}: {key} is too large", self.path.display()))
+    }
+
+    /// The key's number.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::text`].
+    pub(crate) fn number(&self, key: &str) -> Result<f64> {
+        self.keys().get_f64(key).ok_or_else(|| self.missing(key, "a number"))
+    }
+
+    /// The key's truth value; false where the file lacks it.
+    pub(crate) fn flag(&self, key: &str) -> bool {
+        self.keys().get_bool(key).unwrap_or(false)
+    }
+
+    /// The key's list of texts.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::text`].
+    pub(crate) fn texts(&self, key: &str) -> Result<Vec<&str>> {
+        self.list(key, "a list of texts", MetadataValue::as_str)
+    }
+
+    /// The key's list of whole numbers.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::text`].
+    pub(crate) fn integers(&self, key: &str) -> Result<Vec<i64>> {
+        self.list(key, "a list of whole numbers", MetadataValue::as_i64)
+    }
+
+    /// Whether the file has a tensor of that name.
+    pub(crate) fn has_tensor(&self, name: &str) -> bool {
+        self.reader.get_tensor_info(name).is_some()
+    }
+
+    /// Bytes of all tensors, as stored.
+    pub(crate) fn tensor_bytes(&self) -> u64 {
+        self.reader.tensor_infos().iter().map(|tensor| tensor.expected_data_size()).sum()
+    }
+
+    /// Reads a tensor of one or two dimensions, turned into `f32`, and how many bytes the file spends on it.
+    ///
+    /// # Errors
+    ///
+    /// Where the file lacks the tensor, or its type or shape is not served.
+    pub(crate) fn tensor(&mut self, name: &str) -> Result<(Stored, u64)> {
+        let path = self.path.display().to_string();
+        let info = self
+            .reader
+            .get_tensor_info(name)
+            .ok_or_else(|| anyhow!("{path} has no tensor {name}, which a llama model needs"))?;
+        let kind = info.tensor_type();
+        let (inputs, outputs) = match *info.shape().dims() {
+            [inputs] => (inputs, 1),
+            [inputs, outputs] => (inputs, outputs),
+            ref other => bail!("{path}: tensor {name} has {} dimensions; 1 or 2 are served", other.len()),
+        };
+        let bytes = info.expected_data_size();
+        let data = self
+            .reader
+            .load_tensor_data(name)?
+            .ok_or_else(|| anyhow!("{path}: tensor {name} has no data"))?;
+        let values = dequantise(kind, data.as_slice()).with_context(|| format!("{path}: tensor {name}"))?;
+        self.taken.insert(name.to_owned());
+        Ok((Stored { values, outputs: usize::try_from(outputs)?, inputs: usize::try_from(inputs)? }, bytes))
+    }
+
+    /// Fails where a tensor was never taken: the model has a part that the engine would leave out.
+    ///
+    /// # Errors
+    ///
+    /// See above.
+    pub(crate) fn check_all_taken(&self) -> Result<()> {
+        match self.reader.tensor_names().into_iter().find(|name| !self.taken.contains(*name)) {
+            None => Ok(()),
+            Some(name) => bail!(
+                "{} has a tensor {name} that this engine does not know, so its answers would be wrong",
+                self.path.display()
+            ),
+        }
+    }
+
+    fn keys(&self) -> &Metadata {
+        self.reader.metadata()
+    }
+
+    fn list<'a, T>(&'a self, key: &str, what: &str, read: impl Fn(&'a MetadataValue) -> Option<T>) -> Result<Vec<T>> {
+        match self.keys().get(key) {
+            Some(MetadataValue::Array(array)) => array.iter().map(read).collect::<Option<Vec<T>>>(),
+            _ => None,
+        }
+        .ok_or_else(|| self.missing(key, what))
+    }
+
+    fn missing(&self, key: &str, what: &str) -> anyhow::Error {
+        anyhow!("{}: the key {key} is missing or is not {what}", self.path.display())
+    }
+}
+
+/// Says what a reader's error means for whoever chose the file.
+fn explain(error: GGUFError, path: &Path, size: u64) -> anyhow::Error {
+    let name = path.display();
+    match error {
+        GGUFError::InvalidMagic { .. } => anyhow!("{name} is not a GGUF file: it does not begin with the letters GGUF"),
+        GGUFError::UnexpectedEof => cut_short(path, size),
+        GGUFError::Io(error) if error.kind() == ErrorKind::UnexpectedEof => cut_short(path, size),
+        other => anyhow!(other).context(format!("cannot read {name} as a GGUF file")),
+    }
+}
+
+fn cut_short(path: &Path, size: u64) -> anyhow::Error {
+    anyhow!(
+        "{} is no whole GGUF file: it is cut short inside its header, after {size} bytes; fetch it again",
+        path.display()
+    )
+}

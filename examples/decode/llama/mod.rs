@@ -1,0 +1,33 @@
+//! A small Llama inference engine in wgpu that keeps its K/V cache in `wgpu_kvcache`.
+//!
+//! Read `engine.rs` first: it is the one file in which the cache is at work. The rest is what a language model needs
+//! around it.
+//!
+//! - `gguf.rs`: opens a model file and hands out its keys and tensors; `dequant.rs` turns stored blocks into `f32`.
+//! - `model.rs`: checks that the file is a Llama model that the kernels serve, and uploads its weights.
+//! - `tokenizer.rs`: text to token ids and back, from the file's own vocabulary.
+//! - `kernels.rs`: the compute pipelines over `../shaders/`.
+//! - `engine.rs`: one step of the model, one compute pass.
+//! - `generate.rs`: the greedy loop and beam search.
+//! - `share.rs`: how much of a step the cache takes.
+
+#![allow(
+    dead_code,
+    reason = "the program and the tests include this module, and each uses a part of it"
+)]
+
+mod dequant;
+mod engine;
+mod generate;
+mod gguf;
+mod kernels;
+mod model;
+mod share;
+mod tokenizer;
+
+pub(crate) use engine::{Engine, Options, Rows};
+pub(crate) use generate::{Generation, Settings, beam_search, greedy};
+pub(crate) use gguf::GgufFile;
+pub(crate) use model::{Config, Model};
+pub(crate) use share::cache_share;
+pub(crate) use tokenizer::{TextStream, Tokenizer};

@@ -1,0 +1,249 @@
+//! A Llama model: its dimensions, and its weights on the GPU.
+
+use anyhow::{Context, Result, bail, ensure};
+use wgpu_kvcache::wgpu::util::{BufferInitDescriptor, DeviceExt};
+use wgpu_kvcache::{Gpu, wgpu};
+
+use super::gguf::{GgufFile, Stored};
+
+/// The dimensions of a model.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// Layers.
+    pub(crate) layers: usize,
+    /// Elements of the residual stream.
+    pub(crate) width: usize,
+    /// Query heads.
+    pub(crate) heads: usize,
+    /// K/V heads: a divisor of `heads`.
+    pub(crate) kv_heads: usize,
+    /// Elements of a head.
+    pub(crate) head_dim: usize,
+    /// Elements inside the feed-forward part.
+    pub(crate) feed_forward: usize,
+    /// Tokens that the model knows.
+    pub(crate) vocabulary: usize,
+    /// Tokens that the model can look back on.
+    pub(crate) context: usize,
+    /// Base of the rotary frequencies.
+    pub(crate) rope_base: f64,
+    /// What RMS norm adds under its root.
+    pub(crate) epsilon: f64,
+}
+
+impl Config {
+    /// Reads the dimensions, and refuses what the kernels do not serve.
+    ///
+    /// # Errors
+    ///
+    /// Where the file is of another architecture, lacks a key, or has dimensions that are not served.
+    pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self> {
+        let architecture = file.text("general.architecture")?;
+        ensure!(architecture == "llama", "the model is of the architecture {architecture}; llama is served");
+        if let Some(scaling) = file.optional_text("llama.rope.scaling.type") {
+            ensure!(scaling == "none", "the model scales its positions ({scaling}), which is not served");
+        }
+        let width = file.count("llama.embedding_length")?;
+        let heads = file.count("llama.attention.head_count")?;
+        ensure!(heads > 0, "llama.attention.head_count is 0");
+        let config = Self {
+            layers: file.count("llama.block_count")?,
+            width,
+            heads,
+            kv_heads: file.optional_count("llama.attention.head_count_kv")?.unwrap_or(heads),
+            head_dim: file.optional_count("llama.attention.key_length")?.unwrap_or(width / heads),
+            feed_forward: file.count("llama.feed_forward_length")?,
+            vocabulary: file.texts("tokenizer.ggml.tokens")?.len(),
+            context: file.count("llama.context_length")?,
+            rope_base: file.number("llama.rope.freq_base").unwrap_or(10_000.0),
+            epsilon: file.number("llama.attention.layer_norm_rms_epsilon")?,
+        };
+        let Self { layers, kv_heads, head_dim, feed_forward, .. } = config;
+        ensure!(layers > 0, "the model has no layers");
+        ensure!(
+            kv_heads > 0 && heads.is_multiple_of(kv_heads),
+            "{heads} query heads cannot share {kv_heads} K/V heads"
+        );
+        ensure!(
+            head_dim > 0 && head_dim <= 256 && head_dim.is_multiple_of(4),
+            "a head of {head_dim} elements is not served: at most 256, a multiple of 4"
+        );
+        ensure!(
+            width.is_multiple_of(4) && feed_forward.is_multiple_of(4),
+            "widths of {width} and {feed_forward} are not served: multiples of 4 are"
+        );
+        for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
+            let found = file.optional_count(key)?.unwrap_or(head_dim);
+            ensure!(found == head_dim, "{key} is {found}; only {head_dim}, a whole head, is served");
+        }
+        Ok(config)
+    }
+}
+
+/// A weight matrix on the GPU, `[outputs, inputs]`, in the order that `matmul.wgsl` wants.
+#[derive(Clone, Debug)]
+pub(crate) struct Matrix {
+    /// `[inputs / 4, outputs]` of four neighbouring inputs: threads with neighbouring outputs read neighbouring bytes.
+    pub(crate) weight: wgpu::Buffer,
+    /// The two dimensions, as the kernel reads them.
+    pub(crate) shape: wgpu::Buffer,
+    /// Rows of the matrix: elements of its product.
+    pub(crate) outputs: usize,
+}
+
+/// The weights of one layer.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerWeights {
+    /// Scale before attention: `[width]`.
+    pub(crate) attention_norm: wgpu::Buffer,
+    /// Query, key and value projections, one below the other.
+    pub(crate) qkv: Matrix,
+    /// From the heads back to the residual stream.
+    pub(crate) attention_output: Matrix,
+    /// Scale before the feed-forward part: `[width]`.
+    pub(crate) feed_forward_norm: wgpu::Buffer,
+    /// Gate and up projections, one below the other.
+    pub(crate) gate_up: Matrix,
+    /// From the feed-forward part back to the residual stream.
+    pub(crate) down: Matrix,
+}
+
+/// A model on the GPU. Clones share the weights.
+#[derive(Clone, Debug)]
+pub(crate) struct Model {
+    /// Its dimensions.
+    pub(crate) config: Config,
+    /// The embedding: a row for each token.
+    pub(crate) embedding: Matrix,
+    /// The layers, first to last.
+    pub(crate) layers: Vec<LayerWeights>,
+    /// Scale before the head: `[width]`.
+    pub(crate) output_norm: wgpu::Buffer,
+    /// The head: the embedding itself, where the model ties the two.
+    pub(crate) head: Matrix,
+    /// Divisors of the rotary frequencies, `[head_dim / 2]`, for models that have them.
+    pub(crate) rope_divisors: Option<Vec<f32>>,
+}
+
+impl Model {
+    /// Reads and uploads all weights. `progress` hears of stored bytes done, out of [`GgufFile::tensor_bytes`].
+    ///
+    /// # Errors
+    ///
+    /// Where the file does not hold a model that is served, or a matrix is too large for the device.
+    pub(crate) fn load(gpu: &Gpu, file: &mut GgufFile, progress: &mut dyn FnMut(u64)) -> Result<Self> {
+        let config = Config::from_gguf(file)?;
+        let Config { width, head_dim, feed_forward, vocabulary, .. } = config;
+        let queries = config.heads * head_dim;
+        let keys = config.kv_heads * head_dim;
+        let mut loader = Loader { gpu, file, progress, done: 0 };
+
+        let embedding = loader.matrix(&["token_embd"], &[vocabulary], width)?;
+        let head = if loader.file.has_tensor("output.weight") {
+            loader.matrix(&["output"], &[vocabulary], width)?
+        } else {
+            embedding.clone()
+        };
+        let output_norm = loader.vector("output_norm", width)?;
+        let rope_divisors = if loader.file.has_tensor("rope_freqs.weight") {
+            Some(loader.rows(&["rope_freqs"], &[1], head_dim / 2)?)
+        } else {
+            None
+        };
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in 0..config.layers {
+            let name = |part: &str| format!("blk.{layer}.{part}");
+            layers.push(LayerWeights {
+                attention_norm: loader.vector(&name("attn_norm"), width)?,
+                qkv: loader.matrix(
+                    &[&name("attn_q"), &name("attn_k"), &name("attn_v")],
+                    &[queries, keys, keys],
+                    width,
+                )?,
+                attention_output: loader.matrix(&[&name("attn_output")], &[width], queries)?,
+                feed_forward_norm: loader.vector(&name("ffn_norm"), width)?,
+                gate_up: loader.matrix(
+                    &[&name("ffn_gate"), &name("ffn_up")],
+                    &[feed_forward, feed_forward],
+                    width,
+                )?,
+                down: loader.matrix(&[&name("ffn_down")], &[width], feed_forward)?,
+            });
+        }
+        file.check_all_taken()?;
+        Ok(Self { config, embedding, layers, output_norm, head, rope_divisors })
+    }
+}
+
+/// Takes tensors from a file, checks their shapes, and uploads them.
+struct Loader<'a> {
+    gpu: &'a Gpu,
+    file: &'a mut GgufFile,
+    progress: &'a mut dyn FnMut(u64),
+    done: u64,
+}
+
+impl Loader<'_> {
+    fn vector(&mut self, name: &str, length: usize) -> Result<wgpu::Buffer> {
+        let values = self.rows(&[name], &[1], length)?;
+        self.upload(name, &values, wgpu::BufferUsages::STORAGE)
+    }
+
+    /// Some matrices of the same input, one below the other, as one.
+    fn matrix(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Matrix> {
+        let rows = self.rows(names, outputs, inputs)?;
+        let outputs = outputs.iter().sum();
+        let label = names.join(" + ");
+        let dimensions = [u32::try_from(outputs)?, u32::try_from(inputs / 4)?];
+        Ok(Matrix {
+            weight: self.upload(&label, &by_quads(&rows, outputs, inputs), wgpu::BufferUsages::STORAGE)?,
+            shape: self.upload(&format!("{label} shape"), &dimensions, wgpu::BufferUsages::UNIFORM)?,
+            outputs,
+        })
+    }
+
+    /// The rows of some tensors, `[outputs, inputs]` each, one below the other.
+    fn rows(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Vec<f32>> {
+        let mut rows = Vec::new();
+        for (name, &outputs) in names.iter().zip(outputs) {
+            let (Stored { values, outputs: has_outputs, inputs: has_inputs }, bytes) =
+                self.file.tensor(&format!("{name}.weight"))?;
+            ensure!(
+                (has_outputs, has_inputs) == (outputs, inputs) && values.len() == outputs * inputs,
+                "tensor {name}.weight is {has_outputs} x {has_inputs}; the model's keys say {outputs} x {inputs}"
+            );
+            rows.extend(values);
+            self.done += bytes;
+            (self.progress)(self.done);
+        }
+        Ok(rows)
+    }
+
+    fn upload<T: bytemuck::NoUninit>(
+        &self,
+        label: &str,
+        data: &[T],
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        let contents = bytemuck::cast_slice(data);
+        let limits = self.gpu.device().limits();
+        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let size = u64::try_from(contents.len()).context("a buffer's size")?;
+        if size > limit {
+            bail!("{label} takes {size} bytes as f32, and the device binds at most {limit} at once; take a smaller model");
+        }
+        Ok(self.gpu.device().create_buffer_init(&BufferInitDescriptor { label: Some(label), contents, usage }))
+    }
+}
+
+/// From `[outputs, inputs]` to `[inputs / 4, outputs, 4]`.
+fn by_quads(rows: &[f32], outputs: usize, inputs: usize) -> Vec<f32> {
+    let mut quads = vec![0.0; rows.len()];
+    for (output, row) in rows.chunks_exact(inputs).enumerate() {
+        for (input, quad) in row.chunks_exact(4).enumerate() {
+            let at = 4 * (input * outputs + output);
+            quads[at..at + 4].copy_from_slice(quad);
+        }
+    }
+    quads
+}

@@ -1,0 +1,134 @@
+//! Text to token ids and back, with the vocabulary and merges that the model file holds.
+
+use anyhow::{Result, anyhow, ensure};
+use tokenizers::decoders::DecoderWrapper;
+use tokenizers::models::ModelWrapper;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::processors::PostProcessorWrapper;
+use tokenizers::{AddedToken, DecodeStream};
+
+use super::gguf::GgufFile;
+
+/// GGUF's mark of a token that stands for itself and is never split.
+const CONTROL: i64 = 3;
+
+/// A byte-level BPE tokenizer.
+pub(crate) struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// The token that opens every text, for models that want one.
+    opening: Option<u32>,
+    /// The token that ends an answer.
+    pub(crate) end: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer that the file describes.
+    ///
+    /// # Errors
+    ///
+    /// Where the file describes a kind that is not served, or lacks a key.
+    pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self> {
+        let model = file.text("tokenizer.ggml.model")?;
+        ensure!(model == "gpt2", "the model's tokenizer is of the kind {model}; gpt2 (byte-level BPE) is served");
+        let split = file.text("tokenizer.ggml.pre")?;
+        ensure!(split == "smollm", "the model's text is split the way of {split}; smollm is served");
+
+        let tokens = file.texts("tokenizer.ggml.tokens")?;
+        let kinds = file.integers("tokenizer.ggml.token_type")?;
+        ensure!(
+            tokens.len() == kinds.len(),
+            "the model file lists {} tokens and the kinds of {}",
+            tokens.len(),
+            kinds.len()
+        );
+        let vocabulary: Vocab = (0_u32..).zip(&tokens).map(|(id, &token)| (token.to_owned(), id)).collect();
+        let merges = file.texts("tokenizer.ggml.merges")?;
+        let merges = merges.into_iter().map(|merge| {
+            let (left, right) = merge.split_once(' ').ok_or_else(|| anyhow!("the merge {merge:?} is no pair"))?;
+            Ok((left.to_owned(), right.to_owned()))
+        });
+        let bpe = BPE::builder().vocab_and_merges(vocabulary, merges.collect::<Result<Vec<_>>>()?);
+
+        let mut inner = tokenizers::Tokenizer::new(bpe.build().map_err(anyhow::Error::from_boxed)?);
+        let bytes = ByteLevel::new(false, true, true);
+        inner.with_pre_tokenizer(Some(Sequence::new(vec![Digits::new(true).into(), bytes.into()])));
+        inner.with_decoder(Some(bytes));
+        let control = tokens.iter().zip(&kinds).filter(|&(_, &kind)| kind == CONTROL);
+        inner
+            .add_special_tokens(control.map(|(&token, _)| AddedToken::from(token, true)))
+            .map_err(anyhow::Error::from_boxed)?;
+
+        let id = |key: &str| -> Result<Option<u32>> { Ok(file.optional_count(key)?.map(u32::try_from).transpose()?) };
+        let opening = if file.flag("tokenizer.ggml.add_bos_token") { id("tokenizer.ggml.bos_token_id")? } else { None };
+        Ok(Self { inner, opening, end: id("tokenizer.ggml.eos_token_id")? })
+    }
+
+    /// The ids of a text, taken as it is.
+    ///
+    /// # Errors
+    ///
+    /// Where the text cannot be split.
+    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(anyhow::Error::from_boxed)?;
+        Ok(self.opening.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+    }
+
+    /// The text of some ids; control tokens have none.
+    ///
+    /// # Errors
+    ///
+    /// Where the ids cannot be decoded.
+    pub(crate) fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(anyhow::Error::from_boxed)
+    }
+
+    /// Starts a text that comes token by token.
+    pub(crate) fn stream(&self) -> TextStream<'_> {
+        TextStream { tokenizer: self, inner: self.inner.decode_stream(true), ids: Vec::new(), given: 0 }
+    }
+}
+
+/// A text that comes token by token, in whole characters: one that spans tokens waits for its last byte.
+pub(crate) struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    inner: DecodeStream<
+        'a,
+        ModelWrapper,
+        NormalizerWrapper,
+        PreTokenizerWrapper,
+        PostProcessorWrapper,
+        DecoderWrapper,
+    >,
+    ids: Vec<u32>,
+    /// Bytes of text handed out.
+    given: usize,
+}
+
+impl TextStream<'_> {
+    /// The text that one more token completes; often all of its own, sometimes none.
+    ///
+    /// # Errors
+    ///
+    /// Where the id cannot be decoded.
+    pub(crate) fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let text = self.inner.step(id).map_err(anyhow::Error::from_boxed)?.unwrap_or_default();
+        self.given += text.len();
+        Ok(text)
+    }
+
+    /// What is still held back: a character that was never completed, as a replacement mark.
+    ///
+    /// # Errors
+    ///
+    /// Where the ids cannot be decoded.
+    pub(crate) fn finish(self) -> Result<String> {
+        let text = self.tokenizer.decode(&self.ids)?;
+        Ok(text.get(self.given..).unwrap_or_default().to_owned())
+    }
+}

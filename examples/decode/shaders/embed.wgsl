@@ -1,0 +1,20 @@
+// Embedding: copies each token's row of the embedding matrix into the residual stream.
+
+@group(0) @binding(0) var<storage, read> tokens: array<u32>;             // [rows]
+@group(0) @binding(1) var<storage, read> embedding: array<vec4<f32>>;    // [WIDTH / 4, VOCABULARY] of quads
+@group(0) @binding(2) var<storage, read_write> hidden: array<vec4<f32>>; // [rows, WIDTH]
+
+override WIDTH: u32;
+override VOCABULARY: u32;
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(global_invocation_id) id: vec3<u32>,
+) {
+    let quad = id.x;
+    let row = id.y;
+    if quad >= WIDTH / 4u {
+        return;
+    }
+    hidden[row * (WIDTH / 4u) + quad] = embedding[quad * VOCABULARY + tokens[row]];
+}

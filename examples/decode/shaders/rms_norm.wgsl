@@ -1,0 +1,51 @@
+// RMS norm: scales each row to a root mean square of one, then by a weight per element.
+
+@group(0) @binding(0) var<uniform> stage: Stage;
+@group(0) @binding(1) var<storage, read> weight: array<vec4<f32>>;       // [WIDTH]
+@group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>;       // [batch * tokens, WIDTH]
+@group(0) @binding(3) var<storage, read_write> normed: array<vec4<f32>>; // [rows, WIDTH]
+
+struct Stage {
+    rows: u32,   // rows of the matrix that the dispatch works on
+    tokens: u32, // new tokens of each batch row
+    past: u32,   // tokens before these
+    banned: u32, // a token that is never chosen
+}
+
+override WIDTH: u32;
+override EPSILON: f32;
+// The head needs only the last token of each batch row: row i is then taken from token i * tokens + tokens - 1.
+override LAST: bool = false;
+
+const THREADS: u32 = 64;
+
+var<workgroup> partial: array<f32, THREADS>;
+
+@compute @workgroup_size(THREADS)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let quads = WIDTH / 4u;
+    let row = group.x;
+    let source = select(row, row * stage.tokens + stage.tokens - 1u, LAST) * quads;
+
+    var squares = 0.0;
+    for (var i = thread; i < quads; i += THREADS) {
+        let x = hidden[source + i];
+        squares += dot(x, x);
+    }
+    partial[thread] = squares;
+    workgroupBarrier();
+
+    // Every thread adds up all partial sums: one barrier, and so few of them that a tree would not pay.
+    var total = 0.0;
+    for (var i = 0u; i < THREADS; i++) {
+        total += partial[i];
+    }
+    let scale = inverseSqrt(total / f32(WIDTH) + EPSILON);
+
+    for (var i = thread; i < quads; i += THREADS) {
+        normed[row * quads + i] = hidden[source + i] * scale * weight[i];
+    }
+}

@@ -1,0 +1,69 @@
+// Rotary position: turns the query and key heads of a fused Q, K, V projection, and writes K and V in the cache's type.
+
+@group(0) @binding(0) var<uniform> stage: Stage;
+@group(0) @binding(1) var<storage, read> turns: array<vec2<f32>>;       // [positions, PAIRS] of (cos, sin)
+@group(0) @binding(2) var<storage, read> projected: array<vec2<f32>>;   // [rows, HEADS + 2 * KV_HEADS, PAIRS] of pairs
+@group(0) @binding(3) var<storage, read_write> query: array<vec2<f32>>; // [rows, HEADS, PAIRS] of pairs
+@group(0) @binding(4) var<storage, read_write> key: array<u32>;         // [rows, KV_HEADS, 2 * PAIRS] of DTYPE
+@group(0) @binding(5) var<storage, read_write> value: array<u32>;       // as key
+
+struct Stage {
+    rows: u32,   // rows of the matrix that the dispatch works on
+    tokens: u32, // new tokens of each batch row
+    past: u32,   // tokens before these
+    banned: u32, // a token that is never chosen
+}
+
+override HEADS: u32;
+override KV_HEADS: u32;
+override PAIRS: u32;     // half the elements of a head
+override DTYPE: u32 = 0; // of the cache: 0 is f32, 1 is f16, 2 is bf16
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(global_invocation_id) id: vec3<u32>,
+) {
+    let i = id.x; // a pair of the row
+    let row = id.y;
+    if i >= (HEADS + 2u * KV_HEADS) * PAIRS {
+        return;
+    }
+    let pair = projected[row * (HEADS + 2u * KV_HEADS) * PAIRS + i];
+    let position = stage.past + row % stage.tokens;
+    let turn = turns[position * PAIRS + i % PAIRS];
+    let turned = vec2<f32>(pair.x * turn.x - pair.y * turn.y, pair.x * turn.y + pair.y * turn.x);
+
+    let queries = HEADS * PAIRS;
+    let keys = KV_HEADS * PAIRS;
+    if i < queries {
+        query[row * queries + i] = turned;
+    } else if i < queries + keys {
+        let at = row * keys + i - queries;
+        if DTYPE == 0u {
+            key[2u * at] = bitcast<u32>(turned.x);
+            key[2u * at + 1u] = bitcast<u32>(turned.y);
+        } else {
+            key[at] = pack(turned);
+        }
+    } else {
+        let at = row * keys + i - queries - keys;
+        if DTYPE == 0u {
+            value[2u * at] = bitcast<u32>(pair.x);
+            value[2u * at + 1u] = bitcast<u32>(pair.y);
+        } else {
+            value[at] = pack(pair);
+        }
+    }
+}
+
+// Two numbers of a 16-bit type in one word, the first in the low half.
+fn pack(pair: vec2<f32>) -> u32 {
+    if DTYPE == 1u {
+        return pack2x16float(pair);
+    }
+    // bf16 is the upper half of an f32: add just under half of the last place that stays, and one more where that
+    // place is odd, so that ties go to even.
+    let bits = bitcast<vec2<u32>>(pair);
+    let rounded = (bits + 0x7fffu + ((bits >> vec2<u32>(16u)) & vec2<u32>(1u))) >> vec2<u32>(16u);
+    return rounded.x | (rounded.y << 16u);
+}

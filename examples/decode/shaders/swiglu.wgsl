@@ -1,0 +1,21 @@
+// SwiGLU: the feed-forward activation, silu(gate) * up, from one fused projection.
+
+@group(0) @binding(0) var<storage, read> projected: array<vec4<f32>>;       // [rows, 2, WIDTH]: gate, then up
+@group(0) @binding(1) var<storage, read_write> activated: array<vec4<f32>>; // [rows, WIDTH]
+
+override WIDTH: u32;
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(global_invocation_id) id: vec3<u32>,
+) {
+    let quads = WIDTH / 4u;
+    let i = id.x;
+    let row = id.y;
+    if i >= quads {
+        return;
+    }
+    let gate = projected[row * 2u * quads + i];
+    let up = projected[row * 2u * quads + quads + i];
+    activated[row * quads + i] = gate / (1.0 + exp(-gate)) * up;
+}

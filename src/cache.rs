@@ -1,0 +1,239 @@
+//! The contract: the traits [`Cache`] and [`KVCache`].
+
+use std::future::Future;
+use std::pin::Pin;
+
+use crate::error::Result;
+use crate::position::CachePosition;
+use crate::view::{HostTensor, LayerView, TensorView};
+
+/// What every cache can do, whatever its layers are for.
+///
+/// # How work reaches the GPU
+///
+/// Calls that write record compute dispatches into the caller's pass. Nothing is submitted, waited for
+/// or mapped. A call counts as done once it is recorded: lengths and views move on at once, and the GPU
+/// follows when the engine submits. So
+/// - passes must be submitted in the order in which they were recorded;
+/// - a pass must not be dropped: if it is, every later call answers [`Error::PassDropped`] until
+///   [`reset`](Cache::reset);
+/// - a call leaves its own pipeline, bind groups 0 to 2 and immediates set in the pass; set yours again.
+///
+/// # Errors change nothing
+///
+/// Everything is checked and allocated before anything is recorded, for all layers. A call that returns
+/// an error has left the cache, on the host and the GPU, as it was.
+///
+/// # For implementers
+///
+/// `prepare_batch` must find every reason for which the change could fail. A cache made of several
+/// others ([`EncoderDecoderCache`](crate::EncoderDecoderCache)) prepares all of them before it
+/// changes one.
+///
+/// [`Error::PassDropped`]: crate::Error::PassDropped
+pub trait Cache {
+    /// Empties every layer and keeps the memory for reuse. A layer may have another shape afterwards.
+    fn reset(&mut self);
+
+    /// Keeps the latest `max_length` tokens of every layer: a sliding window. Moves no bytes. The
+    /// oldest token kept becomes position 0.
+    fn crop(&mut self, max_length: usize);
+
+    /// Keeps the first `length` tokens of every layer: the roll-back of speculative decoding. Moves no
+    /// bytes.
+    fn truncate(&mut self, length: usize);
+
+    /// Checks a change of the batch and allocates all that it needs, so that the same change, made
+    /// next, cannot fail. Alters nothing that can be seen; any other call lets go of what was prepared.
+    ///
+    /// # Errors
+    ///
+    /// Those of the change.
+    fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()>;
+
+    /// Makes new batch row `i` of every layer the old row `indices[i]`. The batch may shrink, grow and
+    /// repeat rows. Layers that were never written stay so.
+    ///
+    /// Within the rows that a layer has memory for, the rows move in place, without scratch memory, and
+    /// rows that stay cost nothing. A larger batch goes into new buffers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoIndices`], [`Error::IndexOutOfRange`]; where the batch grows also
+    /// [`Error::LayerTooLarge`] and [`Error::OutOfMemory`].
+    ///
+    /// [`Error::NoIndices`]: crate::Error::NoIndices
+    /// [`Error::IndexOutOfRange`]: crate::Error::IndexOutOfRange
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn batch_select_indices(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        indices: &[u32],
+    ) -> Result<()>;
+
+    /// [`batch_select_indices`](Cache::batch_select_indices) under its beam-search name: row `i`
+    /// continues beam `beam_idx[i]`.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    fn reorder_cache(&mut self, pass: &mut wgpu::ComputePass<'_>, beam_idx: &[u32]) -> Result<()> {
+        self.batch_select_indices(pass, beam_idx)
+    }
+
+    /// Repeats each batch row of every layer `repeats` times in a row: [a, b] becomes [a, a, b, b] for
+    /// 2. Copies live tokens only.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroRepeats`], [`Error::LayerTooLarge`] and [`Error::OutOfMemory`].
+    ///
+    /// [`Error::ZeroRepeats`]: crate::Error::ZeroRepeats
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn batch_repeat_interleave(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        repeats: usize,
+    ) -> Result<()>;
+
+    /// The most tokens that a row can hold, or `None` where there is no bound but the device's.
+    fn get_max_cache_shape(&self) -> Option<usize>;
+
+    /// What the cache has recorded and allocated since it was made. Cheap.
+    fn stats(&self) -> Stats;
+}
+
+/// A cache of K and V, layer by layer.
+///
+/// Shapes are (B, H, T, D): batch rows, K/V heads, tokens, elements a head. Layers may differ in H and
+/// D, and K and V in D. A layer's shape and type are set by its first update.
+pub trait KVCache: Cache {
+    /// Writes T new tokens of layer `layer_idx` and returns the layer's view.
+    ///
+    /// `key` and `value` are read where they lie, when the pass runs. Their bind group is kept where
+    /// the same buffers come again, which keeps these buffers alive until others take their place, or
+    /// until [`reset`](Cache::reset). In a steady loop a call creates nothing.
+    ///
+    /// # Errors
+    ///
+    /// - Shapes that disagree: [`Error::KeyValueShape`], [`Error::LayerShape`], [`Error::WrongDType`].
+    /// - Inputs that a kernel cannot read: [`Error::OddHeadDim`], [`Error::InnerStride`],
+    ///   [`Error::Misaligned`], [`Error::BufferTooShort`], [`Error::MissingUsage`],
+    ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`].
+    /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
+    ///   [`Error::SequenceTooLong`].
+    /// - A layer past a static cache's count: [`Error::LayerOutOfRange`].
+    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfMemory`].
+    ///
+    /// [`Error::KeyValueShape`]: crate::Error::KeyValueShape
+    /// [`Error::LayerShape`]: crate::Error::LayerShape
+    /// [`Error::WrongDType`]: crate::Error::WrongDType
+    /// [`Error::OddHeadDim`]: crate::Error::OddHeadDim
+    /// [`Error::InnerStride`]: crate::Error::InnerStride
+    /// [`Error::Misaligned`]: crate::Error::Misaligned
+    /// [`Error::BufferTooShort`]: crate::Error::BufferTooShort
+    /// [`Error::MissingUsage`]: crate::Error::MissingUsage
+    /// [`Error::SourceTooLarge`]: crate::Error::SourceTooLarge
+    /// [`Error::SourceIsCache`]: crate::Error::SourceIsCache
+    /// [`Error::PositionCount`]: crate::Error::PositionCount
+    /// [`Error::PositionOutOfBounds`]: crate::Error::PositionOutOfBounds
+    /// [`Error::SequenceTooLong`]: crate::Error::SequenceTooLong
+    /// [`Error::LayerOutOfRange`]: crate::Error::LayerOutOfRange
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+        layer_idx: usize,
+        cache_position: CachePosition<'_>,
+    ) -> Result<LayerView<'_>>;
+
+    /// The layer's K and V as they lie on the GPU; `None` for a layer never written. Free.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past a static cache's layers.
+    fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>>;
+
+    /// Reads the live tokens of K and V back to the host; `None` for a layer never written.
+    ///
+    /// The only call that submits and waits. What is to be read must have been submitted. Waits for at
+    /// most two minutes. Blocks; in a browser use [`get_async`](KVCache::get_async).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSubmitted`] where recorded work has not been submitted,
+    /// [`Error::LayerOutOfRange`], [`Error::Readback`] and [`Error::OutOfMemory`].
+    ///
+    /// [`Error::NotSubmitted`]: crate::Error::NotSubmitted
+    /// [`Error::LayerOutOfRange`]: crate::Error::LayerOutOfRange
+    /// [`Error::Readback`]: crate::Error::Readback
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>>;
+
+    /// As [`get`](KVCache::get), without blocking. On native backends the future polls the device each
+    /// time that it is polled itself.
+    fn get_async(&self, layer_idx: usize) -> GetFuture<'_>;
+
+    /// Live tokens; 0 for a layer never written.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past a static cache's layers.
+    fn get_seq_length(&self, layer_idx: usize) -> Result<usize>;
+}
+
+/// What [`KVCache::get_async`] returns.
+#[cfg(not(target_arch = "wasm32"))]
+pub type GetFuture<'a> =
+    Pin<Box<dyn Future<Output = Result<Option<(HostTensor, HostTensor)>>> + Send + 'a>>;
+/// What [`KVCache::get_async`] returns.
+#[cfg(target_arch = "wasm32")]
+pub type GetFuture<'a> =
+    Pin<Box<dyn Future<Output = Result<Option<(HostTensor, HostTensor)>>> + 'a>>;
+
+/// A change of the batch, as [`Cache::prepare_batch`] is told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchChange<'a> {
+    /// As [`Cache::batch_select_indices`].
+    Select(&'a [u32]),
+    /// As [`Cache::batch_repeat_interleave`].
+    Repeat(usize),
+}
+
+/// What a cache has done and what it holds. Counts are exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Dispatches recorded.
+    pub dispatches: u64,
+    /// Bytes of K and V that the recorded dispatches write.
+    pub bytes_moved: u64,
+    /// Buffers of K and V allocated now.
+    pub buffers: u64,
+    /// Bytes of K and V allocated now.
+    pub bytes_allocated: u64,
+    /// The most bytes of K and V that were allocated at one time.
+    pub peak_bytes_allocated: u64,
+    /// Bytes read back to the host.
+    pub bytes_read_back: u64,
+}
+
+impl std::ops::Add for Stats {
+    type Output = Self;
+
+    /// The statistics of two caches together; the peak is the sum of both peaks.
+    fn add(self, other: Self) -> Self {
+        Self {
+            dispatches: self.dispatches + other.dispatches,
+            bytes_moved: self.bytes_moved + other.bytes_moved,
+            buffers: self.buffers + other.buffers,
+            bytes_allocated: self.bytes_allocated + other.bytes_allocated,
+            peak_bytes_allocated: self.peak_bytes_allocated + other.peak_bytes_allocated,
+            bytes_read_back: self.bytes_read_back + other.bytes_read_back,
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! What can go wrong. Every error says what was asked, what the limit is, and what to do; the call that
+//! returned it has changed nothing, on the host or the GPU.
+
+use crate::dtype::DType;
+
+/// The result of a call on a cache.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A refused or failed call. Shapes are (B, H, T, D): batch rows, K/V heads, tokens, elements a head.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor is not four-dimensional.
+    #[error(
+        "a K or V tensor has 4 dimensions (batch, heads, tokens, head_dim), but the shape given is {shape:?}; add axes of extent 1 where one is missing"
+    )]
+    WrongRank {
+        /// The shape that was given.
+        shape: Vec<usize>,
+    },
+
+    /// A tensor has an extent of zero.
+    #[error(
+        "the shape {shape:?} has an extent of zero; every extent must be at least 1, so skip the call when there is nothing to write"
+    )]
+    ZeroExtent {
+        /// The shape that was given.
+        shape: Vec<usize>,
+    },
+
+    /// K and V disagree in batch rows, heads or tokens.
+    #[error(
+        "key {key:?} and value {value:?} must agree in batch, heads and tokens (B, H, T); only head_dim may differ"
+    )]
+    KeyValueShape {
+        /// Shape of K, (B, H, T, D).
+        key: [usize; 4],
+        /// Shape of V, (B, H, T, D).
+        value: [usize; 4],
+    },
+
+    /// K and V have different element types, or another one than the layer holds.
+    #[error(
+        "{what} is {got}, but {expected} is expected; convert it first, since the cache moves bits and never converts"
+    )]
+    WrongDType {
+        /// Which tensor, or which conversion.
+        what: &'static str,
+        /// The type that fits.
+        expected: DType,
+        /// The type that was given.
+        got: DType,
+    },
+
+    /// New tokens do not fit the layer's shape.
+    #[error(
+        "layer {layer} holds batch {batch}, heads {heads}, head_dim {key_dim} (K) and {value_dim} (V), but the new key is {key:?} and the new value {value:?}; only T may differ (reset() frees the layer for another shape)"
+    )]
+    LayerShape {
+        /// The layer.
+        layer: usize,
+        /// Batch rows that the layer holds.
+        batch: usize,
+        /// K/V heads that the layer holds.
+        heads: usize,
+        /// Elements a head of K.
+        key_dim: usize,
+        /// Elements a head of V.
+        value_dim: usize,
+        /// Shape of the new K, (B, H, T, D).
+        key: [usize; 4],
+        /// Shape of the new V, (B, H, T, D).
+        value: [usize; 4],
+    },
+
+    /// A 16-bit tensor with an odd `head_dim`.
+    #[error(
+        "{what} has head_dim {head_dim} in {dtype}: 16-bit types need an even head_dim, because the kernels move 32-bit words; pad it by one element or use f32"
+    )]
+    OddHeadDim {
+        /// Which tensor.
+        what: &'static str,
+        /// Its element type.
+        dtype: DType,
+        /// Its `head_dim`, in elements.
+        head_dim: usize,
+    },
+
+    /// The elements of a head are not next to each other.
+    #[error(
+        "{what} has a stride of {stride} elements along head_dim; it must be 1 (the elements of a head lie next to each other), the other three strides are free"
+    )]
+    InnerStride {
+        /// Which tensor.
+        what: &'static str,
+        /// The stride along D, in elements.
+        stride: usize,
+    },
+
+    /// An offset or a stride does not fall on a 32-bit word.
+    #[error(
+        "{what} has {quantity} of {bytes} bytes, which is no multiple of 4; the kernels move 32-bit words, so align it to 4 bytes"
+    )]
+    Misaligned {
+        /// Which tensor.
+        what: &'static str,
+        /// The offset, or which stride.
+        quantity: &'static str,
+        /// Its size, in bytes.
+        bytes: u64,
+    },
+
+    /// A buffer ends before its view does.
+    #[error(
+        "{what} needs {needed} bytes of its buffer (offset {offset}, shape {shape:?}, strides {strides:?} elements), but the buffer has {size}; check offset, shape and strides, or make the buffer larger"
+    )]
+    BufferTooShort {
+        /// Which tensor.
+        what: &'static str,
+        /// Bytes from the buffer's start to the view's end.
+        needed: u64,
+        /// Bytes that the buffer has.
+        size: u64,
+        /// Byte offset of the view.
+        offset: u64,
+        /// Shape, (B, H, T, D).
+        shape: [usize; 4],
+        /// Strides in elements, (B, H, T, D).
+        strides: [usize; 4],
+    },
+
+    /// A buffer that a shader may not read.
+    #[error(
+        "the buffer of {what} lacks the usage STORAGE; create it with wgpu::BufferUsages::STORAGE"
+    )]
+    MissingUsage {
+        /// Which tensor.
+        what: &'static str,
+    },
+
+    /// A view that spans more than one binding can.
+    #[error(
+        "{what} spans {bytes} bytes of its buffer, more than the {limit} that this device binds at once; update in pieces of fewer tokens, or request a device with a higher max_storage_buffer_binding_size"
+    )]
+    SourceTooLarge {
+        /// Which tensor.
+        what: &'static str,
+        /// Bytes from the view's first to its last, rounded out to the binding alignment.
+        bytes: u64,
+        /// The device's limit.
+        limit: u64,
+    },
+
+    /// New tokens are to be read from the very buffer that they are written to.
+    #[error(
+        "{what} lies in the buffer of layer {layer} itself, which cannot be read and written in one dispatch; copy it to another buffer first"
+    )]
+    SourceIsCache {
+        /// Which tensor.
+        what: &'static str,
+        /// The layer.
+        layer: usize,
+    },
+
+    /// A host slice does not fill its shape.
+    #[error(
+        "the shape {shape:?} has {expected} elements, but the slice has {got}; pass exactly as many"
+    )]
+    SliceLength {
+        /// The shape that was given.
+        shape: Vec<usize>,
+        /// Elements that the shape asks for.
+        expected: usize,
+        /// Elements in the slice.
+        got: usize,
+    },
+
+    /// The number of positions does not match the new tokens or the batch.
+    #[error("cache_position as {form} needs {expected}, got {got}")]
+    PositionCount {
+        /// The form of the positions.
+        form: &'static str,
+        /// What fits.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+
+    /// A position past a static cache's end.
+    #[error("position {position} is past the end of a static cache of {bound} tokens (0 to {last}); crop() or truncate() first, or make the cache longer", last = bound.saturating_sub(1))]
+    PositionOutOfBounds {
+        /// The highest position named.
+        position: usize,
+        /// Tokens that the cache is made for.
+        bound: usize,
+    },
+
+    /// An append past a static cache's end.
+    #[error(
+        "{new_tokens} new tokens behind {len} live ones exceed a static cache of {bound} tokens; crop() to make room, or make the cache longer"
+    )]
+    SequenceTooLong {
+        /// Live tokens.
+        len: usize,
+        /// Tokens to append.
+        new_tokens: usize,
+        /// Tokens that the cache is made for.
+        bound: usize,
+    },
+
+    /// A batch index past the batch.
+    #[error("index {index} (at place {place}) is past the batch of layer {layer}, which has rows 0 to {last}; beam indices count batch rows, not beams of one sample", last = batch.saturating_sub(1))]
+    IndexOutOfRange {
+        /// The index.
+        index: u32,
+        /// Its place in the list.
+        place: usize,
+        /// The layer whose batch is too small.
+        layer: usize,
+        /// Batch rows of that layer.
+        batch: usize,
+    },
+
+    /// A batch selection that keeps no row.
+    #[error("no batch indices were given; name at least one row, or call reset() to drop them all")]
+    NoIndices,
+
+    /// A repeat count of zero.
+    #[error(
+        "repeats is 0; it must be at least 1 (1 changes nothing), or call reset() to drop all rows"
+    )]
+    ZeroRepeats,
+
+    /// A layer past a static cache's count.
+    #[error("layer {layer} is past the {num_layers} layers (0 to {last}) that the static cache was made for", last = num_layers.saturating_sub(1))]
+    LayerOutOfRange {
+        /// The layer that was named.
+        layer: usize,
+        /// Layers of the cache.
+        num_layers: usize,
+    },
+
+    /// A layer would need a larger buffer than the device makes or binds.
+    #[error(
+        "layer {layer} needs {needed} bytes for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {dtype}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Shorten the sequence or the batch, use a 16-bit type, or request a device with higher max_storage_buffer_binding_size and max_buffer_size"
+    )]
+    LayerTooLarge {
+        /// The layer.
+        layer: usize,
+        /// Bytes of the larger of its two buffers.
+        needed: u64,
+        /// The device's limit, in bytes.
+        limit: u64,
+        /// Tokens asked for.
+        tokens: usize,
+        /// Tokens a row that would fit.
+        fits: usize,
+        /// Batch rows.
+        batch: usize,
+        /// K/V heads.
+        heads: usize,
+        /// Elements a head, of the wider of K and V.
+        head_dim: usize,
+        /// Element type.
+        dtype: DType,
+    },
+
+    /// A product of sizes does not fit the types that carry it.
+    #[error("the {what} is too large to count in 32 bits; split the work into smaller pieces")]
+    SizeOverflow {
+        /// What was being counted.
+        what: &'static str,
+    },
+
+    /// A dispatch would need more workgroups than the device starts.
+    #[error(
+        "{what} needs {needed} workgroups in one dimension, more than the device's {limit}; use fewer batch rows or heads"
+    )]
+    TooManyWorkgroups {
+        /// Which kernel.
+        what: &'static str,
+        /// Workgroups needed.
+        needed: u64,
+        /// The device's limit.
+        limit: u32,
+    },
+
+    /// The device has no memory left.
+    #[error(
+        "the device is out of memory: {bytes} bytes for '{label}' could not be allocated; the cache still holds all that it held. Free other buffers, shorten the sequence, or use a 16-bit type"
+    )]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// Label of the buffer.
+        label: String,
+    },
+
+    /// The device refused to make something, for instance because it is lost.
+    #[error(
+        "the device refused '{label}': {reason}; if it is lost, make a new device and a new cache"
+    )]
+    Device {
+        /// What was being made.
+        label: String,
+        /// What the device said.
+        reason: String,
+    },
+
+    /// A read-back did not arrive.
+    #[error(
+        "reading layer {layer} back failed: {reason}; if the device is lost, make a new device and a new cache"
+    )]
+    Readback {
+        /// The layer.
+        layer: usize,
+        /// What the device said.
+        reason: String,
+    },
+
+    /// `get` was called while recorded work had not been submitted.
+    #[error(
+        "{calls} calls on this cache are recorded in a pass that has not been submitted, so what they write cannot be read back yet; finish the encoder and queue.submit() it before get()"
+    )]
+    NotSubmitted {
+        /// Recorded calls that have not been submitted.
+        calls: u64,
+    },
+
+    /// A pass with work of this cache was dropped instead of submitted.
+    #[error(
+        "a pass with {calls} recorded calls on this cache was dropped without being submitted, so the GPU no longer holds what the cache counts on; reset() it and fill it again"
+    )]
+    PassDropped {
+        /// Recorded calls that were dropped.
+        calls: u64,
+    },
+
+    /// There is no adapter.
+    #[error(
+        "no wgpu adapter was found ({reason}). Without a GPU a software adapter does: on Debian or Ubuntu `sudo apt-get install mesa-vulkan-drivers`"
+    )]
+    NoAdapter {
+        /// What wgpu said.
+        reason: String,
+    },
+
+    /// The adapter gave no device.
+    #[error("the adapter '{adapter}' gave no device: {reason}")]
+    NoDevice {
+        /// Name of the adapter.
+        adapter: String,
+        /// What wgpu said.
+        reason: String,
+    },
+}

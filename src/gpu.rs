@@ -1,0 +1,289 @@
+//! The device: an engine's own, or one that is found without a window.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use crate::arena::{Arena, Placed};
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::view::{Tensor, checked_shape};
+
+/// A device, its queue, and the compiled kernels of this crate. Cheap to clone: clones share all three.
+///
+/// Caches on one device should share one `Gpu`, so that kernels are compiled once.
+///
+/// # Examples
+///
+/// ```
+/// # fn main() -> Result<(), wgpu_kvcache::Error> {
+/// let gpu = wgpu_kvcache::Gpu::headless()?;
+/// println!("{}", gpu.device().adapter_info().name);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Gpu(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    handle: DeviceHandle,
+    kernels: Kernels,
+    arena: Mutex<Arena>,
+}
+
+/// What [`Gpu::headless_with`] looks for.
+#[derive(Clone, Debug)]
+pub struct HeadlessOptions {
+    /// Backends to look through.
+    pub backends: wgpu::Backends,
+    /// Features to enable where the adapter has them; the crate needs none.
+    pub features: wgpu::Features,
+    /// Limits to ask for; `None` for all that the adapter offers.
+    pub limits: Option<wgpu::Limits>,
+}
+
+impl Default for HeadlessOptions {
+    /// Every backend (narrowed by the variable `WGPU_BACKEND`, e.g. `vulkan` or `gl`), immediates
+    /// where the adapter has them, and its best limits.
+    fn default() -> Self {
+        Self {
+            backends: wgpu::Backends::from_env().unwrap_or_default(),
+            features: wgpu::Features::IMMEDIATES,
+            limits: None,
+        }
+    }
+}
+
+impl Gpu {
+    /// Takes an engine's own device and queue. Compiles nothing yet: a kernel is compiled when it is
+    /// first used.
+    ///
+    /// WebGPU's default limits and no optional feature suffice. Where the device was made with
+    /// [`wgpu::Features::IMMEDIATES`] and at least 128 bytes of them, parameters travel that way.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`] or [`Error::Device`] where the device cannot make two buffers of 64 KiB.
+    pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+        let handle = DeviceHandle { limits: device.limits(), device, queue };
+        let kernels = Kernels::new(&handle);
+        let arena = Mutex::new(Arena::new(&handle, &kernels.layouts)?);
+        Ok(Self(Arc::new(Inner { handle, kernels, arena })))
+    }
+
+    /// Finds an adapter without a window, a GPU before a software adapter, and makes a device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoAdapter`], which says how to get one, and [`Error::NoDevice`].
+    pub fn headless() -> Result<Self> {
+        Self::headless_with(&HeadlessOptions::default())
+    }
+
+    /// As [`Gpu::headless`], with a say in backends, features and limits.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Gpu::headless`].
+    pub fn headless_with(options: &HeadlessOptions) -> Result<Self> {
+        pollster::block_on(Self::headless_async(options))
+    }
+
+    /// As [`Gpu::headless_with`], for where blocking is not possible: a browser.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Gpu::headless`].
+    pub async fn headless_async(options: &HeadlessOptions) -> Result<Self> {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+        descriptor.backends = options.backends;
+        let instance = wgpu::Instance::new(descriptor);
+        let no_adapter =
+            |error: wgpu::RequestAdapterError| Error::NoAdapter { reason: error.to_string() };
+        let adapter = instance
+            .request_adapter(&wgpu::RequestAdapterOptions {
+                power_preference: wgpu::PowerPreference::HighPerformance,
+                ..Default::default()
+            })
+            .await
+            .map_err(no_adapter)?;
+        let features = adapter.features() & options.features;
+        let mut limits = options.limits.clone().unwrap_or_else(|| adapter.limits());
+        if features.contains(wgpu::Features::IMMEDIATES) {
+            limits.max_immediate_size = adapter.limits().max_immediate_size;
+        }
+        let (device, queue) = adapter
+            .request_device(&wgpu::DeviceDescriptor {
+                label: Some("kvcache"),
+                required_features: features,
+                required_limits: limits,
+                ..Default::default()
+            })
+            .await
+            .map_err(|error| Error::NoDevice {
+                adapter: adapter.get_info().name,
+                reason: error.to_string(),
+            })?;
+        Self::new(device, queue)
+    }
+
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.0.handle.device
+    }
+
+    /// The device's queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.0.handle.queue
+    }
+
+    /// Opens a compute pass, runs `record` in it, and submits it: for those who have no pass of their
+    /// own. Does not wait.
+    ///
+    /// The pass is submitted whatever `record` returns; a call that failed has recorded nothing.
+    pub fn submit_pass<R>(
+        &self,
+        label: &str,
+        record: impl FnOnce(&mut wgpu::ComputePass<'_>) -> R,
+    ) -> R {
+        let descriptor = wgpu::CommandEncoderDescriptor { label: Some(label) };
+        let mut encoder = self.device().create_command_encoder(&descriptor);
+        let result = {
+            let descriptor =
+                wgpu::ComputePassDescriptor { label: Some(label), timestamp_writes: None };
+            record(&mut encoder.begin_compute_pass(&descriptor))
+        };
+        self.queue().submit([encoder.finish()]);
+        result
+    }
+
+    /// Puts a host slice, row-major (B, H, T, D), into a storage buffer of its own.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// # let gpu = wgpu_kvcache::Gpu::headless()?;
+    /// let key = gpu.upload(&[0.5_f32; 2 * 3 * 1 * 64], &[2, 3, 1, 64])?;
+    /// assert_eq!(key.view().shape(), [2, 3, 1, 64]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WrongRank`], [`Error::ZeroExtent`], [`Error::SliceLength`] and
+    /// [`Error::OutOfMemory`].
+    pub fn upload<E: Element>(&self, data: &[E], shape: &[usize]) -> Result<Tensor> {
+        let four = checked_shape(shape)?;
+        let expected = four
+            .iter()
+            .try_fold(1_usize, |product, &extent| product.checked_mul(extent))
+            .ok_or(Error::SizeOverflow { what: "tensor" })?;
+        if expected != data.len() {
+            return Err(Error::SliceLength { shape: shape.to_vec(), expected, got: data.len() });
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        let padded = bytes.len().next_multiple_of(4);
+        let usage = wgpu::BufferUsages::STORAGE
+            | wgpu::BufferUsages::COPY_DST
+            | wgpu::BufferUsages::COPY_SRC;
+        let buffer = self.0.handle.create_buffer("kvcache upload", padded as u64, usage)?;
+        let whole = bytes.len() / 4 * 4;
+        if whole > 0 {
+            self.queue().write_buffer(&buffer, 0, &bytes[..whole]);
+        }
+        if whole < bytes.len() {
+            // A single 16-bit element at the end: writes are whole words.
+            let last = [bytes[whole], bytes[whole + 1], 0, 0];
+            self.queue().write_buffer(&buffer, whole as u64, &last);
+        }
+        Ok(Tensor { buffer, dtype: E::DTYPE, shape: four })
+    }
+
+    pub(crate) fn limits(&self) -> &wgpu::Limits {
+        &self.0.handle.limits
+    }
+
+    pub(crate) fn kernels(&self) -> &Kernels {
+        &self.0.kernels
+    }
+
+    pub(crate) fn create_buffer(
+        &self,
+        label: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        self.0.handle.create_buffer(label, bytes, usage)
+    }
+
+    /// Puts a list or parameters where a dispatch can read them.
+    pub(crate) fn place(&self, words: &[u32]) -> Result<Placed> {
+        self.arena().place(&self.0.handle, &self.0.kernels.layouts, words)
+    }
+
+    /// A list that nothing reads, to bind where a kernel wants none.
+    pub(crate) fn unused_list(&self) -> wgpu::BindGroup {
+        self.arena().unused_list()
+    }
+
+    fn arena(&self) -> MutexGuard<'_, Arena> {
+        // The arena is consistent between any two statements, so a panic elsewhere does not harm it.
+        self.0.arena.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The device with what belongs to it, below the kernels.
+#[derive(Debug)]
+pub(crate) struct DeviceHandle {
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    /// The limits that the device was made with, which it enforces.
+    pub(crate) limits: wgpu::Limits,
+}
+
+impl DeviceHandle {
+    /// Makes a buffer, and says so where that fails.
+    ///
+    /// Out of memory arrives in an error scope. On native backends the scope answers at once. In a
+    /// browser it answers later, and nothing here may wait: there a failure reaches the device's own
+    /// error handler instead.
+    pub(crate) fn create_buffer(
+        &self,
+        label: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(label),
+            size: bytes,
+            usage,
+            mapped_at_creation: false,
+        });
+        let refused = [answer_now(validation.pop()), answer_now(internal.pop())];
+        if answer_now(memory.pop()).is_some() {
+            return Err(Error::OutOfMemory { bytes, label: label.to_owned() });
+        }
+        match refused.into_iter().flatten().next() {
+            Some(error) => {
+                Err(Error::Device { label: label.to_owned(), reason: error.to_string() })
+            }
+            None => Ok(buffer),
+        }
+    }
+}
+
+/// What an error scope has to say without waiting for it.
+pub(crate) fn answer_now(scope: impl Future<Output = Option<wgpu::Error>>) -> Option<wgpu::Error> {
+    let mut scope = std::pin::pin!(scope);
+    match scope.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(error) => error,
+        Poll::Pending => None,
+    }
+}

@@ -1,0 +1,57 @@
+//! `shaders/repeat_interleave.wgsl`: live tokens into fresh buffers, each row as often as asked for.
+
+use super::gather::columns;
+use super::{Dispatch, Kernels, Unit};
+use crate::error::Result;
+use crate::gpu::Gpu;
+use crate::plan::RowMove;
+
+pub(super) const SOURCE: super::Source = super::Source {
+    label: "kvcache repeat_interleave",
+    wgsl: include_str!("../../shaders/repeat_interleave.wgsl"),
+    writes: &[false, false, true, true],
+};
+
+/// The live part of a layer that is copied, and the ring that it goes to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CopyShape<'a> {
+    /// Bytes of one token of one head, of K and of V.
+    pub(crate) row_bytes: [u64; 2],
+    pub(crate) heads: usize,
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+    pub(crate) old_capacity: usize,
+    pub(crate) new_capacity: usize,
+    /// Sorted by source.
+    pub(crate) copies: &'a [RowMove],
+}
+
+impl Kernels {
+    /// A copy from the `old` K and V to the `new` ones.
+    pub(crate) fn copy_rows(
+        &self,
+        gpu: &Gpu,
+        old: [&wgpu::Buffer; 2],
+        new: [&wgpu::Buffer; 2],
+        shape: &CopyShape<'_>,
+    ) -> Result<Dispatch> {
+        let unit = Unit::for_rows(shape.row_bytes);
+        let list = gpu.place(&super::pairs(shape.copies))?;
+        let [key, value] = shape.row_bytes;
+        let params = [
+            unit.count(key)?,
+            unit.count(value)?,
+            super::narrow(shape.heads)?,
+            super::narrow(shape.start)?,
+            super::narrow(shape.len)?,
+            super::narrow(shape.old_capacity)?,
+            super::narrow(shape.new_capacity)?,
+            super::narrow(shape.copies.len())?,
+            list.offset / 4,
+        ];
+        let bindings =
+            self.repeat_interleave.bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole));
+        let groups = columns(gpu, unit, shape.row_bytes, shape.len, shape.heads);
+        self.repeat_interleave.prepare(gpu, (unit, None), bindings, Some(list), &params, groups)
+    }
+}

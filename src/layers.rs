@@ -1,0 +1,240 @@
+//! The layers of a cache: what the dynamic and the static kind share.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::cache::{BatchChange, Stats};
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::layer::{Effect, Layer, Policy, Staged};
+use crate::ledger::Ledger;
+use crate::plan;
+use crate::position::CachePosition;
+use crate::readback::Readback;
+use crate::view::{HostTensor, LayerView, TensorView};
+
+/// Layers under one policy, with their device.
+#[derive(Debug)]
+pub(crate) struct Layers {
+    gpu: Gpu,
+    policy: Policy,
+    /// By index. A layer stands here once an update has named it.
+    layers: BTreeMap<usize, Layer>,
+    ledger: Ledger,
+    prepared: Option<Prepared>,
+    dispatches: u64,
+    bytes_moved: u64,
+    peak_bytes_allocated: u64,
+    bytes_read_back: AtomicU64,
+}
+
+/// A change of the batch that is ready, and what it was prepared for.
+#[derive(Debug)]
+struct Prepared {
+    change: OwnedChange,
+    /// One for each layer; `None` where a layer stays as it is.
+    staged: Vec<Option<Staged>>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum OwnedChange {
+    Select(Vec<u32>),
+    Repeat(usize),
+}
+
+impl OwnedChange {
+    fn is(&self, change: BatchChange<'_>) -> bool {
+        match (self, change) {
+            (Self::Select(own), BatchChange::Select(other)) => own == other,
+            (Self::Repeat(own), BatchChange::Repeat(other)) => *own == other,
+            _ => false,
+        }
+    }
+}
+
+impl From<BatchChange<'_>> for OwnedChange {
+    fn from(change: BatchChange<'_>) -> Self {
+        match change {
+            BatchChange::Select(indices) => Self::Select(indices.to_vec()),
+            BatchChange::Repeat(repeats) => Self::Repeat(repeats),
+        }
+    }
+}
+
+impl Layers {
+    pub(crate) fn new(gpu: &Gpu, policy: Policy) -> Self {
+        Self {
+            gpu: gpu.clone(),
+            policy,
+            layers: BTreeMap::new(),
+            ledger: Ledger::default(),
+            prepared: None,
+            dispatches: 0,
+            bytes_moved: 0,
+            peak_bytes_allocated: 0,
+            bytes_read_back: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.prepared = None;
+        // Work of before, run or not, no longer matters.
+        self.ledger = Ledger::default();
+        self.layers.values_mut().for_each(Layer::reset);
+    }
+
+    pub(crate) fn crop(&mut self, max_length: usize) {
+        self.prepared = None;
+        self.layers.values_mut().for_each(|layer| layer.crop(max_length));
+    }
+
+    pub(crate) fn truncate(&mut self, length: usize) {
+        self.prepared = None;
+        self.layers.values_mut().for_each(|layer| layer.truncate(length));
+    }
+
+    pub(crate) fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+        layer_idx: usize,
+        position: CachePosition<'_>,
+    ) -> Result<LayerView<'_>> {
+        self.prepared = None;
+        self.ledger.check()?;
+        let layer = self.layers.entry(layer_idx).or_insert_with(|| Layer::new(layer_idx));
+        let staged = layer.stage_update(&self.gpu, self.policy, key, value, position)?;
+        let allocated = staged.allocated();
+        if allocated > 0 {
+            self.note_peak(allocated);
+        }
+        let layer = self.layers.get_mut(&layer_idx).expect("the layer was staged just now");
+        let effect = layer.commit(staged, pass, &self.ledger);
+        self.dispatches += effect.dispatches;
+        self.bytes_moved += effect.moved;
+        Ok(layer.view().expect("a layer that was just written has a view"))
+    }
+
+    pub(crate) fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
+        self.prepared = None;
+        self.ledger.check()?;
+        match change {
+            BatchChange::Select([]) => return Err(Error::NoIndices),
+            BatchChange::Repeat(0) => return Err(Error::ZeroRepeats),
+            _ => {}
+        }
+        if let BatchChange::Select(indices) = change {
+            self.check_indices(indices)?;
+        }
+        let mut staged = Vec::with_capacity(self.layers.len());
+        for layer in self.layers.values_mut() {
+            staged.push(match (layer.batch(), change) {
+                (None, _) => None,
+                (Some(_), BatchChange::Select(indices)) => {
+                    layer.stage_batch(&self.gpu, self.policy, indices)?
+                }
+                (Some(batch), BatchChange::Repeat(repeats)) => {
+                    let map = plan::repeat_map(batch, repeats)
+                        .ok_or(Error::SizeOverflow { what: "batch" })?;
+                    layer.stage_batch(&self.gpu, self.policy, &map)?
+                }
+            });
+        }
+        let allocated = staged.iter().flatten().map(Staged::allocated).sum();
+        self.note_peak(allocated);
+        self.prepared = Some(Prepared { change: change.into(), staged });
+        Ok(())
+    }
+
+    pub(crate) fn change_batch(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        change: BatchChange<'_>,
+    ) -> Result<()> {
+        if !self.prepared.as_ref().is_some_and(|prepared| prepared.change.is(change)) {
+            self.prepare_batch(change)?;
+        }
+        self.ledger.check()?;
+        let staged = self.prepared.take().map(|prepared| prepared.staged).unwrap_or_default();
+        for (layer, staged) in self.layers.values_mut().zip(staged) {
+            let Some(staged) = staged else { continue };
+            let Effect { dispatches, moved } = layer.commit(staged, pass, &self.ledger);
+            self.dispatches += dispatches;
+            self.bytes_moved += moved;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn view(&self, layer_idx: usize) -> Option<LayerView<'_>> {
+        self.layers.get(&layer_idx)?.view()
+    }
+
+    pub(crate) fn seq_length(&self, layer_idx: usize) -> usize {
+        self.layers.get(&layer_idx).map_or(0, Layer::len)
+    }
+
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
+        let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+        readback.wait(&self.gpu)?;
+        self.finish_readback(&readback).map(Some)
+    }
+
+    pub(crate) async fn get_async(
+        &self,
+        layer_idx: usize,
+    ) -> Result<Option<(HostTensor, HostTensor)>> {
+        let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+        readback.arrive(&self.gpu).await?;
+        self.finish_readback(&readback).map(Some)
+    }
+
+    fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
+        self.ledger.check()?;
+        let Some(view) = self.view(layer_idx) else { return Ok(None) };
+        Readback::start(&self.gpu, layer_idx, &view, self.ledger.recorded()).map(Some)
+    }
+
+    fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
+        self.ledger.check_submitted(readback.recorded())?;
+        let tensors = readback.finish()?;
+        self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
+        Ok(tensors)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let (buffers, bytes_allocated) = self.memory();
+        Stats {
+            dispatches: self.dispatches,
+            bytes_moved: self.bytes_moved,
+            buffers,
+            bytes_allocated,
+            peak_bytes_allocated: self.peak_bytes_allocated.max(bytes_allocated),
+            bytes_read_back: self.bytes_read_back.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Every layer's batch must have the rows that `indices` name.
+    fn check_indices(&self, indices: &[u32]) -> Result<()> {
+        for (&layer, held) in &self.layers {
+            let Some(batch) = held.batch() else { continue };
+            let past = |&(_, index): &(usize, &u32)| *index as usize >= batch;
+            if let Some((place, &index)) = indices.iter().enumerate().find(past) {
+                return Err(Error::IndexOutOfRange { index, place, layer, batch });
+            }
+        }
+        Ok(())
+    }
+
+    fn memory(&self) -> (u64, u64) {
+        self.layers
+            .values()
+            .map(Layer::memory)
+            .fold((0, 0), |(buffers, bytes), (b, n)| (buffers + b, bytes + n))
+    }
+
+    /// Old and new memory are held together until a change is committed.
+    fn note_peak(&mut self, allocated: u64) {
+        self.peak_bytes_allocated = self.peak_bytes_allocated.max(self.memory().1 + allocated);
+    }
+}

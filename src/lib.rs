@@ -1,0 +1,59 @@
+//! A Transformer's K/V cache on the GPU, for inference engines built on [wgpu].
+//!
+//! A Transformer that generates text keeps, per layer, the keys and values of all earlier tokens. This
+//! crate keeps them in GPU storage buffers. An engine hands in new K and V where they lie, and its
+//! attention kernel reads the cache in place: nothing crosses to the host, nothing waits.
+//!
+//! ```
+//! use wgpu_kvcache::{Cache, CachePosition, DynamicKVCache, Gpu, KVCache};
+//!
+//! # fn main() -> Result<(), wgpu_kvcache::Error> {
+//! let gpu = Gpu::headless()?; // or Gpu::new(device, queue) with an engine's own
+//! let mut cache = DynamicKVCache::new(&gpu);
+//! let key = gpu.upload(&[0.5_f32; 2 * 8 * 3 * 64], &[2, 8, 3, 64])?; // (B, H, T, D)
+//! let value = gpu.upload(&[1.5_f32; 2 * 8 * 3 * 64], &[2, 8, 3, 64])?;
+//! gpu.submit_pass("prompt", |pass| {
+//!     let view = cache.update(pass, &key.view(), &value.view(), 0, CachePosition::Append)?;
+//!     assert_eq!(view.key_shape(), [2, 8, 3, 64]); // attention would read view.key() here
+//!     cache.reorder_cache(pass, &[1, 1]) // both beams continue row 1
+//! })?;
+//! let (key, _value) = cache.get(0)?.expect("layer 0 was written"); // reads back, for debugging
+//! assert_eq!(key.shape(), [2, 8, 3, 64]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! - The contract is in the traits [`Cache`] and [`KVCache`]. Kinds: [`DynamicKVCache`] grows,
+//!   [`StaticKVCache`] has a fixed length, [`EncoderDecoderCache`] is a pair of caches.
+//! - Inputs are [`TensorView`]s: any buffer, offset and strides. Attention reads a [`LayerView`].
+//! - f32, f16 and bf16 are moved as bits ([`DType`]). No device feature beyond WebGPU's baseline is
+//!   needed.
+
+mod arena;
+mod cache;
+mod dtype;
+mod dynamic;
+mod encoder_decoder;
+mod error;
+mod gpu;
+mod kernels;
+mod layer;
+mod layers;
+mod ledger;
+mod plan;
+mod position;
+mod readback;
+mod sources;
+mod static_cache;
+mod view;
+
+pub use cache::{BatchChange, Cache, GetFuture, KVCache, Stats};
+pub use dtype::{DType, Element, UnknownDType};
+pub use dynamic::DynamicKVCache;
+pub use encoder_decoder::EncoderDecoderCache;
+pub use error::{Error, Result};
+pub use gpu::{Gpu, HeadlessOptions};
+pub use position::CachePosition;
+pub use static_cache::StaticKVCache;
+pub use view::{HostTensor, LayerView, Tensor, TensorView};
+pub use wgpu;

@@ -1,0 +1,267 @@
+//! The contract, over plain vectors: what a cache must hold, written to be read and not to be fast.
+//!
+//! The model knows nothing of element types. A token of one head is a string of bytes, so whatever the
+//! cache holds can be compared with it bit for bit.
+
+use std::collections::BTreeMap;
+
+use wgpu_kvcache::CachePosition;
+
+/// A row-major (B, H, T, D) tensor on the host, as raw bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Block {
+    pub(crate) shape: [usize; 4],
+    /// Bytes an element.
+    pub(crate) element: usize,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Block {
+    /// A tensor of noise in which every fourth element is one of those that arithmetic would not keep:
+    /// quiet and signalling NaNs with payloads, infinities, negative zero, subnormals. The same `seed`
+    /// gives the same tensor.
+    pub(crate) fn noise(shape: [usize; 4], element: usize, seed: u64) -> Self {
+        const FOUR: [u32; 8] = [
+            0x7fc1_2345,
+            0x7f80_0001,
+            0xffc0_0001,
+            0x7f80_0000,
+            0xff80_0000,
+            0x8000_0000,
+            0x0000_0001,
+            0x0000_0000,
+        ];
+        // NaN, infinity and zero in both f16 and bf16.
+        const TWO: [u16; 8] =
+            [0x7e01, 0x7c01, 0xfc00, 0x7fc1, 0x7f81, 0xff80, 0x8000, 0x0001];
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut bytes = Vec::new();
+        for _ in 0..shape.iter().product() {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let random = state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_be_bytes();
+            let special = usize::from(random[7] % 8);
+            match (random[6] % 4, element) {
+                (0, 4) => bytes.extend(FOUR[special].to_le_bytes()),
+                (0, 2) => bytes.extend(TWO[special].to_le_bytes()),
+                _ => bytes.extend(&random[..element]),
+            }
+        }
+        Self { shape, element, bytes }
+    }
+
+    /// The elements of one token of one head of one row.
+    fn token(&self, row: usize, head: usize, token: usize) -> &[u8] {
+        let [_, heads, tokens, dim] = self.shape;
+        let width = dim * self.element;
+        &self.bytes[((row * heads + head) * tokens + token) * width..][..width]
+    }
+}
+
+/// Why a call is refused. Which error the crate gives for it is for the tests of refusals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// Shapes or element sizes that do not fit each other or the layer.
+    Shape,
+    /// Not as many positions as tokens or rows.
+    PositionCount,
+    /// Past the bound.
+    Bound,
+    /// A layer past the count.
+    Layer,
+    /// An index past a layer's batch.
+    Index,
+    /// No indices, or zero repeats.
+    Nothing,
+}
+
+/// K or V of a layer.
+#[derive(Clone, Debug)]
+struct Side {
+    heads: usize,
+    dim: usize,
+    element: usize,
+    /// Row, head, token: the bytes of one token.
+    rows: Vec<Vec<Vec<Vec<u8>>>>,
+}
+
+impl Side {
+    /// A side that `block` fits, with no token in it.
+    fn empty(block: &Block) -> Self {
+        let [batch, heads, _, dim] = block.shape;
+        Self { heads, dim, element: block.element, rows: vec![vec![Vec::new(); heads]; batch] }
+    }
+
+    fn fits(&self, block: &Block) -> bool {
+        let [batch, heads, _, dim] = block.shape;
+        (self.rows.len(), self.heads, self.dim, self.element) == (batch, heads, dim, block.element)
+    }
+
+    fn len(&self) -> usize {
+        self.rows[0][0].len()
+    }
+
+    /// Lengthens every row to `len` tokens with zeros, then writes token t of row b to
+    /// `positions[b][t]`, in order, so that a position named twice holds the later token.
+    fn write(&mut self, block: &Block, positions: &[Vec<usize>], len: usize) {
+        for (b, row) in self.rows.iter_mut().enumerate() {
+            for (h, head) in row.iter_mut().enumerate() {
+                head.resize(len, vec![0; self.dim * self.element]);
+                for (t, &position) in positions[b].iter().enumerate() {
+                    head[position] = block.token(b, h, t).to_vec();
+                }
+            }
+        }
+    }
+
+    fn tokens(&mut self) -> impl Iterator<Item = &mut Vec<Vec<u8>>> {
+        self.rows.iter_mut().flatten()
+    }
+
+    fn block(&self) -> Block {
+        Block {
+            shape: [self.rows.len(), self.heads, self.len(), self.dim],
+            element: self.element,
+            bytes: self.rows.iter().flatten().flatten().flatten().copied().collect(),
+        }
+    }
+}
+
+/// What a cache must hold.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Model {
+    /// Tokens a row and layers, of a static cache.
+    bounds: Option<(usize, usize)>,
+    /// K and V of the layers that hold something.
+    layers: BTreeMap<usize, [Side; 2]>,
+}
+
+impl Model {
+    /// A dynamic cache.
+    pub(crate) fn dynamic() -> Self {
+        Self::default()
+    }
+
+    /// A static cache of `layers` layers of at most `bound` tokens.
+    pub(crate) fn fixed(bound: usize, layers: usize) -> Self {
+        Self { bounds: Some((bound, layers)), ..Self::default() }
+    }
+
+    /// The layers that hold something.
+    pub(crate) fn layers(&self) -> Vec<usize> {
+        self.layers.keys().copied().collect()
+    }
+
+    pub(crate) fn len(&self, layer: usize) -> usize {
+        self.layers.get(&layer).map_or(0, |[key, _]| key.len())
+    }
+
+    pub(crate) fn batch(&self, layer: usize) -> usize {
+        self.layers.get(&layer).map_or(0, |[key, _]| key.rows.len())
+    }
+
+    /// Bytes of one live row of K and V together.
+    pub(crate) fn row_bytes(&self, layer: usize) -> usize {
+        self.layers.get(&layer).map_or(0, |sides| {
+            sides.iter().map(|side| side.heads * side.len() * side.dim * side.element).sum()
+        })
+    }
+
+    pub(crate) fn get(&self, layer: usize) -> Option<(Block, Block)> {
+        self.layers.get(&layer).map(|[key, value]| (key.block(), value.block()))
+    }
+
+    pub(crate) fn update(
+        &mut self,
+        layer: usize,
+        key: &Block,
+        value: &Block,
+        position: CachePosition<'_>,
+    ) -> Result<(), Refused> {
+        let [batch, _, tokens, _] = key.shape;
+        if key.shape[..3] != value.shape[..3] || key.element != value.element {
+            return Err(Refused::Shape);
+        }
+        if self.bounds.is_some_and(|(_, layers)| layer >= layers) {
+            return Err(Refused::Layer);
+        }
+        let sides = self.layers.get(&layer);
+        if sides.is_some_and(|[k, v]| !k.fits(key) || !v.fits(value)) {
+            return Err(Refused::Shape);
+        }
+        let len = self.len(layer);
+        let positions = spelled_out(position, batch, tokens, len)?;
+        let end = positions.iter().flatten().max().map_or(0, |highest| highest + 1);
+        if self.bounds.is_some_and(|(bound, _)| end > bound) {
+            return Err(Refused::Bound);
+        }
+        let sides =
+            self.layers.entry(layer).or_insert_with(|| [Side::empty(key), Side::empty(value)]);
+        sides[0].write(key, &positions, len.max(end));
+        sides[1].write(value, &positions, len.max(end));
+        Ok(())
+    }
+
+    pub(crate) fn crop(&mut self, max_length: usize) {
+        for tokens in self.layers.values_mut().flatten().flat_map(Side::tokens) {
+            tokens.drain(..tokens.len().saturating_sub(max_length));
+        }
+    }
+
+    pub(crate) fn truncate(&mut self, length: usize) {
+        for tokens in self.layers.values_mut().flatten().flat_map(Side::tokens) {
+            tokens.truncate(length);
+        }
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.layers.clear();
+    }
+
+    pub(crate) fn select(&mut self, indices: &[u32]) -> Result<(), Refused> {
+        if indices.is_empty() {
+            return Err(Refused::Nothing);
+        }
+        let indices: Vec<usize> = indices.iter().map(|&index| index as usize).collect();
+        let highest = indices.iter().copied().max().unwrap_or(0);
+        if self.layers.values().any(|[key, _]| highest >= key.rows.len()) {
+            return Err(Refused::Index);
+        }
+        for side in self.layers.values_mut().flatten() {
+            side.rows = indices.iter().map(|&index| side.rows[index].clone()).collect();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn repeat_interleave(&mut self, repeats: usize) -> Result<(), Refused> {
+        if repeats == 0 {
+            return Err(Refused::Nothing);
+        }
+        for side in self.layers.values_mut().flatten() {
+            side.rows =
+                side.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
+        }
+        Ok(())
+    }
+}
+
+/// Positions as one list for each row, whatever form they came in.
+fn spelled_out(
+    position: CachePosition<'_>,
+    batch: usize,
+    tokens: usize,
+    len: usize,
+) -> Result<Vec<Vec<usize>>, Refused> {
+    let wide = |list: &[u32]| list.iter().map(|&position| position as usize).collect::<Vec<_>>();
+    let rows = match position {
+        CachePosition::Append => vec![(len..len + tokens).collect(); batch],
+        CachePosition::At(position) => vec![wide(&[position]); batch],
+        CachePosition::PerToken(list) => vec![wide(list); batch],
+        CachePosition::PerRow(rows) => rows.iter().map(|list| wide(list)).collect(),
+    };
+    if rows.len() != batch || rows.iter().any(|row| row.len() != tokens) {
+        return Err(Refused::PositionCount);
+    }
+    Ok(rows)
+}

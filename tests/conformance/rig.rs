@@ -1,0 +1,197 @@
+//! A cache and its model side by side: what is done to one is done to the other, and `check` compares.
+
+use half::{bf16, f16};
+use wgpu_kvcache::wgpu::{Features, Limits};
+use wgpu_kvcache::{
+    CachePosition, DType, DynamicKVCache, Error, Gpu, HeadlessOptions, HostTensor, KVCache, Stats,
+    StaticKVCache, Tensor,
+};
+
+use crate::model::{Block, Model};
+
+/// A device of WebGPU's default limits and no optional feature, after `change` to the limits.
+pub(crate) fn plain_gpu(change: impl FnOnce(&mut Limits)) -> Gpu {
+    let mut limits = Limits::default();
+    change(&mut limits);
+    let options = HeadlessOptions {
+        features: Features::empty(),
+        limits: Some(limits),
+        ..HeadlessOptions::default()
+    };
+    Gpu::headless_with(&options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Puts a block into a buffer of its own.
+pub(crate) fn upload(gpu: &Gpu, dtype: DType, block: &Block) -> Tensor {
+    use bytemuck::pod_collect_to_vec as cast;
+    assert_eq!(dtype.size(), block.element);
+    let tensor = match dtype {
+        DType::F32 => gpu.upload(&cast::<u8, f32>(&block.bytes), &block.shape),
+        DType::F16 => gpu.upload(&cast::<u8, f16>(&block.bytes), &block.shape),
+        DType::BF16 => gpu.upload(&cast::<u8, bf16>(&block.bytes), &block.shape),
+    };
+    tensor.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Compares what a cache gave back with what the model holds, bit for bit.
+pub(crate) fn compare(
+    got: Option<(HostTensor, HostTensor)>,
+    expected: Option<(Block, Block)>,
+    context: &str,
+) {
+    assert_eq!(got.is_some(), expected.is_some(), "{context}: whether the layer holds something");
+    let (Some(got), Some(expected)) = (got, expected) else { return };
+    for (what, got, expected) in [("K", got.0, expected.0), ("V", got.1, expected.1)] {
+        assert_eq!(got.shape(), expected.shape, "{context}: shape of {what}");
+        assert_eq!(got.dtype().size(), expected.element, "{context}: element size of {what}");
+        if got.bytes() == expected.bytes {
+            continue;
+        }
+        let [_, heads, tokens, dim] = expected.shape;
+        let pairs = got.bytes().chunks(expected.element).zip(expected.bytes.chunks(expected.element));
+        let wrong: Vec<usize> =
+            pairs.enumerate().filter(|(_, (got, right))| got != right).map(|(at, _)| at).collect();
+        let at = wrong[0];
+        panic!(
+            "{context}: {what} {:?} has {} wrong elements, the first at row {}, head {}, token {}, \
+             element {}: {:02x?} for {:02x?}",
+            expected.shape,
+            wrong.len(),
+            at / dim / tokens / heads,
+            at / dim / tokens % heads,
+            at / dim % tokens,
+            at % dim,
+            &got.bytes()[at * expected.element..][..expected.element],
+            &expected.bytes[at * expected.element..][..expected.element],
+        );
+    }
+}
+
+/// A cache and its model.
+pub(crate) struct Rig {
+    pub(crate) gpu: Gpu,
+    pub(crate) cache: Box<dyn KVCache>,
+    pub(crate) model: Model,
+    seed: u64,
+}
+
+impl Rig {
+    pub(crate) fn new(gpu: &Gpu, cache: Box<dyn KVCache>, model: Model) -> Self {
+        Self { gpu: gpu.clone(), cache, model, seed: 0 }
+    }
+
+    pub(crate) fn dynamic(gpu: &Gpu) -> Self {
+        Self::new(gpu, Box::new(DynamicKVCache::new(gpu)), Model::dynamic())
+    }
+
+    pub(crate) fn fixed(gpu: &Gpu, bound: usize, layers: usize) -> Self {
+        let cache = StaticKVCache::new(gpu, bound, layers);
+        Self::new(gpu, Box::new(cache), Model::fixed(bound, layers))
+    }
+
+    /// New K of `shape`, and V of the same but `value_dim`: noise, other noise at every call.
+    pub(crate) fn noise(
+        &mut self,
+        dtype: DType,
+        shape: [usize; 4],
+        value_dim: usize,
+    ) -> (Block, Block) {
+        let [b, h, t, _] = shape;
+        self.seed += 2;
+        let key = Block::noise(shape, dtype.size(), self.seed);
+        let value = Block::noise([b, h, t, value_dim], dtype.size(), self.seed + 1);
+        (key, value)
+    }
+
+    /// One update of noise, in a pass of its own.
+    pub(crate) fn update_as(
+        &mut self,
+        dtype: DType,
+        layer: usize,
+        shape: [usize; 4],
+        value_dim: usize,
+        position: CachePosition<'_>,
+    ) {
+        let (key, value) = self.noise(dtype, shape, value_dim);
+        let (k, v) = (upload(&self.gpu, dtype, &key), upload(&self.gpu, dtype, &value));
+        let len = self
+            .gpu
+            .submit_pass("update", |pass| {
+                let view = self.cache.update(pass, &k.view(), &v.view(), layer, position)?;
+                let [b, h, len, d] = view.key_shape();
+                assert_eq!([b, h, d], [shape[0], shape[1], shape[3]]);
+                assert_eq!(view.value_shape(), [b, h, len, value_dim]);
+                assert_eq!((view.len(), view.dtype()), (len, dtype));
+                assert!(view.len() <= view.capacity() && view.start() < view.capacity());
+                Ok::<usize, Error>(len)
+            })
+            .unwrap_or_else(|error| panic!("layer {layer}, {shape:?}, {position:?}: {error}"));
+        self.model.update(layer, &key, &value, position).expect("the model takes it too");
+        assert_eq!(len, self.model.len(layer), "layer {layer}, {shape:?}, {position:?}");
+    }
+
+    /// One update of f32 noise, in a pass of its own.
+    pub(crate) fn update(
+        &mut self,
+        layer: usize,
+        shape: [usize; 4],
+        value_dim: usize,
+        position: CachePosition<'_>,
+    ) {
+        self.update_as(DType::F32, layer, shape, value_dim, position);
+    }
+
+    pub(crate) fn crop(&mut self, max_length: usize) {
+        self.cache.crop(max_length);
+        self.model.crop(max_length);
+    }
+
+    pub(crate) fn truncate(&mut self, length: usize) {
+        self.cache.truncate(length);
+        self.model.truncate(length);
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.cache.reset();
+        self.model.reset();
+    }
+
+    pub(crate) fn select(&mut self, indices: &[u32]) {
+        self.gpu
+            .submit_pass("select", |pass| self.cache.batch_select_indices(pass, indices))
+            .unwrap_or_else(|error| panic!("{indices:?}: {error}"));
+        self.model.select(indices).expect("the model takes it too");
+    }
+
+    pub(crate) fn repeat_interleave(&mut self, repeats: usize) {
+        self.gpu
+            .submit_pass("repeat", |pass| self.cache.batch_repeat_interleave(pass, repeats))
+            .unwrap_or_else(|error| panic!("{repeats}: {error}"));
+        self.model.repeat_interleave(repeats).expect("the model takes it too");
+    }
+
+    /// What the cache has done since `before`: dispatches and bytes moved.
+    pub(crate) fn since(&self, before: Stats) -> (u64, u64) {
+        let now = self.cache.stats();
+        (now.dispatches - before.dispatches, now.bytes_moved - before.bytes_moved)
+    }
+
+    /// Every layer holds what the model holds, and says the same of itself.
+    pub(crate) fn check(&self, context: &str) {
+        for layer in self.model.layers() {
+            let context = format!("{context}, layer {layer}");
+            let expected = self.model.get(layer);
+            let length = self.cache.get_seq_length(layer).expect("the layer exists");
+            assert_eq!(length, self.model.len(layer), "{context}: length");
+            let view = self.cache.view(layer).expect("the layer exists").expect("it was written");
+            if let Some((key, value)) = &expected {
+                assert_eq!(view.key_shape(), key.shape, "{context}: view of K");
+                assert_eq!(view.value_shape(), value.shape, "{context}: view of V");
+            }
+            let wraps = view.start() + view.len() > view.capacity();
+            assert_eq!(view.is_contiguous(), !wraps, "{context}: contiguity");
+            let got = self.cache.get(layer).unwrap_or_else(|error| panic!("{context}: {error}"));
+            compare(got, expected, &context);
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Replays recorded runs of the system whose interface this crate implements. `tests/traces/README.md`
+//! gives the format.
+//!
+//! The variable `KV_TRACES` names a further folder of traces to replay.
+
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use serde::Deserialize;
+use wgpu_kvcache::{CachePosition, DynamicKVCache, Element, Error, Gpu, KVCache, StaticKVCache};
+
+use crate::gpu;
+
+#[derive(Deserialize)]
+struct Trace {
+    cache: Kind,
+    steps: Vec<Step>,
+}
+
+#[derive(Deserialize)]
+struct Kind {
+    kind: String,
+    head_dim: usize,
+    num_layers: usize,
+    max_cache_len: Option<usize>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    #[serde(flatten)]
+    op: Op,
+    #[serde(default)]
+    error: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+enum Op {
+    Update { layer: usize, shape: Vec<usize>, base: u64, position: Option<Position> },
+    Get { layer: usize, expect: Option<Contents> },
+    GetSeqLength { layer: usize, expect: usize },
+    GetMaxCacheShape { expect: Option<usize> },
+    ReorderCache { indices: Vec<u32> },
+    BatchSelectIndices { indices: Vec<u32> },
+    BatchRepeatInterleave { repeats: usize },
+    Crop { max_length: usize },
+    Reset,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Position {
+    One(u32),
+    PerToken(Vec<u32>),
+    PerRow(Vec<Vec<u32>>),
+}
+
+#[derive(Deserialize)]
+struct Contents {
+    shape: [usize; 4],
+    key: Vec<f32>,
+    value: Vec<f32>,
+}
+
+/// An element type that small whole numbers are exact in.
+trait Number: Element + PartialEq + std::fmt::Debug {
+    fn of(number: f32) -> Self;
+}
+
+impl Number for f32 {
+    fn of(number: f32) -> Self {
+        number
+    }
+}
+
+impl Number for f16 {
+    fn of(number: f32) -> Self {
+        Self::from_f32(number)
+    }
+}
+
+impl Number for bf16 {
+    fn of(number: f32) -> Self {
+        Self::from_f32(number)
+    }
+}
+
+/// The tensors of an update: element i is ((base + i) * factor mod modulus) - half.
+fn made<E: Number>(base: u64, count: usize, factor: u64, modulus: u64, half: i32) -> Vec<E> {
+    (base..)
+        .take(count)
+        .map(|i| {
+            let number = i32::try_from(i * factor % modulus).expect("the modulus is small");
+            E::of((number - half) as f32)
+        })
+        .collect()
+}
+
+fn update<E: Number>(
+    gpu: &Gpu,
+    cache: &mut dyn KVCache,
+    (layer, shape, base, position): (usize, &[usize], u64, &Option<Position>),
+) -> Result<(), Error> {
+    let count = shape.iter().product();
+    let key = gpu.upload(&made::<E>(base, count, 7919, 251, 125), shape)?;
+    let value = gpu.upload(&made::<E>(base, count, 104_729, 241, 120), shape)?;
+    let position = match position {
+        None => CachePosition::Append,
+        Some(Position::One(position)) => CachePosition::At(*position),
+        Some(Position::PerToken(positions)) => CachePosition::PerToken(positions),
+        Some(Position::PerRow(rows)) => CachePosition::PerRow(rows),
+    };
+    gpu.submit_pass("update", |pass| {
+        cache.update(pass, &key.view(), &value.view(), layer, position).map(|_| ())
+    })
+}
+
+/// One step; `Err` is the cache's own refusal.
+fn step<E: Number>(
+    gpu: &Gpu,
+    cache: &mut dyn KVCache,
+    op: &Op,
+    context: &str,
+) -> Result<(), Error> {
+    match op {
+        Op::Update { layer, shape, base, position } => {
+            update::<E>(gpu, cache, (*layer, shape, *base, position))?;
+        }
+        Op::Get { layer, expect } => {
+            let got = cache.get(*layer)?;
+            assert_eq!(got.is_some(), expect.is_some(), "{context}: presence");
+            if let (Some((key, value)), Some(expect)) = (got, expect) {
+                for (what, tensor, numbers) in
+                    [("key", key, &expect.key), ("value", value, &expect.value)]
+                {
+                    assert_eq!(tensor.shape(), expect.shape, "{context}: shape of {what}");
+                    let numbers: Vec<E> = numbers.iter().map(|&number| E::of(number)).collect();
+                    let bits: &[u8] = bytemuck::cast_slice(&numbers);
+                    assert!(tensor.bytes() == bits, "{context}: bits of {what}");
+                }
+            }
+        }
+        Op::GetSeqLength { layer, expect } => {
+            assert_eq!(cache.get_seq_length(*layer)?, *expect, "{context}");
+        }
+        Op::GetMaxCacheShape { expect } => {
+            assert_eq!(cache.get_max_cache_shape(), *expect, "{context}");
+        }
+        Op::ReorderCache { indices } => {
+            gpu.submit_pass("reorder", |pass| cache.reorder_cache(pass, indices))?;
+        }
+        Op::BatchSelectIndices { indices } => {
+            gpu.submit_pass("select", |pass| cache.batch_select_indices(pass, indices))?;
+        }
+        Op::BatchRepeatInterleave { repeats } => {
+            gpu.submit_pass("repeat", |pass| cache.batch_repeat_interleave(pass, *repeats))?;
+        }
+        Op::Crop { max_length } => cache.crop(*max_length),
+        Op::Reset => cache.reset(),
+    }
+    Ok(())
+}
+
+fn replay<E: Number>(gpu: &Gpu, trace: &Trace, name: &str) {
+    let mut cache: Box<dyn KVCache> = match (trace.cache.kind.as_str(), trace.cache.max_cache_len) {
+        ("dynamic", None) => Box::new(DynamicKVCache::new(gpu)),
+        ("static", Some(bound)) => Box::new(StaticKVCache::new(gpu, bound, trace.cache.num_layers)),
+        (kind, bound) => panic!("{name}: no cache of kind {kind} with bound {bound:?}"),
+    };
+    for (number, Step { op, error }) in trace.steps.iter().enumerate() {
+        let context = format!("{name}, {}, step {number}", E::DTYPE);
+        let result = step::<E>(gpu, cache.as_mut(), op, &context);
+        assert_eq!(result.is_err(), *error, "{context}: answered {result:?}");
+    }
+}
+
+/// Replays a folder in every type that fits, and returns how many traces it holds.
+fn replay_folder(folder: &Path) -> usize {
+    let gpu = gpu();
+    let entries = std::fs::read_dir(folder)
+        .unwrap_or_else(|error| panic!("cannot read {}: {error}", folder.display()));
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.expect("a readable folder").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .collect();
+    files.sort();
+    for path in &files {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let trace: Trace =
+            serde_json::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+        replay::<f32>(&gpu, &trace, &name);
+        if trace.cache.head_dim % 2 == 0 {
+            replay::<f16>(&gpu, &trace, &name);
+            replay::<bf16>(&gpu, &trace, &name);
+        }
+    }
+    assert!(!files.is_empty(), "{} holds no *.json to replay", folder.display());
+    files.len()
+}
+
+#[test]
+fn the_crate_answers_as_the_traces_do() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/traces");
+    assert_eq!(replay_folder(&folder), 80);
+}
+
+#[test]
+fn further_traces_are_answered_as_well() {
+    let Some(folder) = std::env::var_os("KV_TRACES") else { return };
+    let replayed = replay_folder(Path::new(&folder));
+    // Straight to the terminal: the test harness holds back what a passing test prints.
+    let line = format!("replayed {replayed} further traces from {}\n", folder.display());
+    std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("a stderr");
+}

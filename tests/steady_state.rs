@@ -1,0 +1,206 @@
+//! A decode step in steady state makes nothing, submits nothing by itself, and maps nothing.
+//!
+//! The witness is wgpu itself: it logs every call of its API, and the test counts the log. A binary of
+//! its own, because a logger is global and other tests would be counted as well.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, Once};
+
+use wgpu_kvcache::{
+    CachePosition, DType, DynamicKVCache, Gpu, HeadlessOptions, KVCache, StaticKVCache, TensorView,
+    wgpu,
+};
+
+/// Counts log lines by their first word, e.g. `Queue::submit`.
+struct Witness(Mutex<Option<HashMap<String, usize>>>);
+
+static WITNESS: Witness = Witness(Mutex::new(None));
+/// One test at a time: the witness cannot tell them apart.
+static ALONE: Mutex<()> = Mutex::new(());
+
+impl log::Log for Witness {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if let Some(calls) = self.0.lock().unwrap().as_mut() {
+            let line = record.args().to_string();
+            let call = line.split([' ', '(']).next().unwrap_or_default();
+            *calls.entry(call.to_owned()).or_default() += 1;
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// How often each call of wgpu's API was made while `run` ran.
+fn witnessed(run: impl FnOnce()) -> HashMap<String, usize> {
+    static INSTALL: Once = Once::new();
+    INSTALL.call_once(|| {
+        log::set_logger(&WITNESS).expect("no other logger");
+        log::set_max_level(log::LevelFilter::Trace);
+    });
+    *WITNESS.0.lock().unwrap() = Some(HashMap::new());
+    run();
+    WITNESS.0.lock().unwrap().take().unwrap()
+}
+
+fn count(calls: &HashMap<String, usize>, call: &str) -> usize {
+    calls.get(call).copied().unwrap_or(0)
+}
+
+/// Everything that a step must not do by itself.
+const MAKING: [&str; 9] = [
+    "Device::create_buffer",
+    "Device::create_bind_group",
+    "Device::create_bind_group_layout",
+    "Device::create_shader_module",
+    "Device::create_compute_pipeline",
+    "Device::create_pipeline_layout",
+    "Device::create_command_encoder",
+    "Buffer::map_async",
+    "Queue::submit",
+];
+
+/// A device with immediates where the adapter has them, and one with nothing but WebGPU's baseline.
+fn devices() -> [(&'static str, Gpu); 2] {
+    let open = |options: &HeadlessOptions| {
+        Gpu::headless_with(options).unwrap_or_else(|error| panic!("{error}"))
+    };
+    let baseline = HeadlessOptions {
+        features: wgpu::Features::empty(),
+        limits: Some(wgpu::Limits::default()),
+        ..HeadlessOptions::default()
+    };
+    [("best", open(&HeadlessOptions::default())), ("baseline", open(&baseline))]
+}
+
+const LAYERS: usize = 6;
+const BATCH: usize = 4;
+
+/// The buffers that an engine hands in at every step.
+struct Engine {
+    key: wgpu::Buffer,
+    value: wgpu::Buffer,
+}
+
+impl Engine {
+    fn new(gpu: &Gpu) -> Self {
+        let buffer = || {
+            gpu.device().create_buffer(&wgpu::BufferDescriptor {
+                label: Some("projection"),
+                size: (BATCH * 3 * 64 * 4) as u64,
+                usage: wgpu::BufferUsages::STORAGE,
+                mapped_at_creation: false,
+            })
+        };
+        Self { key: buffer(), value: buffer() }
+    }
+
+    /// Records one token into every layer, and whatever else a kind of loop does in a step.
+    fn step(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        cache: &mut dyn KVCache,
+        position: CachePosition<'_>,
+        beams: Option<&[u32]>,
+    ) {
+        if let Some(beams) = beams {
+            cache.reorder_cache(pass, beams).unwrap();
+        }
+        let key = TensorView::bthd(&self.key, DType::F32, &[BATCH, 1, 3, 64]).unwrap();
+        let value = TensorView::bthd(&self.value, DType::F32, &[BATCH, 1, 3, 64]).unwrap();
+        for layer in 0..LAYERS {
+            cache.update(pass, &key, &value, layer, position).unwrap();
+        }
+    }
+}
+
+/// Runs `steps` steps with a pass and a submit of the engine's own each; what wgpu saw of the steps
+/// proper is returned apart from what it saw of the submits.
+fn run(
+    gpu: &Gpu,
+    engine: &Engine,
+    cache: &mut dyn KVCache,
+    steps: std::ops::Range<u32>,
+    kind: Loop,
+) -> HashMap<String, usize> {
+    let mut seen = HashMap::new();
+    for step in steps {
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        let ragged: Vec<Vec<u32>> = (0..).take(BATCH).map(|row| vec![step + row]).collect();
+        let beams = [step % 4, 0, 1, (step + 1) % 4];
+        let calls = witnessed(|| match kind {
+            Loop::Greedy => engine.step(&mut pass, cache, CachePosition::Append, None),
+            Loop::Beams => engine.step(&mut pass, cache, CachePosition::Append, Some(&beams)),
+            Loop::Ragged => engine.step(&mut pass, cache, CachePosition::PerRow(&ragged), None),
+        });
+        for (call, times) in calls {
+            *seen.entry(call).or_default() += times;
+        }
+        drop(pass);
+        gpu.queue().submit([encoder.finish()]);
+        // An engine looks at each token before it goes on.
+        gpu.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+    }
+    seen
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Loop {
+    Greedy,
+    Beams,
+    Ragged,
+}
+
+#[test]
+fn a_steady_step_makes_submits_and_maps_nothing() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // Enough steps that the buffers of parameters come round several times.
+    const STEPS: u32 = 800;
+    for (name, gpu) in devices() {
+        let engine = Engine::new(&gpu);
+        for kind in [Loop::Greedy, Loop::Beams, Loop::Ragged] {
+            let room = STEPS as usize + 100;
+            let dynamic = DynamicKVCache::with_capacity(&gpu, room);
+            let fixed = StaticKVCache::new(&gpu, room, LAYERS);
+            for mut cache in [Box::new(dynamic) as Box<dyn KVCache>, Box::new(fixed)] {
+                run(&gpu, &engine, cache.as_mut(), 0..4, kind);
+                let before = cache.stats();
+                let calls = run(&gpu, &engine, cache.as_mut(), 4..STEPS, kind);
+                for call in MAKING {
+                    assert_eq!(count(&calls, call), 0, "{call}, {name} device, {kind:?}");
+                }
+                // One dispatch a layer a step, two where rows move as well.
+                let after = cache.stats();
+                let steps = u64::from(STEPS - 4) * LAYERS as u64;
+                let dispatches = after.dispatches - before.dispatches;
+                match kind {
+                    Loop::Greedy | Loop::Ragged => assert_eq!(dispatches, steps),
+                    Loop::Beams => assert!(dispatches > steps && dispatches <= 2 * steps),
+                }
+                assert_eq!(after.bytes_allocated, before.bytes_allocated);
+                assert_eq!(after.buffers, before.buffers);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_witness_sees_what_a_step_must_not_do() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for (name, gpu) in devices() {
+        let engine = Engine::new(&gpu);
+        let mut cache = DynamicKVCache::new(&gpu);
+        let first = run(&gpu, &engine, &mut cache, 0..1, Loop::Greedy);
+        assert_eq!(count(&first, "Device::create_buffer"), 2 * LAYERS, "{name}");
+        assert_eq!(count(&first, "Device::create_bind_group"), LAYERS, "{name}");
+        let get = witnessed(|| assert!(cache.get(0).unwrap().is_some()));
+        assert_eq!(count(&get, "Buffer::map_async"), 2, "{name}: {get:?}");
+        assert_eq!(count(&get, "Device::create_buffer"), 2, "{name}");
+        assert_eq!(count(&get, "Device::create_command_encoder"), 1, "{name}");
+        assert!(count(&get, "Queue::submit") >= 1, "{name}");
+    }
+}
