@@ -97,18 +97,7 @@ impl Gpu {
     ///
     /// As for [`Gpu::headless`].
     pub async fn headless_async(options: &HeadlessOptions) -> Result<Self> {
-        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
-        descriptor.backends = options.backends;
-        let instance = wgpu::Instance::new(descriptor);
-        let no_adapter =
-            |error: wgpu::RequestAdapterError| Error::NoAdapter { reason: error.to_string() };
-        let adapter = instance
-            .request_adapter(&wgpu::RequestAdapterOptions {
-                power_preference: wgpu::PowerPreference::HighPerformance,
-                ..Default::default()
-            })
-            .await
-            .map_err(no_adapter)?;
+        let adapter = find_adapter(options.backends).await?;
         let features = adapter.features() & options.features;
         let mut limits = options.limits.clone().unwrap_or_else(|| adapter.limits());
         if features.contains(wgpu::Features::IMMEDIATES) {
@@ -234,6 +223,29 @@ impl Gpu {
         // The arena is consistent between any two statements, so a panic elsewhere does not harm it.
         self.0.arena.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// An adapter of `backends`. GL comes last, and is not even looked at where another backend answers.
+async fn find_adapter(backends: wgpu::Backends) -> Result<wgpu::Adapter> {
+    let mut reason = format!("this build has none of the backends {backends:?}");
+    let last = wgpu::Backends::GL;
+    for backends in [backends - last, backends & last] {
+        let backends = backends & wgpu::Instance::enabled_backend_features();
+        if backends.is_empty() {
+            continue;
+        }
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+        descriptor.backends = backends;
+        let request = wgpu::RequestAdapterOptions {
+            power_preference: wgpu::PowerPreference::HighPerformance,
+            ..Default::default()
+        };
+        match wgpu::Instance::new(descriptor).request_adapter(&request).await {
+            Ok(adapter) => return Ok(adapter),
+            Err(error) => reason = error.to_string(),
+        }
+    }
+    Err(Error::NoAdapter { reason })
 }
 
 /// The device with what belongs to it, below the kernels.

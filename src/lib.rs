@@ -57,3 +57,7 @@ pub use position::CachePosition;
 pub use static_cache::StaticKVCache;
 pub use view::{HostTensor, LayerView, Tensor, TensorView};
 pub use wgpu;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

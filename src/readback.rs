@@ -3,15 +3,20 @@
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::ledger::Ledger;
 use crate::plan;
 use crate::view::{HostTensor, LayerView};
 
 /// How long a blocking read-back waits for the device, all earlier submissions included.
 const TIMEOUT: Duration = Duration::from_secs(120);
+/// How long callbacks that are due may take to run on another thread.
+const GRACE: Duration = Duration::from_millis(500);
+/// Between two looks at what another thread does.
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// A layer's live tokens on their way to the host.
 #[derive(Debug)]
@@ -64,10 +69,6 @@ impl Readback {
         Ok(Self { layer, key, value, submission, recorded })
     }
 
-    pub(crate) fn recorded(&self) -> u64 {
-        self.recorded
-    }
-
     /// Bytes that were read back.
     pub(crate) fn bytes(&self) -> u64 {
         [&self.key, &self.value]
@@ -79,15 +80,36 @@ impl Readback {
 
     /// Blocks until the bytes are here.
     pub(crate) fn wait(&self, gpu: &Gpu) -> Result<()> {
+        let deadline = Instant::now() + TIMEOUT;
         gpu.device()
             .poll(wgpu::PollType::Wait {
                 submission_index: Some(self.submission.clone()),
                 timeout: Some(TIMEOUT),
             })
             .map_err(|error| self.failed(&error.to_string()))?;
-        match self.outcome() {
-            Some(outcome) => outcome,
-            None => Err(self.failed("the device finished the work but did not map the buffer")),
+        // The work is done. Its callbacks have run, or are about to run on another thread that polled.
+        loop {
+            if let Some(outcome) = self.outcome() {
+                return outcome;
+            }
+            if Instant::now() >= deadline {
+                return Err(self.failed("the device finished the work but did not map the buffer"));
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Waits a moment for the callbacks of calls recorded before, which another thread may be about to
+    /// run; then says whether one was overtaken.
+    pub(crate) fn wait_for_calls(&self, ledger: &Ledger) -> Result<()> {
+        let deadline = Instant::now() + GRACE;
+        loop {
+            match ledger.check_submitted(self.recorded) {
+                Err(Error::NotSubmitted { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(PAUSE);
+                }
+                answer => return answer,
+            }
         }
     }
 

@@ -1,6 +1,13 @@
 //! Everything that runs on a GPU and needs no model, in one binary, so that the kernels are compiled
 //! once.
 
+mod batch;
+mod encoder_decoder;
+mod inputs;
+mod kinds;
+mod model;
+mod rig;
+mod threads;
 mod traces;
 
 use std::sync::OnceLock;

@@ -32,8 +32,7 @@ impl Block {
             0x0000_0000,
         ];
         // NaN, infinity and zero in both f16 and bf16.
-        const TWO: [u16; 8] =
-            [0x7e01, 0x7c01, 0xfc00, 0x7fc1, 0x7f81, 0xff80, 0x8000, 0x0001];
+        const TWO: [u16; 8] = [0x7e01, 0x7c01, 0xfc00, 0x7fc1, 0x7f81, 0xff80, 0x8000, 0x0001];
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut bytes = Vec::new();
         for _ in 0..shape.iter().product() {
@@ -239,8 +238,7 @@ impl Model {
             return Err(Refused::Nothing);
         }
         for side in self.layers.values_mut().flatten() {
-            side.rows =
-                side.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
+            side.rows = side.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
         }
         Ok(())
     }

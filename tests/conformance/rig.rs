@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use wgpu_kvcache::wgpu::{Features, Limits};
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, HeadlessOptions, HostTensor, KVCache, Stats,
-    StaticKVCache, Tensor,
+    CachePosition, DType, DynamicKVCache, Error, Gpu, HeadlessOptions, HostTensor, KVCache,
+    StaticKVCache, Stats, Tensor,
 };
 
 use crate::model::{Block, Model};
@@ -48,7 +48,8 @@ pub(crate) fn compare(
             continue;
         }
         let [_, heads, tokens, dim] = expected.shape;
-        let pairs = got.bytes().chunks(expected.element).zip(expected.bytes.chunks(expected.element));
+        let pairs =
+            got.bytes().chunks(expected.element).zip(expected.bytes.chunks(expected.element));
         let wrong: Vec<usize> =
             pairs.enumerate().filter(|(_, (got, right))| got != right).map(|(at, _)| at).collect();
         let at = wrong[0];
@@ -161,6 +162,16 @@ impl Rig {
             .submit_pass("select", |pass| self.cache.batch_select_indices(pass, indices))
             .unwrap_or_else(|error| panic!("{indices:?}: {error}"));
         self.model.select(indices).expect("the model takes it too");
+    }
+
+    /// Batch operations on a cache of which no layer holds anything record nothing.
+    pub(crate) fn select_nothing(&mut self, context: &str) {
+        self.gpu
+            .submit_pass("no rows", |pass| {
+                self.cache.batch_select_indices(pass, &[5, 0])?;
+                self.cache.batch_repeat_interleave(pass, 3)
+            })
+            .unwrap_or_else(|error| panic!("{context}: {error}"));
     }
 
     pub(crate) fn repeat_interleave(&mut self, repeats: usize) {

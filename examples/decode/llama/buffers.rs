@@ -88,19 +88,27 @@ impl Buffers {
     ///
     /// Where a buffer would be larger than the device binds at once.
     pub(crate) fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
-        let Config { layers, width, heads, kv_heads, head_dim, feed_forward, vocabulary, .. } = model.config;
+        let Config { layers, width, heads, kv_heads, head_dim, feed_forward, vocabulary, .. } =
+            model.config;
         let storage = wgpu::BufferUsages::STORAGE;
         let room = options.max_tokens.min(PROMPT_ROWS).max(options.max_batch);
         let rows = room.next_multiple_of(TILE);
         let batch = options.max_batch.next_multiple_of(TILE);
-        let floats = |label, rows: usize, elements: usize| buffer(gpu, label, 4 * rows * elements, storage);
-        let cached = |label| buffer(gpu, label, rows * kv_heads * head_dim * options.dtype.size(), storage);
+        let floats =
+            |label, rows: usize, elements: usize| buffer(gpu, label, 4 * rows * elements, storage);
+        let cached =
+            |label| buffer(gpu, label, rows * kv_heads * head_dim * options.dtype.size(), storage);
         let written = wgpu::BufferUsages::COPY_DST;
         let read = storage | wgpu::BufferUsages::COPY_SRC;
         Ok(Self {
             room,
             stage: buffer(gpu, "stage", 2 * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
-            layers: buffer(gpu, "layer parameters", layers * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
+            layers: buffer(
+                gpu,
+                "layer parameters",
+                layers * SLOT,
+                wgpu::BufferUsages::UNIFORM | written,
+            )?,
             tokens: buffer(gpu, "tokens", 4 * rows, storage | written)?,
             turns: gpu.device().create_buffer_init(&BufferInitDescriptor {
                 label: Some("rope turns"),
@@ -119,7 +127,12 @@ impl Buffers {
             last: floats("normed, last tokens", batch, width)?,
             logits: buffer(gpu, "logits", 4 * batch * vocabulary, read)?,
             chosen: buffer(gpu, "chosen tokens", 4 * batch, read)?,
-            readback: buffer(gpu, "readback", 4 * batch * vocabulary, wgpu::BufferUsages::MAP_READ | written)?,
+            readback: buffer(
+                gpu,
+                "readback",
+                4 * batch * vocabulary,
+                wgpu::BufferUsages::MAP_READ | written,
+            )?,
         })
     }
 
@@ -136,8 +149,11 @@ impl Buffers {
         batch: usize,
         count: usize,
     ) -> Result<(TensorView<'_>, TensorView<'_>)> {
-        let shape = [batch, config.kv_heads, count, config.head_dim];
-        Ok((TensorView::bthd(&self.key, dtype, &shape)?, TensorView::bthd(&self.value, dtype, &shape)?))
+        let shape = [batch, count, config.kv_heads, config.head_dim];
+        Ok((
+            TensorView::bthd(&self.key, dtype, &shape)?,
+            TensorView::bthd(&self.value, dtype, &shape)?,
+        ))
     }
 
     /// The parameters of one layer's attention.
@@ -149,12 +165,99 @@ impl Buffers {
 impl Groups {
     /// Makes the bind groups over a model's weights and the buffers.
     pub(crate) fn new(gpu: &Gpu, model: &Model, kernels: &Kernels, buffers: &Buffers) -> Self {
-        let all = slot(&buffers.stage, 0);
-        let head = slot(&buffers.stage, 1);
-        let norm = |weight| kernels.norm.bind(gpu, &[all.clone(), whole(weight), whole(&buffers.hidden), whole(&buffers.normed)]);
-        let product = |stage: &wgpu::BufferBinding<'static>, matrix: &Matrix, input, output| {
-            kernels.matmul.bind(gpu, &[stage.clone(), whole(&matrix.shape), whole(&matrix.weight), whole(input), whole(output)])
+        let Buffers { stage, tokens, turns, hidden, normed, projected, query, key, value, .. } =
+            buffers;
+        let Buffers { mixed, gate_up, activated, last, logits, chosen, .. } = buffers;
+        let (all, ends) = (slot(stage, 0), slot(stage, 1));
+        let norm = |weight| {
+            kernels.norm.bind(gpu, &[all.clone(), whole(weight), whole(hidden), whole(normed)])
         };
-        todo!()
+        let product = |matrix: &Matrix, input, output| {
+            kernels.matmul.bind(gpu, all.clone(), matrix, input, output)
+        };
+        Self {
+            embed: kernels
+                .embed
+                .bind(gpu, &[whole(tokens), whole(&model.embedding.weight), whole(hidden)]),
+            rope: kernels.rope.bind(
+                gpu,
+                &[
+                    all.clone(),
+                    whole(turns),
+                    whole(projected),
+                    whole(query),
+                    whole(key),
+                    whole(value),
+                ],
+            ),
+            swiglu: kernels.swiglu.bind(gpu, &[whole(gate_up), whole(activated)]),
+            norm_last: kernels
+                .norm_last
+                .bind(gpu, &[all.clone(), whole(&model.output_norm), whole(hidden), whole(last)]),
+            head: kernels.matmul.bind(gpu, ends.clone(), &model.head, last, logits),
+            argmax: kernels.argmax.bind(gpu, &[ends, whole(logits), whole(chosen)]),
+            layers: model
+                .layers
+                .iter()
+                .map(|weights| LayerGroups {
+                    attention_norm: norm(&weights.attention_norm),
+                    qkv: product(&weights.qkv, normed, projected),
+                    attention_output: product(&weights.attention_output, mixed, hidden),
+                    feed_forward_norm: norm(&weights.feed_forward_norm),
+                    gate_up: product(&weights.gate_up, normed, gate_up),
+                    down: product(&weights.down, activated, hidden),
+                })
+                .collect(),
+        }
     }
+}
+
+/// All of a buffer.
+pub(crate) fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
+    buffer.as_entire_buffer_binding()
+}
+
+/// One slot of a buffer of parameters.
+fn slot(buffer: &wgpu::Buffer, index: usize) -> wgpu::BufferBinding<'_> {
+    let bytes = SLOT as u64;
+    wgpu::BufferBinding { buffer, offset: bytes * index as u64, size: NonZeroU64::new(bytes) }
+}
+
+fn buffer(gpu: &Gpu, label: &str, bytes: usize, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+    let size = u64::try_from(bytes)?;
+    let limits = gpu.device().limits();
+    let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+    ensure!(
+        size <= limit,
+        "the buffer of {label} takes {size} bytes, and the device binds at most {limit} at once"
+    );
+    Ok(gpu.device().create_buffer(&wgpu::BufferDescriptor {
+        label: Some(label),
+        size,
+        usage,
+        mapped_at_creation: false,
+    }))
+}
+
+/// The cosine and sine by which each pair of a head turns at each position: `[positions, head_dim / 2, 2]`. A shader's
+/// own powers and sines are too coarse far into a text, so they are computed here, in `f64`.
+fn turns(model: &Model, positions: usize) -> Result<Vec<f32>> {
+    let Config { head_dim, rope_base, .. } = model.config;
+    let pairs = u32::try_from(head_dim / 2)?;
+    let mut frequencies: Vec<f64> =
+        (0..pairs).map(|pair| rope_base.powf(-f64::from(pair) / f64::from(pairs))).collect();
+    for (frequency, &divisor) in frequencies.iter_mut().zip(model.rope_divisors.iter().flatten()) {
+        *frequency /= f64::from(divisor);
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a cosine or sine, rounded to what the shader takes"
+    )]
+    let turns = (0..u32::try_from(positions)?)
+        .flat_map(|position| {
+            frequencies.iter().map(move |frequency| f64::from(position) * frequency)
+        })
+        .flat_map(|angle| [angle.cos() as f32, angle.sin() as f32])
+        .collect();
+    Ok(turns)
 }

@@ -87,7 +87,10 @@ impl Engine {
             "{} tokens are asked for, prompt and new ones together, and the model's context holds {context}",
             options.max_tokens
         );
-        ensure!(options.max_tokens > 0 && options.max_batch > 0, "an engine needs room for a token in a batch row");
+        ensure!(
+            options.max_tokens > 0 && options.max_batch > 0,
+            "an engine needs room for a token in a batch row"
+        );
         let kernels = Kernels::new(gpu, &model.config, options.dtype)?;
         let buffers = Buffers::new(gpu, model, options)?;
         let groups = Groups::new(gpu, model, &kernels, &buffers);
@@ -164,7 +167,11 @@ impl Engine {
     /// # Errors
     ///
     /// Where the cache refuses.
-    pub(crate) fn time_cache_alone(&self, cache: &mut dyn KVCache, parents: Option<&[u32]>) -> Result<Duration> {
+    pub(crate) fn time_cache_alone(
+        &self,
+        cache: &mut dyn KVCache,
+        parents: Option<&[u32]>,
+    ) -> Result<Duration> {
         let start = Instant::now();
         let mut encoder = self.encoder("the cache alone");
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
@@ -174,7 +181,12 @@ impl Engine {
             }
             let last = u32::try_from(cache.get_seq_length(0)?)?.saturating_sub(1);
             for layer in 0..self.model.config.layers {
-                let (key, value) = self.buffers.new_keys_and_values(&self.model.config, self.options.dtype, parents.len(), 1)?;
+                let (key, value) = self.buffers.new_keys_and_values(
+                    &self.model.config,
+                    self.options.dtype,
+                    parents.len(),
+                    1,
+                )?;
                 cache.update(&mut pass, &key, &value, layer, CachePosition::At(last))?;
             }
         }
@@ -195,7 +207,10 @@ impl Engine {
         ending: Ending,
     ) -> Result<()> {
         let most = self.options.max_batch;
-        ensure!((1..=most).contains(&batch), "{batch} batch rows, and the engine was made for 1 to {most}");
+        ensure!(
+            (1..=most).contains(&batch),
+            "{batch} batch rows, and the engine was made for 1 to {most}"
+        );
         ensure!(
             !tokens.is_empty() && tokens.len().is_multiple_of(batch),
             "{} tokens are no whole number for each of {batch} batch rows, or none",
@@ -210,7 +225,11 @@ impl Engine {
         if tokens.len() <= room {
             return self.step(cache, tokens, batch, rows, banned, ending);
         }
-        ensure!(batch == 1, "{} new tokens in {batch} batch rows, and a step holds {room}", tokens.len());
+        ensure!(
+            batch == 1,
+            "{} new tokens in {batch} batch rows, and a step holds {room}",
+            tokens.len()
+        );
         let mut parts = tokens.chunks(room).peekable();
         let mut rows = rows;
         while let Some(part) = parts.next() {
@@ -235,7 +254,10 @@ impl Engine {
         let past = cache.get_seq_length(0)?;
         let count = tokens.len() / batch;
         let most = self.options.max_tokens;
-        ensure!(past + count <= most, "{past} tokens and {count} more; the engine was made for {most}");
+        ensure!(
+            past + count <= most,
+            "{past} tokens and {count} more; the engine was made for {most}"
+        );
 
         // `write_buffer` takes effect before all of the step's dispatches, so everything is written to a place of its
         // own, once a step.
@@ -243,7 +265,11 @@ impl Engine {
         queue.write_buffer(&self.buffers.tokens, 0, bytemuck::cast_slice(tokens));
         for (slot, rows) in [(0, tokens.len()), (1, batch)] {
             let stage = [size(rows)?, size(count)?, size(past)?, banned.unwrap_or(NO_TOKEN)];
-            queue.write_buffer(&self.buffers.stage, slot * SLOT as u64, bytemuck::cast_slice(&stage));
+            queue.write_buffer(
+                &self.buffers.stage,
+                slot * SLOT as u64,
+                bytemuck::cast_slice(&stage),
+            );
         }
         self.views.parameters.clear();
         let mut encoder = self.encoder("step");
@@ -297,13 +323,19 @@ impl Engine {
             kernels.matmul.dispatch(pass, &bound.qkv, weights.qkv.outputs, new);
             kernels.rope.dispatch(pass, &groups.rope, pairs_of_heads.div_ceil(64), new);
 
-            let (key, value) = buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
+            let (key, value) =
+                buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
             let view = cache.update(pass, &key, &value, layer, CachePosition::Append)?;
             views.note(&view, count)?;
             let attention = views.bind(gpu, kernels, buffers, layer, &view);
             kernels.attention.dispatch(pass, attention, new, heads);
 
-            kernels.matmul_add.dispatch(pass, &bound.attention_output, weights.attention_output.outputs, new);
+            kernels.matmul_add.dispatch(
+                pass,
+                &bound.attention_output,
+                weights.attention_output.outputs,
+                new,
+            );
             kernels.norm.dispatch(pass, &bound.feed_forward_norm, new, 1);
             kernels.matmul.dispatch(pass, &bound.gate_up, weights.gate_up.outputs, new);
             kernels.swiglu.dispatch(pass, &groups.swiglu, quads_of_feed_forward.div_ceil(64), new);
@@ -322,7 +354,9 @@ impl Engine {
     }
 
     fn encoder(&self, label: &str) -> wgpu::CommandEncoder {
-        self.gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some(label) })
+        self.gpu
+            .device()
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some(label) })
     }
 
     /// Waits for the last step and reads the first `words` words of its result.
@@ -371,17 +405,21 @@ impl Views {
         view: &LayerView<'_>,
     ) -> &wgpu::BindGroup {
         let bound = &mut self.groups[layer];
-        if bound.as_ref().is_some_and(|(key, value, _)| key != view.key() || value != view.value()) {
+        if bound.as_ref().is_some_and(|(key, value, _)| key != view.key() || value != view.value())
+        {
             *bound = None;
         }
         let (_, _, group) = bound.get_or_insert_with(|| {
-            let group = kernels.attention.bind(gpu, &[
-                buffers.layer_slot(layer),
-                whole(&buffers.query),
-                whole(view.key()),
-                whole(view.value()),
-                whole(&buffers.mixed),
-            ]);
+            let group = kernels.attention.bind(
+                gpu,
+                &[
+                    buffers.layer_slot(layer),
+                    whole(&buffers.query),
+                    whole(view.key()),
+                    whole(view.value()),
+                    whole(&buffers.mixed),
+                ],
+            );
             (view.key().clone(), view.value().clone(), group)
         });
         group

@@ -48,12 +48,16 @@ impl GgufFile {
             .map_err(|error| explain(error, path, found.len()))?;
         let mut needed = 0;
         for tensor in reader.tensor_infos() {
-            let size = tensor.checked_expected_data_size().map_err(|error| explain(error, path, found.len()))?;
+            let size = tensor
+                .checked_expected_data_size()
+                .map_err(|error| explain(error, path, found.len()))?;
             let end = reader
                 .tensor_data_offset()
                 .checked_add(tensor.data_offset())
                 .and_then(|start| start.checked_add(size))
-                .ok_or_else(|| anyhow!("{name}: the offset of tensor {} is not sane", tensor.name()))?;
+                .ok_or_else(|| {
+                    anyhow!("{name}: the offset of tensor {} is not sane", tensor.name())
+                })?;
             needed = needed.max(end);
         }
         ensure!(
@@ -155,16 +159,22 @@ impl GgufFile {
         let (inputs, outputs) = match *info.shape().dims() {
             [inputs] => (inputs, 1),
             [inputs, outputs] => (inputs, outputs),
-            ref other => bail!("{path}: tensor {name} has {} dimensions; 1 or 2 are served", other.len()),
+            ref other => {
+                bail!("{path}: tensor {name} has {} dimensions; 1 or 2 are served", other.len())
+            }
         };
         let bytes = info.expected_data_size();
         let data = self
             .reader
             .load_tensor_data(name)?
             .ok_or_else(|| anyhow!("{path}: tensor {name} has no data"))?;
-        let values = dequantise(kind, data.as_slice()).with_context(|| format!("{path}: tensor {name}"))?;
+        let values =
+            dequantise(kind, data.as_slice()).with_context(|| format!("{path}: tensor {name}"))?;
         self.taken.insert(name.to_owned());
-        Ok((Stored { values, outputs: usize::try_from(outputs)?, inputs: usize::try_from(inputs)? }, bytes))
+        Ok((
+            Stored { values, outputs: usize::try_from(outputs)?, inputs: usize::try_from(inputs)? },
+            bytes,
+        ))
     }
 
     /// Fails where a tensor was never taken: the model has a part that the engine would leave out.
@@ -186,7 +196,12 @@ impl GgufFile {
         self.reader.metadata()
     }
 
-    fn list<'a, T>(&'a self, key: &str, what: &str, read: impl Fn(&'a MetadataValue) -> Option<T>) -> Result<Vec<T>> {
+    fn list<'a, T>(
+        &'a self,
+        key: &str,
+        what: &str,
+        read: impl Fn(&'a MetadataValue) -> Option<T>,
+    ) -> Result<Vec<T>> {
         match self.keys().get(key) {
             Some(MetadataValue::Array(array)) => array.iter().map(read).collect::<Option<Vec<T>>>(),
             _ => None,
@@ -203,7 +218,9 @@ impl GgufFile {
 fn explain(error: GGUFError, path: &Path, size: u64) -> anyhow::Error {
     let name = path.display();
     match error {
-        GGUFError::InvalidMagic { .. } => anyhow!("{name} is not a GGUF file: it does not begin with the letters GGUF"),
+        GGUFError::InvalidMagic { .. } => {
+            anyhow!("{name} is not a GGUF file: it does not begin with the letters GGUF")
+        }
         GGUFError::UnexpectedEof => cut_short(path, size),
         GGUFError::Io(error) if error.kind() == ErrorKind::UnexpectedEof => cut_short(path, size),
         other => anyhow!(other).context(format!("cannot read {name} as a GGUF file")),

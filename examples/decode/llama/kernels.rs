@@ -3,7 +3,7 @@
 use anyhow::Result;
 use wgpu_kvcache::{DType, Gpu, wgpu};
 
-use super::model::Config;
+use super::model::{Config, Matrix};
 
 /// What a shader does with a binding.
 #[derive(Clone, Copy)]
@@ -39,7 +39,13 @@ impl Kernel {
     }
 
     /// Records one dispatch.
-    pub(crate) fn dispatch(&self, pass: &mut wgpu::ComputePass<'_>, group: &wgpu::BindGroup, x: u32, y: u32) {
+    pub(crate) fn dispatch(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        group: &wgpu::BindGroup,
+        x: u32,
+        y: u32,
+    ) {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, group, &[]);
         pass.dispatch_workgroups(x, y, 1);
@@ -59,15 +65,35 @@ pub(crate) struct MatMul {
 pub(crate) struct MatMuls([MatMul; 3]);
 
 impl MatMuls {
-    /// A bind group for any of the products: stage, shape, weight, input, output.
-    pub(crate) fn bind(&self, gpu: &Gpu, buffers: &[wgpu::BufferBinding<'_>; 5]) -> wgpu::BindGroup {
-        self.0[0].kernel.bind(gpu, buffers)
+    /// A bind group that any of the products takes, added or not: their layouts are equal.
+    pub(crate) fn bind(
+        &self,
+        gpu: &Gpu,
+        stage: wgpu::BufferBinding<'_>,
+        matrix: &Matrix,
+        input: &wgpu::Buffer,
+        output: &wgpu::Buffer,
+    ) -> wgpu::BindGroup {
+        let [shape, weight, input, output] = [&matrix.shape, &matrix.weight, input, output]
+            .map(wgpu::Buffer::as_entire_buffer_binding);
+        self.0[0].kernel.bind(gpu, &[stage, shape, weight, input, output])
     }
 
     /// Records the product of `rows` rows with a matrix of `outputs` outputs.
-    pub(crate) fn dispatch(&self, pass: &mut wgpu::ComputePass<'_>, group: &wgpu::BindGroup, outputs: u32, rows: u32) {
+    pub(crate) fn dispatch(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        group: &wgpu::BindGroup,
+        outputs: u32,
+        rows: u32,
+    ) {
         let fitting = self.0.iter().find(|shape| shape.tile >= rows).unwrap_or(&self.0[2]);
-        fitting.kernel.dispatch(pass, group, outputs.div_ceil(fitting.outputs), rows.div_ceil(fitting.tile));
+        fitting.kernel.dispatch(
+            pass,
+            group,
+            outputs.div_ceil(fitting.outputs),
+            rows.div_ceil(fitting.tile),
+        );
     }
 }
 
@@ -106,19 +132,32 @@ impl Kernels {
         let kv_heads = ("KV_HEADS", size(config.kv_heads)?);
         let vocabulary = ("VOCABULARY", size(config.vocabulary)?);
         let epsilon = ("EPSILON", config.epsilon);
-        let dtype = ("DTYPE", match dtype {
-            DType::F32 => 0.0,
-            DType::F16 => 1.0,
-            DType::BF16 => 2.0,
-        });
+        let dtype = (
+            "DTYPE",
+            match dtype {
+                DType::F32 => 0.0,
+                DType::F16 => 1.0,
+                DType::BF16 => 2.0,
+            },
+        );
         let norm = include_str!("../shaders/rms_norm.wgsl");
         let norm_binds = [Uniform, Read, Read, Write];
         Ok(Self {
-            embed: kernel(gpu, "embed", include_str!("../shaders/embed.wgsl"), &[Read, Read, Write], &[
-                width, vocabulary,
-            ]),
+            embed: kernel(
+                gpu,
+                "embed",
+                include_str!("../shaders/embed.wgsl"),
+                &[Read, Read, Write],
+                &[width],
+            ),
             norm: kernel(gpu, "rms norm", norm, &norm_binds, &[width, epsilon]),
-            norm_last: kernel(gpu, "rms norm, last tokens", norm, &norm_binds, &[width, epsilon, ("LAST", 1.0)]),
+            norm_last: kernel(
+                gpu,
+                "rms norm, last tokens",
+                norm,
+                &norm_binds,
+                &[width, epsilon, ("LAST", 1.0)],
+            ),
             matmul: matmuls(gpu, "matmul", 0.0),
             matmul_add: matmuls(gpu, "matmul, added", 1.0),
             rope: kernel(
@@ -135,13 +174,20 @@ impl Kernels {
                 &[Uniform, Read, Read, Read, Write],
                 &[heads, kv_heads, ("QUADS", size(config.head_dim / 4)?), dtype],
             ),
-            swiglu: kernel(gpu, "swiglu", include_str!("../shaders/swiglu.wgsl"), &[Read, Write], &[(
-                "WIDTH",
-                size(config.feed_forward)?,
-            )]),
-            argmax: kernel(gpu, "argmax", include_str!("../shaders/argmax.wgsl"), &[Uniform, Read, Write], &[
-                vocabulary,
-            ]),
+            swiglu: kernel(
+                gpu,
+                "swiglu",
+                include_str!("../shaders/swiglu.wgsl"),
+                &[Read, Write],
+                &[("WIDTH", size(config.feed_forward)?)],
+            ),
+            argmax: kernel(
+                gpu,
+                "argmax",
+                include_str!("../shaders/argmax.wgsl"),
+                &[Uniform, Read, Write],
+                &[vocabulary],
+            ),
         })
     }
 }
@@ -149,7 +195,7 @@ impl Kernels {
 fn matmuls(gpu: &Gpu, label: &'static str, add: f64) -> MatMuls {
     // A software adapter runs a workgroup's threads one after another, so sharing an output among them only costs.
     let on_cpu = gpu.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
-    let (outputs, split) = if on_cpu { (64, 1) } else { (32, 8) };
+    let (outputs, split) = if on_cpu { (64, 1) } else { (8, 16) };
     MatMuls([1, 4, 8].map(|tile: u32| MatMul {
         kernel: kernel(
             gpu,
@@ -168,7 +214,13 @@ fn matmuls(gpu: &Gpu, label: &'static str, add: f64) -> MatMuls {
     }))
 }
 
-fn kernel(gpu: &Gpu, label: &'static str, source: &str, binds: &[Bind], constants: &[(&str, f64)]) -> Kernel {
+fn kernel(
+    gpu: &Gpu,
+    label: &'static str,
+    source: &str,
+    binds: &[Bind],
+    constants: &[(&str, f64)],
+) -> Kernel {
     let device = gpu.device();
     let entries: Vec<_> = (0..)
         .zip(binds)
@@ -187,8 +239,10 @@ fn kernel(gpu: &Gpu, label: &'static str, source: &str, binds: &[Bind], constant
             count: None,
         })
         .collect();
-    let layout = device
-        .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(label), entries: &entries });
+    let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+        label: Some(label),
+        entries: &entries,
+    });
     let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
         label: Some(label),
         bind_group_layouts: &[Some(&layout)],

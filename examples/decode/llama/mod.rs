@@ -7,15 +7,18 @@
 //! - `model.rs`: checks that the file is a Llama model that the kernels serve, and uploads its weights.
 //! - `tokenizer.rs`: text to token ids and back, from the file's own vocabulary.
 //! - `kernels.rs`: the compute pipelines over `../shaders/`.
+//! - `buffers.rs`: working memory and bind groups, made once.
 //! - `engine.rs`: one step of the model, one compute pass.
 //! - `generate.rs`: the greedy loop and beam search.
 //! - `share.rs`: how much of a step the cache takes.
 
 #![allow(
     dead_code,
+    unused_imports,
     reason = "the program and the tests include this module, and each uses a part of it"
 )]
 
+mod buffers;
 mod dequant;
 mod engine;
 mod generate;

@@ -6,6 +6,9 @@ use wgpu_kvcache::{Gpu, wgpu};
 
 use super::gguf::{GgufFile, Stored};
 
+/// Outputs that lie side by side in a [`Matrix`]: `LANES` in `matmul.wgsl`.
+const LANES: usize = 8;
+
 /// The dimensions of a model.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -39,9 +42,15 @@ impl Config {
     /// Where the file is of another architecture, lacks a key, or has dimensions that are not served.
     pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self> {
         let architecture = file.text("general.architecture")?;
-        ensure!(architecture == "llama", "the model is of the architecture {architecture}; llama is served");
+        ensure!(
+            architecture == "llama",
+            "the model is of the architecture {architecture}; llama is served"
+        );
         if let Some(scaling) = file.optional_text("llama.rope.scaling.type") {
-            ensure!(scaling == "none", "the model scales its positions ({scaling}), which is not served");
+            ensure!(
+                scaling == "none",
+                "the model scales its positions ({scaling}), which is not served"
+            );
         }
         let width = file.count("llama.embedding_length")?;
         let heads = file.count("llama.attention.head_count")?;
@@ -74,7 +83,10 @@ impl Config {
         );
         for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
             let found = file.optional_count(key)?.unwrap_or(head_dim);
-            ensure!(found == head_dim, "{key} is {found}; only {head_dim}, a whole head, is served");
+            ensure!(
+                found == head_dim,
+                "{key} is {found}; only {head_dim}, a whole head, is served"
+            );
         }
         Ok(config)
     }
@@ -83,12 +95,12 @@ impl Config {
 /// A weight matrix on the GPU, `[outputs, inputs]`, in the order that `matmul.wgsl` wants.
 #[derive(Clone, Debug)]
 pub(crate) struct Matrix {
-    /// `[inputs / 4, outputs]` of four neighbouring inputs: threads with neighbouring outputs read neighbouring bytes.
+    /// `[outputs / LANES, inputs / 4, LANES]` of four neighbouring inputs.
     pub(crate) weight: wgpu::Buffer,
     /// The two dimensions, as the kernel reads them.
     pub(crate) shape: wgpu::Buffer,
     /// Rows of the matrix: elements of its product.
-    pub(crate) outputs: usize,
+    pub(crate) outputs: u32,
 }
 
 /// The weights of one layer.
@@ -131,7 +143,11 @@ impl Model {
     /// # Errors
     ///
     /// Where the file does not hold a model that is served, or a matrix is too large for the device.
-    pub(crate) fn load(gpu: &Gpu, file: &mut GgufFile, progress: &mut dyn FnMut(u64)) -> Result<Self> {
+    pub(crate) fn load(
+        gpu: &Gpu,
+        file: &mut GgufFile,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self> {
         let config = Config::from_gguf(file)?;
         let Config { width, head_dim, feed_forward, vocabulary, .. } = config;
         let queries = config.heads * head_dim;
@@ -192,12 +208,17 @@ impl Loader<'_> {
     /// Some matrices of the same input, one below the other, as one.
     fn matrix(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Matrix> {
         let rows = self.rows(names, outputs, inputs)?;
-        let outputs = outputs.iter().sum();
         let label = names.join(" + ");
-        let dimensions = [u32::try_from(outputs)?, u32::try_from(inputs / 4)?];
+        let quads = by_quads(&rows, outputs.iter().sum(), inputs);
+        let outputs = u32::try_from(outputs.iter().sum::<usize>())?;
+        let dimensions = [outputs, u32::try_from(inputs / 4)?];
         Ok(Matrix {
-            weight: self.upload(&label, &by_quads(&rows, outputs, inputs), wgpu::BufferUsages::STORAGE)?,
-            shape: self.upload(&format!("{label} shape"), &dimensions, wgpu::BufferUsages::UNIFORM)?,
+            weight: self.upload(&label, &quads, wgpu::BufferUsages::STORAGE)?,
+            shape: self.upload(
+                &format!("{label} shape"),
+                &dimensions,
+                wgpu::BufferUsages::UNIFORM,
+            )?,
             outputs,
         })
     }
@@ -230,18 +251,25 @@ impl Loader<'_> {
         let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let size = u64::try_from(contents.len()).context("a buffer's size")?;
         if size > limit {
-            bail!("{label} takes {size} bytes as f32, and the device binds at most {limit} at once; take a smaller model");
+            bail!(
+                "{label} takes {size} bytes as f32, and the device binds at most {limit} at once; take a smaller model"
+            );
         }
-        Ok(self.gpu.device().create_buffer_init(&BufferInitDescriptor { label: Some(label), contents, usage }))
+        Ok(self.gpu.device().create_buffer_init(&BufferInitDescriptor {
+            label: Some(label),
+            contents,
+            usage,
+        }))
     }
 }
 
-/// From `[outputs, inputs]` to `[inputs / 4, outputs, 4]`.
+/// From `[outputs, inputs]` to `[outputs / LANES, inputs / 4, LANES, 4]`, the last block filled up with zeros.
 fn by_quads(rows: &[f32], outputs: usize, inputs: usize) -> Vec<f32> {
-    let mut quads = vec![0.0; rows.len()];
+    let mut quads = vec![0.0; outputs.next_multiple_of(LANES) * inputs];
     for (output, row) in rows.chunks_exact(inputs).enumerate() {
+        let block = output / LANES * LANES * inputs;
         for (input, quad) in row.chunks_exact(4).enumerate() {
-            let at = 4 * (input * outputs + output);
+            let at = block + 4 * (input * LANES + output % LANES);
             quads[at..at + 4].copy_from_slice(quad);
         }
     }

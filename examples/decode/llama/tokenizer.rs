@@ -34,9 +34,15 @@ impl Tokenizer {
     /// Where the file describes a kind that is not served, or lacks a key.
     pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self> {
         let model = file.text("tokenizer.ggml.model")?;
-        ensure!(model == "gpt2", "the model's tokenizer is of the kind {model}; gpt2 (byte-level BPE) is served");
+        ensure!(
+            model == "gpt2",
+            "the model's tokenizer is of the kind {model}; gpt2 (byte-level BPE) is served"
+        );
         let split = file.text("tokenizer.ggml.pre")?;
-        ensure!(split == "smollm", "the model's text is split the way of {split}; smollm is served");
+        ensure!(
+            split == "smollm",
+            "the model's text is split the way of {split}; smollm is served"
+        );
 
         let tokens = file.texts("tokenizer.ggml.tokens")?;
         let kinds = file.integers("tokenizer.ggml.token_type")?;
@@ -46,10 +52,12 @@ impl Tokenizer {
             tokens.len(),
             kinds.len()
         );
-        let vocabulary: Vocab = (0_u32..).zip(&tokens).map(|(id, &token)| (token.to_owned(), id)).collect();
+        let vocabulary: Vocab =
+            (0_u32..).zip(&tokens).map(|(id, &token)| (token.to_owned(), id)).collect();
         let merges = file.texts("tokenizer.ggml.merges")?;
         let merges = merges.into_iter().map(|merge| {
-            let (left, right) = merge.split_once(' ').ok_or_else(|| anyhow!("the merge {merge:?} is no pair"))?;
+            let (left, right) =
+                merge.split_once(' ').ok_or_else(|| anyhow!("the merge {merge:?} is no pair"))?;
             Ok((left.to_owned(), right.to_owned()))
         });
         let bpe = BPE::builder().vocab_and_merges(vocabulary, merges.collect::<Result<Vec<_>>>()?);
@@ -63,8 +71,14 @@ impl Tokenizer {
             .add_special_tokens(control.map(|(&token, _)| AddedToken::from(token, true)))
             .map_err(anyhow::Error::from_boxed)?;
 
-        let id = |key: &str| -> Result<Option<u32>> { Ok(file.optional_count(key)?.map(u32::try_from).transpose()?) };
-        let opening = if file.flag("tokenizer.ggml.add_bos_token") { id("tokenizer.ggml.bos_token_id")? } else { None };
+        let id = |key: &str| -> Result<Option<u32>> {
+            Ok(file.optional_count(key)?.map(u32::try_from).transpose()?)
+        };
+        let opening = if file.flag("tokenizer.ggml.add_bos_token") {
+            id("tokenizer.ggml.bos_token_id")?
+        } else {
+            None
+        };
         Ok(Self { inner, opening, end: id("tokenizer.ggml.eos_token_id")? })
     }
 
@@ -89,7 +103,12 @@ impl Tokenizer {
 
     /// Starts a text that comes token by token.
     pub(crate) fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, inner: self.inner.decode_stream(true), ids: Vec::new(), given: 0 }
+        TextStream {
+            tokenizer: self,
+            inner: self.inner.decode_stream(true),
+            ids: Vec::new(),
+            given: 0,
+        }
     }
 }
 

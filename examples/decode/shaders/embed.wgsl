@@ -1,11 +1,12 @@
 // Embedding: copies each token's row of the embedding matrix into the residual stream.
 
 @group(0) @binding(0) var<storage, read> tokens: array<u32>;             // [rows]
-@group(0) @binding(1) var<storage, read> embedding: array<vec4<f32>>;    // [WIDTH / 4, VOCABULARY] of quads
+@group(0) @binding(1) var<storage, read> embedding: array<vec4<f32>>;    // as the weight in matmul.wgsl
 @group(0) @binding(2) var<storage, read_write> hidden: array<vec4<f32>>; // [rows, WIDTH]
 
 override WIDTH: u32;
-override VOCABULARY: u32;
+
+const LANES: u32 = 8;
 
 @compute @workgroup_size(64)
 fn main(
@@ -13,8 +14,10 @@ fn main(
 ) {
     let quad = id.x;
     let row = id.y;
-    if quad >= WIDTH / 4u {
+    let quads = WIDTH / 4u;
+    if quad >= quads {
         return;
     }
-    hidden[row * (WIDTH / 4u) + quad] = embedding[quad * VOCABULARY + tokens[row]];
+    let token = tokens[row];
+    hidden[row * quads + quad] = embedding[(token / LANES * quads + quad) * LANES + token % LANES];
 }

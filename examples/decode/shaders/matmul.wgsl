@@ -2,7 +2,7 @@
 
 @group(0) @binding(0) var<uniform> stage: Stage;
 @group(0) @binding(1) var<uniform> shape: Shape;
-@group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>; // [K / 4, N] of quads
+@group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>; // [N / LANES, K / 4, LANES] of quads
 @group(0) @binding(3) var<storage, read> input: array<vec4<f32>>;  // [M, K]
 @group(0) @binding(4) var<storage, read_write> output: array<f32>; // [M, N]
 
@@ -23,12 +23,15 @@ struct Shape {
 override TILE: u32 = 1;
 // SPLIT threads share one output, each with every SPLIT-th quad of K. A GPU needs them to have enough threads
 // for a single token; on a CPU adapter one thread an output is several times faster, because it needs no barrier.
-// Neighbouring threads have neighbouring outputs, and the weights lie so that they read neighbouring quads.
 override SPLIT: u32 = 1;
 override OUTPUTS: u32 = 64; // outputs a workgroup
 override ADD: bool = false; // add onto the output: a residual connection
 
-var<workgroup> partial: array<f32, 2048>; // [TILE, SPLIT, OUTPUTS]
+// LANES neighbouring outputs lie side by side for each quad of K, so that neighbouring threads read neighbouring
+// quads, and each such block of outputs is one piece of memory, which is read from its first byte to its last.
+const LANES: u32 = 8;
+
+var<workgroup> partial: array<f32, 1024>; // [TILE, SPLIT, OUTPUTS]
 
 @compute @workgroup_size(OUTPUTS, SPLIT)
 fn main(
@@ -39,7 +42,8 @@ fn main(
     let first = group.y * TILE;
     let quads = shape.quads;
     // Threads past the last output work on it too, and store nothing: all threads must meet at the barrier.
-    let column = min(n, shape.outputs - 1u);
+    let output_or_last = min(n, shape.outputs - 1u);
+    let block = output_or_last / LANES * quads * LANES + output_or_last % LANES;
 
     // Rows past the last read whatever the buffer holds; their sums are not stored.
     var a0 = vec4<f32>();
@@ -52,7 +56,7 @@ fn main(
     var a7 = vec4<f32>();
     var at = first * quads + local.y;
     for (var k = local.y; k < quads; k += SPLIT) {
-        let w = weight[k * shape.outputs + column];
+        let w = weight[block + k * LANES];
         a0 += w * input[at];
         if TILE > 1u {
             a1 += w * input[at + quads];

@@ -1,0 +1,218 @@
+//! Generates text with a Llama model whose K/V cache lives on the GPU: the first user of this crate.
+//!
+//! ```sh
+//! cargo run --release --example decode -- --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt "The capital of France is"
+//! ```
+//!
+//! Start reading at `llama/engine.rs`.
+
+mod llama;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, StaticKVCache};
+
+use llama::{Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer};
+
+/// Generates text with a Llama model, its K/V cache kept on the GPU.
+#[derive(Parser)]
+#[command(name = "decode")]
+struct Arguments {
+    /// Model: a GGUF file of the llama architecture (F32, F16, BF16, Q8_0, Q4_0 or Q4_1).
+    #[arg(long, value_name = "FILE")]
+    model: PathBuf,
+    /// Text to go on from, taken as it is.
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Most tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
+    max_new_tokens: usize,
+    /// Beams of a beam search; 1 takes the best token at every step. The text of a search comes at its end.
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = positive)]
+    beams: usize,
+    /// Kind of cache.
+    #[arg(long, value_enum, default_value_t = CacheKind::Dynamic)]
+    cache: CacheKind,
+    /// Type in which K and V are cached: f32, f16 or bf16.
+    #[arg(long, default_value_t = DType::F32)]
+    dtype: DType,
+    /// Never choose the end token: generate as many tokens as allowed.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print one JSON object in place of text.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CacheKind {
+    /// Grows with the text.
+    Dynamic,
+    /// Made at once for the prompt and all new tokens.
+    Static,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    prompt_ids: &'a [u32],
+    /// Generated ids, of the best beam.
+    ids: &'a [u32],
+    /// Their text.
+    text: &'a str,
+    /// All lists of ids, best first; one without beam search.
+    beams: &'a [Vec<u32>],
+    /// Sums of log-probabilities; none without beam search.
+    beam_scores: &'a [f64],
+    /// Of decoding: steps a second. Null where the first token was the last.
+    tokens_per_second: Option<f64>,
+    prompt_tokens_per_second: Option<f64>,
+    /// Bytes that the cache has allocated.
+    cache_bytes: u64,
+    /// Share of a decode step that the cache's own dispatches take.
+    cache_share: Option<f64>,
+    adapter: String,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    // What can be refused without the weights is refused before they are read.
+    ensure!(
+        !arguments.prompt.is_empty(),
+        "the prompt is empty; --prompt takes the text to go on from"
+    );
+    let mut file = GgufFile::open(&arguments.model)?;
+    let config = llama::Config::from_gguf(&file)?;
+    let tokenizer = Tokenizer::from_gguf(&file)?;
+    let prompt = tokenizer.encode(&arguments.prompt)?;
+    let max_tokens = prompt.len().saturating_add(arguments.max_new_tokens);
+    ensure!(
+        max_tokens <= config.context,
+        "the prompt has {} tokens, and with {} new ones that is more than the {} of the model's context",
+        prompt.len(),
+        arguments.max_new_tokens,
+        config.context
+    );
+
+    let gpu = Gpu::headless()?;
+    let model = load(&gpu, &mut file)?;
+    let options = Options { dtype: arguments.dtype, max_tokens, max_batch: arguments.beams };
+    let mut engine = Engine::new(&gpu, &model, options)?;
+    engine.warm_up()?;
+    let mut cache: Box<dyn KVCache> = match arguments.cache {
+        CacheKind::Dynamic => Box::new(DynamicKVCache::new(&gpu)),
+        CacheKind::Static => Box::new(StaticKVCache::new(&gpu, max_tokens, config.layers)),
+    };
+
+    let generation = generate(arguments, &mut engine, cache.as_mut(), &tokenizer, &prompt)?;
+    let ids = generation.beams.first().map_or(&[][..], Vec::as_slice);
+    let cache_bytes = cache.stats().bytes_allocated;
+    let report = Report {
+        prompt_ids: &prompt,
+        ids,
+        text: &tokenizer.decode(ids)?,
+        beams: &generation.beams,
+        beam_scores: &generation.scores,
+        tokens_per_second: per_second(
+            generation.step_times.len(),
+            generation.step_times.iter().sum(),
+        ),
+        prompt_tokens_per_second: per_second(prompt.len(), generation.prompt_time),
+        cache_bytes,
+        cache_share: llama::cache_share(&engine, cache.as_mut(), &generation)?,
+        adapter: gpu.device().adapter_info().name,
+    };
+    if arguments.json {
+        writeln!(io::stdout(), "{}", serde_json::to_string(&report)?)?;
+    } else {
+        summarise(&report);
+    }
+    Ok(())
+}
+
+/// Reads and uploads the weights behind a progress bar on stderr.
+fn load(gpu: &Gpu, file: &mut GgufFile) -> Result<Model> {
+    let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}")?;
+    let bar = ProgressBar::new(file.tensor_bytes()).with_style(style);
+    let model = Model::load(gpu, file, &mut |bytes| bar.set_position(bytes));
+    bar.finish_and_clear();
+    model
+}
+
+/// Generates, and unless JSON is asked for prints the text as it comes.
+fn generate(
+    arguments: &Arguments,
+    engine: &mut Engine,
+    cache: &mut dyn KVCache,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+) -> Result<Generation> {
+    let settings = Settings {
+        max_new_tokens: arguments.max_new_tokens,
+        end: tokenizer.end,
+        ignore_end: arguments.ignore_eos,
+    };
+    let mut out = io::stdout().lock();
+    let mut print = |text: &str| -> io::Result<()> {
+        if arguments.json {
+            return Ok(());
+        }
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    };
+    let generation = if arguments.beams == 1 {
+        let mut stream = tokenizer.stream();
+        let generation = llama::greedy(engine, cache, prompt, settings, &mut |token| {
+            Ok(print(&stream.push(token)?)?)
+        })?;
+        print(&stream.finish()?)?;
+        generation
+    } else {
+        let generation = llama::beam_search(engine, cache, prompt, arguments.beams, settings)?;
+        print(&tokenizer.decode(&generation.beams[0])?)?;
+        generation
+    };
+    print("\n")?;
+    Ok(generation)
+}
+
+/// Prints the figures of a run to stderr.
+fn summarise(report: &Report<'_>) {
+    let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"));
+    eprintln!("prompt   {} tokens/s", rate(report.prompt_tokens_per_second));
+    eprintln!("decode   {} tokens/s", rate(report.tokens_per_second));
+    eprintln!("cache    {} bytes", report.cache_bytes);
+    if let Some(share) = report.cache_share {
+        eprintln!("         {:.2} % of a decode step", 100.0 * share);
+    }
+    eprintln!("adapter  {}", report.adapter);
+}
+
+fn per_second(count: usize, time: Duration) -> Option<f64> {
+    let count = u32::try_from(count).ok().filter(|&count| count > 0)?;
+    Some(f64::from(count) / time.as_secs_f64())
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(error.to_string()),
+    }
+}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Decodes a prompt with SmolLM2 on the GPU, on a machine that has Rust, Python with pip and a C linker.
+# Gets a Vulkan driver and the model where they are missing.
+#
+# Usage: examples/decode/run.sh [prompt] [flags of the decode example, e.g. --beams 4]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+prompt="The capital of France is"
+if [ $# -gt 0 ]; then
+  case "$1" in -*) ;; *) prompt=$1; shift ;; esac
+fi
+# A build from nothing takes minutes and shows its progress; later ones are silent.
+quiet=()
+if [ -x target/release/examples/decode ]; then quiet=(--quiet); fi
+cargo build "${quiet[@]}" --release --example adapter --example decode
+examples/decode/setup.sh --release
+exec target/release/examples/decode \
+  --model examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf --prompt "$prompt" "$@"

@@ -1,0 +1,276 @@
+//! Changes of the batch: selections, reorders, repeats, on layers of different shapes, and what all of
+//! it costs by the cache's own count.
+
+use wgpu_kvcache::wgpu::Buffer;
+use wgpu_kvcache::{Cache, CachePosition, DType, DynamicKVCache, KVCache};
+
+use crate::gpu;
+use crate::model::Model;
+use crate::rig::Rig;
+
+const APPEND: CachePosition<'_> = CachePosition::Append;
+
+/// Three layers of different shapes and types, of `batch` rows, wrapped where that is asked for.
+fn filled(rig: &mut Rig, batch: usize, is_wrapped: bool) {
+    let layers = [(DType::F32, 2, 4, 8), (DType::F16, 1, 2, 6), (DType::BF16, 3, 8, 2)];
+    for tokens in if is_wrapped { vec![11, 4] } else { vec![7] } {
+        rig.crop(6);
+        for (layer, (dtype, heads, dim, value_dim)) in layers.into_iter().enumerate() {
+            rig.update_as(dtype, layer, [batch, heads, tokens, dim], value_dim, APPEND);
+        }
+    }
+    for layer in 0..3 {
+        let view = rig.cache.view(layer).expect("it exists").expect("it was written");
+        assert!(!is_wrapped || rig.model.len(layer) == 10);
+        if rig.cache.get_max_cache_shape() == Some(11) {
+            assert_eq!(view.is_contiguous(), !is_wrapped);
+        }
+    }
+}
+
+fn rigs() -> [(&'static str, Rig); 2] {
+    [("dynamic", Rig::dynamic(&gpu())), ("static", Rig::fixed(&gpu(), 11, 4))]
+}
+
+/// Every selection of 1 to 4 rows out of 3.
+#[test]
+fn every_small_selection() {
+    for is_wrapped in [false, true] {
+        for rows in 1..=4_u32 {
+            for code in 0..3_u32.pow(rows) {
+                let indices: Vec<u32> = (0..rows).map(|i| code / 3_u32.pow(i) % 3).collect();
+                for (kind, mut rig) in rigs() {
+                    filled(&mut rig, 3, is_wrapped);
+                    rig.select(&indices);
+                    rig.check(&format!("{kind}, wrapped: {is_wrapped}, {indices:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// Long cycles, reversals, shifts and fans, at sizes around those that workgroups come in.
+#[test]
+fn large_selections() {
+    for batch in [1, 2, 7, 16, 33, 64, 65, 300] {
+        let last = batch - 1;
+        let selections: [Vec<u32>; 8] = [
+            (0..batch).map(|row| (row + 1) % batch).collect(),
+            (0..batch).map(|row| (row + batch - 1) % batch).collect(),
+            (0..batch).rev().collect(),
+            (0..batch).map(|row| row ^ 1).map(|row| row.min(last)).collect(),
+            vec![last; batch as usize],
+            (0..batch).map(|row| row / 2).collect(),
+            (0..batch).map(|row| row.wrapping_mul(7) % batch).collect(),
+            (0..2 * batch + 1).map(|row| row % batch).rev().collect(),
+        ];
+        for (kind, mut rig) in rigs() {
+            for (number, indices) in selections.iter().enumerate() {
+                rig.reset();
+                filled(&mut rig, batch as usize, number % 2 == 1);
+                rig.select(indices);
+                rig.check(&format!("{kind}, batch {batch}, {indices:?}"));
+            }
+        }
+    }
+}
+
+/// Shrinks, grows, repeats, appends and crops in turn, on the same layers.
+#[test]
+fn a_long_walk() {
+    for (kind, mut rig) in rigs() {
+        filled(&mut rig, 4, true);
+        let mut state = 5_usize;
+        let mut next = |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        for step in 0..200 {
+            let batch = rig.model.batch(0);
+            let below = |count| u32::try_from(count).expect("small");
+            match next(5) {
+                0 if batch < 12 => rig.repeat_interleave(1 + next(3)),
+                1 => {
+                    let keep = next(11);
+                    rig.crop(keep);
+                }
+                2 => rig.truncate(4 + next(8)),
+                3 if rig.model.len(0) < 9 => {
+                    let shapes =
+                        [(DType::F32, 2, 4, 8), (DType::F16, 1, 2, 6), (DType::BF16, 3, 8, 2)];
+                    for (layer, (dtype, heads, dim, value_dim)) in shapes.into_iter().enumerate() {
+                        rig.update_as(dtype, layer, [batch, heads, 2, dim], value_dim, APPEND);
+                    }
+                }
+                _ => {
+                    let rows = 1 + next(batch + 3);
+                    let indices: Vec<u32> = (0..rows).map(|_| below(next(batch))).collect();
+                    rig.select(&indices);
+                }
+            }
+            rig.check(&format!("{kind}, step {step}"));
+        }
+    }
+}
+
+#[test]
+fn rows_repeated_in_a_row() {
+    for (kind, mut rig) in rigs() {
+        for batch in [1, 2, 5, 33] {
+            for repeats in [1, 2, 3, 7] {
+                for is_wrapped in [false, true] {
+                    rig.reset();
+                    filled(&mut rig, batch, is_wrapped);
+                    rig.repeat_interleave(repeats);
+                    let context = format!("{kind}, {batch} rows, {repeats} times");
+                    rig.check(&context);
+                    assert_eq!(rig.cache.get(3), Ok(None));
+                    // Into memory that is there already: shrink, then repeat again.
+                    rig.select(&[0]);
+                    rig.repeat_interleave(repeats);
+                    rig.check(&context);
+                    let rows = batch * repeats;
+                    let first: Vec<u32> = (0..).take(repeats.min(rows)).collect();
+                    rig.select(&first);
+                    rig.repeat_interleave(2);
+                    rig.check(&context);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn layers_with_no_live_token_follow_the_batch() {
+    for (kind, mut rig) in rigs() {
+        filled(&mut rig, 3, true);
+        rig.crop(0);
+        let stats = rig.cache.stats();
+        rig.select(&[2, 0]);
+        rig.repeat_interleave(3);
+        rig.check(kind);
+        assert_eq!(rig.since(stats).1, 0, "{kind}: there is nothing to move");
+        rig.update(0, [6, 2, 2, 4], 8, APPEND);
+        rig.update_as(DType::F16, 1, [6, 1, 1, 2], 6, CachePosition::At(4));
+        rig.check(kind);
+    }
+}
+
+/// Layers may have batches of different sizes; a selection counts rows of each.
+#[test]
+fn layers_of_different_batches() {
+    let mut rig = Rig::dynamic(&gpu());
+    rig.update(0, [4, 2, 3, 4], 4, APPEND);
+    rig.update(2, [2, 1, 5, 6], 2, APPEND);
+    rig.select(&[1, 0, 0]);
+    rig.check("three rows each");
+    rig.repeat_interleave(2);
+    rig.check("six rows each");
+}
+
+#[test]
+fn what_updates_cost() {
+    let gpu = gpu();
+    let cache = Box::new(DynamicKVCache::with_capacity(&gpu, 64));
+    let mut rig = Rig::new(&gpu, cache, Model::dynamic());
+    let token = 3 * 2 * (4 + 6) * 4;
+    assert_eq!(rig.cache.stats(), Default::default());
+    rig.update(0, [3, 2, 5, 4], 6, APPEND);
+    let mut before = rig.cache.stats();
+    assert_eq!((before.dispatches, before.bytes_moved, before.buffers), (1, 5 * token, 2));
+    let rows = [vec![0, 1], vec![30, 30], vec![8, 20]];
+    for (position, tokens, written) in [
+        (APPEND, 2, 2),
+        (CachePosition::At(3), 1, 1),
+        // A gap is written too: positions 7, 8 and 9.
+        (CachePosition::At(9), 1, 3),
+        (CachePosition::PerToken(&[0, 4, 4]), 3, 2),
+        (CachePosition::PerToken(&[13, 0]), 2, 5),
+    ] {
+        rig.update(0, [3, 2, tokens, 4], 6, position);
+        assert_eq!(rig.since(before), (1, written * token), "{position:?}");
+        before = rig.cache.stats();
+    }
+    // From 14 to 31 tokens: two rows have 2 tokens in all, of which one lies below the old length in
+    // the first row both, in the third one; the rest up to 31 is zeros.
+    rig.update(0, [3, 2, 2, 4], 6, CachePosition::PerRow(&rows));
+    let written = (2 + 17) + 17 + (1 + 17);
+    assert_eq!(rig.since(before), (1, written * token / 3));
+    rig.check("after all of them");
+    let live = 3 * rig.model.row_bytes(0) as u64;
+    let read = rig.cache.stats().bytes_read_back;
+    rig.check("once more");
+    assert_eq!(rig.cache.stats().bytes_read_back, read + live);
+}
+
+#[test]
+fn what_changes_of_the_batch_cost() {
+    for is_wrapped in [false, true] {
+        for (kind, mut rig) in rigs() {
+            filled(&mut rig, 4, is_wrapped);
+            let allocated = rig.cache.stats().bytes_allocated;
+            for (indices, changed) in [
+                (&[0, 1, 2, 3][..], 0),
+                (&[1, 0, 2, 3], 2),
+                (&[1, 2, 3, 0], 4),
+                (&[0, 0, 2, 2], 2),
+                (&[3, 3, 3, 3], 3),
+                (&[0, 1, 2], 0),
+                (&[0, 2, 1, 1], 3),
+                (&[0, 3], 1),
+                (&[1], 1),
+                (&[0, 0, 0, 0], 3),
+            ] {
+                let before = rig.cache.stats();
+                rig.select(indices);
+                let live: usize = (0..3).map(|layer| rig.model.row_bytes(layer)).sum();
+                let dispatches = if changed == 0 { 0 } else { 3 };
+                let context = format!("{kind}, wrapped: {is_wrapped}, {indices:?}");
+                assert_eq!(rig.since(before), (dispatches, (changed * live) as u64), "{context}");
+                assert_eq!(rig.cache.stats().bytes_allocated, allocated, "{context}");
+                rig.check(&context);
+            }
+            let before = rig.cache.stats();
+            rig.repeat_interleave(1);
+            rig.crop(5);
+            rig.truncate(4);
+            assert_eq!(rig.since(before), (0, 0));
+            let live: usize = (0..3).map(|layer| 4 * rig.model.row_bytes(layer)).sum();
+            rig.repeat_interleave(3);
+            // Live tokens only: all 12 rows, or all but the one that stays where it lies.
+            let most = 3 * live as u64;
+            let moved = rig.since(before).1;
+            assert!(moved <= most && moved >= most - live as u64 / 4, "{kind}: {moved} of {most}");
+        }
+    }
+}
+
+#[test]
+fn what_is_allocated() {
+    for (kind, mut rig) in rigs() {
+        filled(&mut rig, 2, false);
+        let sizes = |rig: &Rig| -> u64 {
+            let views = (0..3).map(|layer| rig.cache.view(layer).unwrap().unwrap());
+            views.flat_map(|view| [view.key(), view.value()]).map(Buffer::size).sum()
+        };
+        let first = rig.cache.stats();
+        assert_eq!((first.buffers, first.bytes_allocated), (6, sizes(&rig)), "{kind}");
+        assert_eq!(first.peak_bytes_allocated, first.bytes_allocated, "{kind}");
+        rig.select(&[1, 0]);
+        rig.crop(3);
+        assert_eq!(rig.cache.stats().peak_bytes_allocated, first.peak_bytes_allocated, "{kind}");
+        rig.repeat_interleave(4);
+        let grown = rig.cache.stats();
+        assert_eq!((grown.buffers, grown.bytes_allocated), (6, sizes(&rig)), "{kind}");
+        assert!(grown.peak_bytes_allocated >= grown.bytes_allocated, "{kind}");
+        assert!(
+            grown.peak_bytes_allocated <= grown.bytes_allocated + first.bytes_allocated,
+            "{kind}: never more than the old and the new buffers"
+        );
+        rig.select(&[0]);
+        rig.reset();
+        let last = rig.cache.stats();
+        assert!(last.bytes_allocated <= grown.bytes_allocated, "{kind}");
+        assert_eq!(last.peak_bytes_allocated, grown.peak_bytes_allocated, "{kind}");
+    }
+}

@@ -1,0 +1,218 @@
+//! The pair of caches of an encoder-decoder model: which side a call concerns, and that a call which
+//! one side refuses changes neither.
+
+use wgpu_kvcache::{
+    BatchChange, Cache, CachePosition, DType, DynamicKVCache, EncoderDecoderCache, Error, Gpu,
+    KVCache, StaticKVCache, Stats,
+};
+
+use crate::gpu;
+use crate::model::{Block, Model};
+use crate::rig::{compare, plain_gpu, upload};
+
+/// Self-attention side, cross-attention side.
+const SIDES: [bool; 2] = [false, true];
+
+struct Pair<S, C> {
+    gpu: Gpu,
+    cache: EncoderDecoderCache<S, C>,
+    models: [Model; 2],
+    seed: u64,
+}
+
+impl<S: KVCache, C: KVCache> Pair<S, C> {
+    fn new(gpu: &Gpu, self_side: S, cross_side: C, models: [Model; 2]) -> Self {
+        let cache = EncoderDecoderCache::new(self_side, cross_side);
+        Self { gpu: gpu.clone(), cache, models, seed: 0 }
+    }
+
+    fn update(&mut self, is_cross: bool, layer: usize, shape: [usize; 4]) {
+        self.seed += 2;
+        let key = Block::noise(shape, 4, self.seed);
+        let value = Block::noise(shape, 4, self.seed + 1);
+        let [k, v] = [&key, &value].map(|block| upload(&self.gpu, DType::F32, block));
+        let append = CachePosition::Append;
+        self.gpu
+            .submit_pass("update", |pass| {
+                let views = (k.view(), v.view());
+                self.cache.update(pass, &views.0, &views.1, layer, append, is_cross).map(|_| ())
+            })
+            .unwrap_or_else(|error| panic!("{error}"));
+        let model = &mut self.models[usize::from(is_cross)];
+        model.update(layer, &key, &value, append).expect("the model takes it too");
+    }
+
+    fn select(&mut self, indices: &[u32]) -> Result<(), Error> {
+        self.gpu.submit_pass("select", |pass| self.cache.reorder_cache(pass, indices))
+    }
+
+    fn repeat_interleave(&mut self, repeats: usize) -> Result<(), Error> {
+        self.gpu.submit_pass("repeat", |pass| self.cache.batch_repeat_interleave(pass, repeats))
+    }
+
+    fn check(&self, context: &str) {
+        for (is_cross, model) in SIDES.into_iter().zip(&self.models) {
+            for layer in 0..2 {
+                let context = format!("{context}, cross: {is_cross}, layer {layer}");
+                let length = self.cache.get_seq_length(layer, is_cross);
+                assert_eq!(length, Ok(model.len(layer)), "{context}");
+                let view = self.cache.view(layer, is_cross).expect("the layer exists");
+                let shapes = view.map(|view| (view.key_shape(), view.value_shape()));
+                let expected = model.get(layer);
+                let right = expected.as_ref().map(|(key, value)| (key.shape, value.shape));
+                assert_eq!(shapes, right, "{context}");
+                compare(self.cache.get(layer, is_cross).expect("submitted"), expected, &context);
+            }
+        }
+    }
+
+    /// The statistics, but for what `check` itself adds to.
+    fn stats(&self) -> Stats {
+        Stats { bytes_read_back: 0, ..self.cache.stats() }
+    }
+}
+
+fn dynamic() -> Pair<DynamicKVCache, DynamicKVCache> {
+    let gpu = gpu();
+    let [decoder, encoder] = [0, 1].map(|_| DynamicKVCache::new(&gpu));
+    Pair::new(&gpu, decoder, encoder, [Model::dynamic(), Model::dynamic()])
+}
+
+#[test]
+fn the_encoder_side_is_not_cut() {
+    let mut pair = dynamic();
+    for layer in 0..2 {
+        pair.update(true, layer, [2, 2, 9, 4]);
+        pair.update(false, layer, [2, 2, 6, 4]);
+    }
+    pair.check("filled");
+    pair.cache.crop(5);
+    pair.models[0].crop(5);
+    pair.check("cropped");
+    pair.cache.truncate(3);
+    pair.models[0].truncate(3);
+    pair.check("truncated");
+    pair.update(false, 0, [2, 2, 2, 4]);
+    pair.check("written on");
+}
+
+#[test]
+fn batch_operations_concern_both_sides() {
+    let mut pair = dynamic();
+    pair.update(true, 0, [3, 2, 9, 4]);
+    pair.update(false, 0, [3, 1, 6, 2]);
+    pair.update(false, 1, [3, 1, 4, 2]);
+    for indices in [&[2, 0, 1][..], &[1, 1], &[0, 1, 1, 0]] {
+        pair.select(indices).expect("both have these rows");
+        pair.models.iter_mut().for_each(|model| model.select(indices).expect("the same"));
+        pair.check(&format!("{indices:?}"));
+    }
+    pair.repeat_interleave(3).expect("there is room");
+    pair.models.iter_mut().for_each(|model| model.repeat_interleave(3).expect("the same"));
+    pair.check("repeated");
+    let sides =
+        pair.cache.self_attention_cache().stats() + pair.cache.cross_attention_cache().stats();
+    assert_eq!(pair.cache.stats(), sides);
+}
+
+#[test]
+fn an_index_that_is_bad_for_one_side_changes_neither() {
+    for cross_rows in [2, 4] {
+        let mut pair = dynamic();
+        pair.update(true, 0, [cross_rows, 2, 9, 4]);
+        pair.update(false, 0, [6 - cross_rows, 1, 6, 2]);
+        let before = pair.stats();
+        for indices in [&[1, 3][..], &[1, 0, 2, 1, 0, 1], &[9], &[]] {
+            let refused = pair.select(indices).expect_err("one side has two rows");
+            match indices {
+                [] => assert_eq!(refused, Error::NoIndices),
+                _ => assert!(matches!(refused, Error::IndexOutOfRange { .. }), "{refused}"),
+            }
+            let prepared = pair.cache.prepare_batch(BatchChange::Select(indices));
+            assert_eq!(prepared, Err(refused));
+            pair.check(&format!("{cross_rows} rows, {indices:?}"));
+            assert_eq!(pair.stats(), before, "{cross_rows} rows, {indices:?}");
+        }
+        assert_eq!(pair.repeat_interleave(0), Err(Error::ZeroRepeats));
+        assert_eq!(pair.stats(), before);
+        pair.select(&[1, 0, 1]).expect("both have two rows");
+        pair.models.iter_mut().for_each(|model| model.select(&[1, 0, 1]).expect("the same"));
+        pair.check("after a good call");
+    }
+}
+
+/// Memory for the side that would have had room must not stay behind.
+#[test]
+fn no_room_on_one_side_changes_neither() {
+    let gpu = plain_gpu(|limits| {
+        limits.max_storage_buffer_binding_size = 1 << 20;
+        limits.max_buffer_size = 1 << 20;
+    });
+    for (self_tokens, cross_tokens) in [(10, 600), (600, 10)] {
+        let [decoder, encoder] = [0, 1].map(|_| DynamicKVCache::new(&gpu));
+        let mut pair = Pair::new(&gpu, decoder, encoder, [Model::dynamic(), Model::dynamic()]);
+        pair.update(false, 0, [2, 2, self_tokens, 64]);
+        pair.update(true, 0, [2, 2, cross_tokens, 64]);
+        let before = pair.stats();
+        let refused = pair.repeat_interleave(2).expect_err("more than a binding");
+        assert!(matches!(refused, Error::LayerTooLarge { tokens: 600, .. }), "{refused}");
+        let refused = pair.select(&[1, 0, 1, 0]).expect_err("more than a binding");
+        assert!(matches!(refused, Error::LayerTooLarge { tokens: 600, .. }), "{refused}");
+        assert_eq!(pair.stats(), before);
+        pair.check("after what was refused");
+        pair.select(&[1, 0]).expect("nothing grows");
+        pair.models.iter_mut().for_each(|model| model.select(&[1, 0]).expect("the same"));
+        pair.check("after a good call");
+        assert_eq!(pair.stats().bytes_allocated, before.bytes_allocated);
+    }
+}
+
+#[test]
+fn the_encoder_memory_is_known_to_be_there() {
+    let mut pair = dynamic();
+    assert!(!pair.cache.is_updated(0) && !pair.cache.is_updated(7));
+    pair.update(false, 0, [1, 1, 2, 2]);
+    assert!(!pair.cache.is_updated(0), "the decoder's side does not count");
+    pair.update(true, 1, [1, 1, 2, 2]);
+    assert!(!pair.cache.is_updated(0) && pair.cache.is_updated(1) && !pair.cache.is_updated(2));
+    let wrong = upload(&pair.gpu, DType::F32, &Block::noise([1, 1, 1, 2], 4, 1));
+    let two = CachePosition::PerToken(&[0, 1]);
+    let refused = pair.gpu.submit_pass("refused", |pass| {
+        pair.cache.update(pass, &wrong.view(), &wrong.view(), 0, two, true).map(|_| ())
+    });
+    assert!(refused.is_err() && !pair.cache.is_updated(0), "a refused call does not count");
+    pair.cache.crop(1);
+    pair.cache.truncate(0);
+    assert!(pair.cache.is_updated(1));
+    pair.cache.reset();
+    assert!(!pair.cache.is_updated(1));
+    pair.models.iter_mut().for_each(Model::reset);
+    pair.check("reset");
+    pair.update(true, 1, [2, 1, 2, 4]);
+    assert!(pair.cache.is_updated(1));
+    pair.check("another shape");
+}
+
+#[test]
+fn sides_of_different_kinds() {
+    let gpu = gpu();
+    let models = [Model::dynamic(), Model::fixed(6, 2)];
+    let fixed = StaticKVCache::new(&gpu, 6, 2);
+    let mut pair = Pair::new(&gpu, DynamicKVCache::new(&gpu), fixed, models);
+    assert_eq!(pair.cache.get_max_cache_shape(), None);
+    pair.update(true, 0, [2, 1, 6, 2]);
+    pair.update(false, 0, [2, 1, 60, 2]);
+    pair.check("dynamic and static");
+    assert!(matches!(pair.cache.get(2, true), Err(Error::LayerOutOfRange { .. })));
+    assert_eq!(pair.cache.get(2, false), Ok(None));
+    pair.cache.self_attention_cache_mut().crop(2);
+    pair.models[0].crop(2);
+    pair.cache.cross_attention_cache_mut().crop(3);
+    pair.models[1].crop(3);
+    pair.check("cut side by side");
+    let mut shared: Box<dyn Cache> = Box::new(pair.cache);
+    gpu.submit_pass("by trait", |pass| shared.reorder_cache(pass, &[1])).expect("two rows");
+    let bounded: EncoderDecoderCache<_, DynamicKVCache> =
+        EncoderDecoderCache::new(StaticKVCache::new(&gpu, 5, 1), DynamicKVCache::new(&gpu));
+    assert_eq!(bounded.get_max_cache_shape(), Some(5));
+}

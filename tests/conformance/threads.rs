@@ -1,0 +1,57 @@
+//! The types go from thread to thread, and two caches of one device are used from two at once.
+
+use wgpu_kvcache::{
+    CachePosition, DynamicKVCache, EncoderDecoderCache, Error, Gpu, HostTensor, KVCache, LayerView,
+    StaticKVCache, Tensor, TensorView,
+};
+
+use crate::gpu;
+
+#[test]
+fn types_are_send_and_sync() {
+    fn check<T: Send + Sync>() {}
+    check::<Gpu>();
+    check::<DynamicKVCache>();
+    check::<StaticKVCache>();
+    check::<EncoderDecoderCache>();
+    check::<Tensor>();
+    check::<TensorView<'_>>();
+    check::<LayerView<'_>>();
+    check::<HostTensor>();
+    check::<CachePosition<'_>>();
+    check::<Error>();
+}
+
+/// Hundreds of steps with reads in between, on a cache of the thread's own.
+fn decode(gpu: &Gpu, mut cache: Box<dyn KVCache>, seed: u32) {
+    let mut rows: [Vec<f32>; 2] = Default::default();
+    for step in 0..300_u32 {
+        let data: Vec<f32> = (0..2 * 4).map(|i| (seed + step * 8 + i) as f32).collect();
+        rows[0].extend(&data[..4]);
+        rows[1].extend(&data[4..]);
+        let key = gpu.upload(&data, &[2, 1, 1, 4]).unwrap();
+        gpu.submit_pass("step", |pass| {
+            cache
+                .update(pass, &key.view(), &key.view(), 0, CachePosition::Append)
+                .map(|_| ())
+                .unwrap();
+            if step % 7 == 0 {
+                cache.reorder_cache(pass, &[1, 0]).unwrap();
+                rows.swap(0, 1);
+            }
+        });
+        if step % 10 == 0 {
+            let (key, _) = cache.get(0).unwrap().unwrap();
+            assert_eq!(key.as_slice::<f32>().unwrap(), rows.concat(), "seed {seed}, step {step}");
+        }
+    }
+}
+
+#[test]
+fn two_caches_of_one_device_serve_two_threads() {
+    let gpu = gpu();
+    std::thread::scope(|scope| {
+        scope.spawn(|| decode(&gpu, Box::new(DynamicKVCache::new(&gpu)), 0));
+        scope.spawn(|| decode(&gpu, Box::new(StaticKVCache::new(&gpu, 300, 1)), 1 << 20));
+    });
+}

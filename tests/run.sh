@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs all tests, on a machine that has Rust, Python with pip and a C linker. Gets a Vulkan driver and
+# the model where they are missing.
+#
+# Usage: tests/run.sh [flags of cargo test]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cargo build --example adapter
+examples/decode/setup.sh
+cargo test "$@"
