@@ -2,7 +2,7 @@
 //! it costs by the cache's own count.
 
 use wgpu_kvcache::wgpu::Buffer;
-use wgpu_kvcache::{Cache, CachePosition, DType, DynamicKVCache, KVCache};
+use wgpu_kvcache::{CachePosition, DType, DynamicKVCache};
 
 use crate::gpu;
 use crate::model::Model;

@@ -4,14 +4,14 @@
 
 use std::sync::OnceLock;
 
-use wgpu_kvcache::wgpu::{Buffer, BufferDescriptor, BufferUsages};
+use wgpu_kvcache::wgpu::{Buffer, BufferUsages};
 use wgpu_kvcache::{
-    Cache, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache, TensorView,
+    CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache, TensorView,
 };
 
 use crate::gpu;
 use crate::model::{Block, Model};
-use crate::rig::{Rig, compare, plain_gpu, upload};
+use crate::rig::{Rig, buffer, compare, plain_gpu, upload};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -23,12 +23,8 @@ fn devices() -> [(&'static str, Gpu); 2] {
 
 /// A buffer that holds `bytes`.
 fn pooled(gpu: &Gpu, bytes: &[u8]) -> Buffer {
-    let buffer = gpu.device().create_buffer(&BufferDescriptor {
-        label: Some("pool"),
-        size: bytes.len() as u64,
-        usage: BufferUsages::STORAGE | BufferUsages::COPY_DST,
-        mapped_at_creation: false,
-    });
+    let size = bytes.len() as u64;
+    let buffer = buffer(gpu, size, BufferUsages::STORAGE | BufferUsages::COPY_DST);
     gpu.queue().write_buffer(&buffer, 0, bytes);
     buffer
 }

@@ -6,7 +6,11 @@ mod encoder_decoder;
 mod inputs;
 mod kinds;
 mod model;
+mod passes;
+mod refusals;
+mod refused_calls;
 mod rig;
+mod room;
 mod threads;
 mod traces;
 

@@ -1,7 +1,7 @@
 //! A cache and its model side by side: what is done to one is done to the other, and `check` compares.
 
 use half::{bf16, f16};
-use wgpu_kvcache::wgpu::{Features, Limits};
+use wgpu_kvcache::wgpu::{Buffer, BufferDescriptor, BufferUsages, Features, Limits};
 use wgpu_kvcache::{
     CachePosition, DType, DynamicKVCache, Error, Gpu, HeadlessOptions, HostTensor, KVCache,
     StaticKVCache, Stats, Tensor,
@@ -19,6 +19,12 @@ pub(crate) fn plain_gpu(change: impl FnOnce(&mut Limits)) -> Gpu {
         ..HeadlessOptions::default()
     };
     Gpu::headless_with(&options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A buffer of zeros.
+pub(crate) fn buffer(gpu: &Gpu, size: u64, usage: BufferUsages) -> Buffer {
+    let label = Some("test");
+    gpu.device().create_buffer(&BufferDescriptor { label, size, usage, mapped_at_creation: false })
 }
 
 /// Puts a block into a buffer of its own.
