@@ -163,7 +163,12 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
 
     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
         self.self_attention.prepare_batch(change)?;
-        self.cross_attention.prepare_batch(change)
+        let cross = self.cross_attention.prepare_batch(change);
+        if cross.is_err() {
+            // Any call lets go of what was prepared; this one does nothing else.
+            self.self_attention.truncate(usize::MAX);
+        }
+        cross
     }
 
     fn batch_select_indices(

@@ -266,7 +266,7 @@ pub enum Error {
     },
 
     /// A product of sizes does not fit the types that carry it.
-    #[error("the {what} is too large to count in 32 bits; split the work into smaller pieces")]
+    #[error("the {what} is too large to count; split the work into smaller pieces")]
     SizeOverflow {
         /// What was being counted.
         what: &'static str,

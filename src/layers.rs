@@ -141,8 +141,6 @@ impl Layers {
                 }
             });
         }
-        let allocated = staged.iter().flatten().map(Staged::allocated).sum();
-        self.note_peak(allocated);
         self.prepared = Some(Prepared { change: change.into(), staged });
         Ok(())
     }
@@ -157,6 +155,7 @@ impl Layers {
         }
         self.ledger.check()?;
         let staged = self.prepared.take().map(|prepared| prepared.staged).unwrap_or_default();
+        self.note_peak(staged.iter().flatten().map(Staged::allocated).sum());
         for (layer, staged) in self.layers.values_mut().zip(staged) {
             let Some(staged) = staged else { continue };
             let Effect { dispatches, moved } = layer.commit(staged, pass, &self.ledger);

@@ -119,6 +119,7 @@ impl<'a> TensorView<'a> {
         if self.dtype.size() == 2 && d % 2 != 0 {
             return Err(Error::OddHeadDim { what, dtype: self.dtype, head_dim: d });
         }
+        let needed = self.end().ok_or(Error::SizeOverflow { what: "extent of the view" })?;
         if !self.offset.is_multiple_of(4) {
             return Err(Error::Misaligned { what, quantity: "an offset", bytes: self.offset });
         }
@@ -137,7 +138,6 @@ impl<'a> TensorView<'a> {
                 });
             }
         }
-        let needed = self.end().ok_or(Error::SizeOverflow { what: "extent of the view" })?;
         if needed > self.buffer.size() {
             return Err(Error::BufferTooShort {
                 what,
