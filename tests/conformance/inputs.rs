@@ -169,14 +169,14 @@ fn axes_in_any_order_and_repeated_ones() {
     }
 }
 
-/// Every combination of extents, up to a size; V's head_dim is another one than K's.
+/// Every combination of extents, up to a size; V's `head_dim` is another one than K's.
 #[test]
 fn every_shape_and_type() {
     const DIMS: [usize; 11] = [1, 2, 3, 4, 5, 8, 16, 17, 64, 100, 256];
     let mut tried = 0;
     for (device, gpu) in devices() {
         for dtype in DTYPES {
-            let suits = |d: &usize| dtype == DType::F32 || d % 2 == 0;
+            let suits = |d: &usize| dtype == DType::F32 || d.is_multiple_of(2);
             let dims: Vec<usize> = DIMS.into_iter().filter(suits).collect();
             for (place, &d) in dims.iter().enumerate() {
                 for (number, code) in (0..80).enumerate() {
@@ -269,7 +269,7 @@ fn record_all(rig: &mut Rig, pass: &mut wgpu_kvcache::wgpu::ComputePass<'_>, rou
     let turned: Vec<u32> = (0..batch).map(|row| (row + 1) % batch).collect();
     rig.cache.reorder_cache(pass, &turned).expect("a valid order");
     rig.model.select(&turned).expect("a valid order");
-    if round % 3 == 0 {
+    if round.is_multiple_of(3) {
         rig.cache.batch_repeat_interleave(pass, 2).expect("a valid count");
         rig.model.repeat_interleave(2).expect("a valid count");
         let kept = [batch, 0, 2];

@@ -18,7 +18,9 @@ const LIMIT: u64 = 1 << 20;
 /// are left over.
 const HEADS: usize = 2;
 const DIM: usize = 48;
-const FITS: usize = 2730;
+const FITS: usize = FITS_U32 as usize;
+/// The same, as a position is given.
+const FITS_U32: u32 = 2730;
 
 fn small_gpu() -> Gpu {
     plain_gpu(|limits| {
@@ -110,9 +112,9 @@ fn where_a_layer_grows() {
         let k = crate::rig::upload(&gpu, DType::F32, &key);
         let v = crate::rig::upload(&gpu, DType::F32, &value);
         for (tokens, position) in [
-            (FITS + 1, CachePosition::At(FITS as u32)),
-            (FITS + 9, CachePosition::PerToken(&[FITS as u32 + 8])),
-            (100 * FITS, CachePosition::At(100 * FITS as u32 - 1)),
+            (FITS + 1, CachePosition::At(FITS_U32)),
+            (FITS + 9, CachePosition::PerToken(&[FITS_U32 + 8])),
+            (100 * FITS, CachePosition::At(100 * FITS_U32 - 1)),
         ] {
             let result = gpu.submit_pass("refused", |pass| {
                 let view = rig.cache.update(pass, &k.view(), &v.view(), 0, position);
@@ -215,7 +217,7 @@ fn static_caches() {
     let mut rig =
         Rig::new(&gpu, Box::new(StaticKVCache::new(&gpu, FITS, 1)), Model::fixed(FITS, 1));
     rig.update(0, [1, HEADS, 600, DIM], 3, APPEND);
-    rig.update(0, [1, HEADS, 1, DIM], 3, CachePosition::At(FITS as u32 - 1));
+    rig.update(0, [1, HEADS, 1, DIM], 3, CachePosition::At(FITS_U32 - 1));
     rig.check("exactly what fits");
     let before = rig.cache.stats();
     rig.crop(2);

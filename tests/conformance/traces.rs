@@ -86,12 +86,12 @@ impl Number for bf16 {
 }
 
 /// The tensors of an update: element i is ((base + i) * factor mod modulus) - half.
-fn made<E: Number>(base: u64, count: usize, factor: u64, modulus: u64, half: i32) -> Vec<E> {
+fn made<E: Number>(base: u64, count: usize, factor: u64, modulus: u64, half: i16) -> Vec<E> {
     (base..)
         .take(count)
         .map(|i| {
-            let number = i32::try_from(i * factor % modulus).expect("the modulus is small");
-            E::of((number - half) as f32)
+            let number = i16::try_from(i * factor % modulus).expect("the modulus is small");
+            E::of(f32::from(number - half))
         })
         .collect()
 }
@@ -190,7 +190,7 @@ fn replay_folder(folder: &Path) -> usize {
         let trace: Trace =
             serde_json::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
         replay::<f32>(&gpu, &trace, &name);
-        if trace.cache.head_dim % 2 == 0 {
+        if trace.cache.head_dim.is_multiple_of(2) {
             replay::<f16>(&gpu, &trace, &name);
             replay::<bf16>(&gpu, &trace, &name);
         }

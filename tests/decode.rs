@@ -1,0 +1,294 @@
+//! A real model, decoded through the cache, gives the tokens that the reference gives.
+//!
+//! `tests/reference/smollm2.json` holds what transformers on torch answered in f32. The tests need the
+//! model, which `examples/decode/setup.sh` gets. Its place may be given in the variable `KV_MODEL`.
+
+#[path = "../examples/decode/llama/mod.rs"]
+mod llama;
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use serde::Deserialize;
+use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, StaticKVCache};
+
+use llama::{Engine, GgufFile, Model, Options, Settings, Tokenizer};
+
+#[derive(Deserialize)]
+struct Reference {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: String,
+    prompt_ids: Vec<u32>,
+    greedy: Vec<u32>,
+    greedy_text: String,
+    greedy_min_margin: f64,
+    beams: Vec<Vec<u32>>,
+    beam_scores: Vec<f64>,
+}
+
+fn reference() -> Vec<Case> {
+    let text = include_str!("reference/smollm2.json");
+    serde_json::from_str::<Reference>(text).expect("a well-formed reference").cases
+}
+
+/// Where the model is. A missing model is a failure that says how to get it.
+fn model_path() -> PathBuf {
+    let default = "examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf";
+    let path = std::env::var_os("KV_MODEL")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(default), PathBuf::from);
+    assert!(
+        path.is_file(),
+        "there is no model at {}; examples/decode/setup.sh gets it, tests/run.sh calls that",
+        path.display()
+    );
+    path
+}
+
+/// The model with its weights on the GPU, loaded once. Its users take turns: it is what takes long.
+struct Loaded {
+    gpu: Gpu,
+    model: Model,
+    tokenizer: Tokenizer,
+}
+
+fn loaded() -> MutexGuard<'static, Loaded> {
+    static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(|| {
+        let mut file = GgufFile::open(&model_path()).expect("the model opens");
+        let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
+        let tokenizer = Tokenizer::from_gguf(&file).expect("a tokenizer");
+        let model = Model::load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
+        Mutex::new(Loaded { gpu, model, tokenizer })
+    });
+    loaded.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Dynamic,
+    Static,
+}
+
+impl Loaded {
+    fn engine(&self, dtype: DType, max_tokens: usize, max_batch: usize) -> Engine {
+        let options = Options { dtype, max_tokens, max_batch };
+        Engine::new(&self.gpu, &self.model, options).expect("an engine")
+    }
+
+    fn cache(&self, kind: Kind, max_tokens: usize) -> Box<dyn KVCache> {
+        match kind {
+            Kind::Dynamic => Box::new(DynamicKVCache::new(&self.gpu)),
+            Kind::Static => {
+                Box::new(StaticKVCache::new(&self.gpu, max_tokens, self.model.config.layers))
+            }
+        }
+    }
+
+    fn settings(&self, max_new_tokens: usize) -> Settings {
+        Settings { max_new_tokens, end: self.tokenizer.end, ignore_end: true }
+    }
+
+    fn greedy(&self, case: &Case, kind: Kind, dtype: DType) -> Vec<u32> {
+        let room = case.prompt_ids.len() + case.greedy.len();
+        let mut engine = self.engine(dtype, room, 1);
+        let mut cache = self.cache(kind, room);
+        let settings = self.settings(case.greedy.len());
+        let mut streamed = Vec::new();
+        let generation =
+            llama::greedy(&mut engine, cache.as_mut(), &case.prompt_ids, settings, &mut |token| {
+                streamed.push(token);
+                Ok(())
+            });
+        let ids = generation.expect("a generation").beams.remove(0);
+        assert_eq!(streamed, ids, "what is streamed is what is returned");
+        ids
+    }
+}
+
+#[test]
+fn the_tokenizer_gives_the_ids_and_the_text() {
+    let loaded = loaded();
+    for case in reference() {
+        let tokenizer = &loaded.tokenizer;
+        assert_eq!(tokenizer.encode(&case.prompt).unwrap(), case.prompt_ids, "{}", case.prompt);
+        assert_eq!(tokenizer.decode(&case.greedy).unwrap(), case.greedy_text, "{}", case.prompt);
+        let mut stream = tokenizer.stream();
+        let mut text = String::new();
+        for &id in &case.greedy {
+            text += &stream.push(id).unwrap();
+        }
+        text += &stream.finish().unwrap();
+        assert_eq!(text, case.greedy_text, "streamed");
+    }
+}
+
+#[test]
+fn greedy_ids_with_an_f32_cache() {
+    let loaded = loaded();
+    for case in reference() {
+        for kind in [Kind::Dynamic, Kind::Static] {
+            let ids = loaded.greedy(&case, kind, DType::F32);
+            assert_eq!(ids, case.greedy, "{kind:?}, {}", case.prompt);
+        }
+    }
+}
+
+#[test]
+fn greedy_ids_with_an_f16_cache_where_the_margin_allows() {
+    let loaded = loaded();
+    let mut compared = 0;
+    for case in reference().iter().filter(|case| case.greedy_min_margin > 0.05) {
+        let ids = loaded.greedy(case, Kind::Dynamic, DType::F16);
+        assert_eq!(ids, case.greedy, "{}", case.prompt);
+        compared += 1;
+    }
+    assert!(compared > 0, "no case has a margin above 0.05");
+}
+
+#[test]
+fn a_bf16_cache_goes_through_the_whole_engine() {
+    let loaded = loaded();
+    // 8 bits of mantissa are too few to promise the reference's ids; the first token has margin enough.
+    let case = &reference()[0];
+    let ids = loaded.greedy(case, Kind::Static, DType::BF16);
+    assert_eq!(ids.len(), case.greedy.len());
+    assert_eq!(ids[0], case.greedy[0]);
+}
+
+#[test]
+fn the_best_of_four_beams_and_its_score() {
+    let loaded = loaded();
+    for case in reference() {
+        let tokens = case.beams[0].len();
+        let room = case.prompt_ids.len() + tokens;
+        let mut engine = loaded.engine(DType::F32, room, 4);
+        let mut cache = loaded.cache(Kind::Dynamic, room);
+        let settings = loaded.settings(tokens);
+        let generation =
+            llama::beam_search(&mut engine, cache.as_mut(), &case.prompt_ids, 4, settings)
+                .expect("a generation");
+        assert_eq!(generation.beams[0], case.beams[0], "{}", case.prompt);
+        let difference = (generation.scores[0] - case.beam_scores[0]).abs();
+        assert!(difference <= 0.01, "{}: the score is off by {difference}", case.prompt);
+    }
+}
+
+/// Builds the program where this test is built, and runs it.
+fn decode(arguments: &[&str]) -> Output {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
+        // This test lies in TARGET/PROFILE/deps.
+        let test = std::env::current_exe().expect("a path");
+        let profile = test.parent().and_then(|deps| deps.parent()).expect("a profile's folder");
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--example", "decode", "--target-dir"]);
+        cargo.arg(profile.parent().expect("a target folder"));
+        cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+        if profile.ends_with("release") {
+            cargo.arg("--release");
+        }
+        assert!(cargo.status().expect("cargo runs").success(), "the example does not build");
+        profile.join("examples").join(format!("decode{}", std::env::consts::EXE_SUFFIX))
+    });
+    Command::new(program).args(arguments).output().expect("the program runs")
+}
+
+#[test]
+fn json_is_one_object_and_nothing_else() {
+    let case = &reference()[0];
+    let path = model_path();
+    let output = decode(&[
+        "--model",
+        path.to_str().expect("a plain path"),
+        "--prompt",
+        &case.prompt,
+        "--max-new-tokens",
+        "3",
+        "--beams",
+        "2",
+        "--cache",
+        "static",
+        "--ignore-eos",
+        "--json",
+    ]);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let report: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("exactly one JSON value");
+    assert_eq!(report["prompt_ids"], serde_json::json!(case.prompt_ids));
+    assert_eq!(report["beams"].as_array().map(Vec::len), Some(2));
+    assert_eq!(report["ids"], report["beams"][0]);
+    assert_eq!(report["beam_scores"].as_array().map(Vec::len), Some(2));
+    assert!(report["text"].as_str().is_some_and(|text| !text.is_empty()));
+    assert!(report["tokens_per_second"].as_f64().is_some_and(|rate| rate > 0.0));
+    // 30 layers of K and V, 2 rows, 3 heads, a prompt of 5 and 3 new tokens, 64 elements of 4 bytes.
+    assert_eq!(report["cache_bytes"], 30 * 2 * 2 * 3 * 8 * 64 * 4);
+}
+
+/// Each refusal: the arguments behind `--prompt x`, the exit code, and words of the message.
+#[test]
+fn bad_input_gets_an_error_of_its_own() {
+    let scratch = std::env::temp_dir().join(format!("kvcache-decode-{}", std::process::id()));
+    std::fs::create_dir_all(&scratch).expect("a scratch folder");
+    let write = |name: &str, bytes: &[u8]| {
+        let path = scratch.join(name);
+        std::fs::write(&path, bytes).expect("a scratch file");
+        path.to_str().expect("a plain path").to_owned()
+    };
+    let whole = std::fs::read(model_path()).expect("the model");
+    let cut = write("cut.gguf", &whole[..whole.len() / 2]);
+    let stub = write("stub.gguf", &whole[..1000]);
+    let text = write("text.gguf", b"this is not a model at all, but long enough to be one");
+    // The architecture is the value of the first key; another name of the same length is put there.
+    let at = whole.windows(5).position(|window| window == b"llama").expect("an architecture");
+    let mut other = whole.clone();
+    other[at..at + 5].copy_from_slice(b"gpt99");
+    let other = write("other.gguf", &other);
+    drop(whole);
+
+    let cases: [(&[&str], i32, &[&str]); 10] = [
+        (&["--model", &cut], 1, &["cut short"]),
+        (&["--model", &stub], 1, &["cut short"]),
+        (&["--model", &text], 1, &["GGUF"]),
+        (&["--model", &other], 1, &["gpt99", "llama"]),
+        (&["--model", "/nowhere.gguf"], 1, &["/nowhere.gguf"]),
+        (&["--model", &cut, "--frobnicate"], 2, &["--frobnicate", "--help"]),
+        (&["--model", &cut, "--cache", "elastic"], 2, &["elastic", "dynamic", "static"]),
+        (&["--model", &cut, "--dtype", "f64"], 2, &["f64", "bf16"]),
+        (&["--model", &cut, "--beams", "0"], 2, &["--beams"]),
+        (&["--model", &cut, "--max-new-tokens", "-3"], 2, &["-3"]),
+    ];
+    for (arguments, code, words) in cases {
+        let arguments = [&["--prompt", "x"], arguments].concat();
+        let output = decode(&arguments);
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+        for word in words {
+            assert!(message.contains(word), "{arguments:?}: '{word}' is not in: {message}");
+        }
+    }
+    let path = model_path();
+    let path = path.to_str().expect("a plain path");
+    for (arguments, word) in [
+        (["--prompt", "", "--max-new-tokens", "1"], "empty"),
+        (["--prompt", "x", "--max-new-tokens", "9000"], "8192"),
+    ] {
+        let output = decode(&[&["--model", path], &arguments[..]].concat());
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
+        assert!(message.contains(word), "{arguments:?}: '{word}' is not in: {message}");
+    }
+    let help = decode(&["--help"]);
+    assert!(help.status.success());
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    for option in ["--model", "--prompt", "--max-new-tokens", "--beams", "--cache", "--dtype"] {
+        assert!(help.contains(option), "--help does not name {option}");
+    }
+    std::fs::remove_dir_all(&scratch).expect("the scratch folder goes");
+}
