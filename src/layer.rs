@@ -11,7 +11,7 @@ use crate::ledger::Ledger;
 use crate::plan;
 use crate::position::{self, CachePosition};
 use crate::sources::BoundSources;
-use crate::view::{LayerView, Source, TensorView};
+use crate::view::{LayerView, TensorView};
 
 /// What a kind decides about its layers.
 #[derive(Clone, Copy, Debug)]
@@ -483,6 +483,3 @@ fn binding_limit(limits: &wgpu::Limits) -> u64 {
         / 4
         * 4
 }
-
-/// Used by the staging above: a checked source with the view that it came from.
-pub(crate) type BoundView<'a> = (&'a TensorView<'a>, &'a Source);

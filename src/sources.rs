@@ -3,7 +3,10 @@
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use crate::gpu::Gpu;
-use crate::layer::BoundView;
+use crate::view::{Source, TensorView};
+
+/// A view of new K or V, with what its check has found.
+pub(crate) type BoundView<'a> = (&'a TensorView<'a>, &'a Source);
 
 /// Bind groups kept at most; an engine that alternates between a few sets of buffers is served.
 const KEPT: usize = 4;

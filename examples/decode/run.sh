@@ -12,8 +12,9 @@ if [ $# -gt 0 ]; then
 fi
 # A build from nothing takes minutes and shows its progress; later ones are silent.
 quiet=()
-if [ -x target/release/examples/decode ]; then quiet=(--quiet); fi
+decode=${CARGO_TARGET_DIR:-target}/release/examples/decode
+if [ -x "$decode" ]; then quiet=(--quiet); fi
 cargo build "${quiet[@]}" --release --example adapter --example decode
 examples/decode/setup.sh --release
-exec target/release/examples/decode \
+exec "$decode" \
   --model examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf --prompt "$prompt" "$@"

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use wgpu_kvcache::{DType, Gpu, wgpu};
 
-use super::model::{Config, Matrix};
+use super::model::{Config, LANES, Matrix};
 
 /// What a shader does with a binding.
 #[derive(Clone, Copy)]
@@ -52,20 +52,11 @@ impl Kernel {
     }
 }
 
-/// A matrix product in one of its shapes. All shapes take the same bind groups.
-pub(crate) struct MatMul {
-    kernel: Kernel,
-    /// Rows of the input that a thread works on.
-    tile: u32,
-    /// Outputs that a workgroup works on.
-    outputs: u32,
-}
+/// The matrix product in its shapes: for one row, for at most 4, and for 8 at a time.
+pub(crate) struct MatMul([(u32, Kernel); 3]);
 
-/// The matrix products: for one row, for a few, and for many.
-pub(crate) struct MatMuls([MatMul; 3]);
-
-impl MatMuls {
-    /// A bind group that any of the products takes, added or not: their layouts are equal.
+impl MatMul {
+    /// A bind group that every shape takes, added or not: their layouts are equal.
     pub(crate) fn bind(
         &self,
         gpu: &Gpu,
@@ -76,7 +67,7 @@ impl MatMuls {
     ) -> wgpu::BindGroup {
         let [shape, weight, input, output] = [&matrix.shape, &matrix.weight, input, output]
             .map(wgpu::Buffer::as_entire_buffer_binding);
-        self.0[0].kernel.bind(gpu, &[stage, shape, weight, input, output])
+        self.0[0].1.bind(gpu, &[stage, shape, weight, input, output])
     }
 
     /// Records the product of `rows` rows with a matrix of `outputs` outputs.
@@ -87,13 +78,9 @@ impl MatMuls {
         outputs: u32,
         rows: u32,
     ) {
-        let fitting = self.0.iter().find(|shape| shape.tile >= rows).unwrap_or(&self.0[2]);
-        fitting.kernel.dispatch(
-            pass,
-            group,
-            outputs.div_ceil(fitting.outputs),
-            rows.div_ceil(fitting.tile),
-        );
+        let [_, _, most] = &self.0;
+        let (tile, kernel) = self.0.iter().find(|(tile, _)| *tile >= rows).unwrap_or(most);
+        kernel.dispatch(pass, group, outputs.div_ceil(4 * LANES), rows.div_ceil(*tile));
     }
 }
 
@@ -106,9 +93,9 @@ pub(crate) struct Kernels {
     /// RMS norm of the last token of each batch row.
     pub(crate) norm_last: Kernel,
     /// Matrix products.
-    pub(crate) matmul: MatMuls,
+    pub(crate) matmul: MatMul,
     /// Matrix products added onto the residual stream.
-    pub(crate) matmul_add: MatMuls,
+    pub(crate) matmul_add: MatMul,
     /// Rotary positions, and K and V in the cache's type.
     pub(crate) rope: Kernel,
     /// Attention over the cache.
@@ -158,8 +145,8 @@ impl Kernels {
                 &norm_binds,
                 &[width, epsilon, ("LAST", 1.0)],
             ),
-            matmul: matmuls(gpu, "matmul", 0.0),
-            matmul_add: matmuls(gpu, "matmul, added", 1.0),
+            matmul: matmul(gpu, "matmul", 0.0),
+            matmul_add: matmul(gpu, "matmul, added", 1.0),
             rope: kernel(
                 gpu,
                 "rope",
@@ -192,25 +179,16 @@ impl Kernels {
     }
 }
 
-fn matmuls(gpu: &Gpu, label: &'static str, add: f64) -> MatMuls {
-    // A software adapter runs a workgroup's threads one after another, so sharing an output among them only costs.
+fn matmul(gpu: &Gpu, label: &'static str, add: f64) -> MatMul {
+    // A software adapter runs the threads of a workgroup one after another: sharing an output among
+    // them only costs.
     let on_cpu = gpu.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
-    let (outputs, split) = if on_cpu { (64, 1) } else { (8, 16) };
-    MatMuls([1, 4, 8].map(|tile: u32| MatMul {
-        kernel: kernel(
-            gpu,
-            label,
-            include_str!("../shaders/matmul.wgsl"),
-            &[Uniform, Uniform, Read, Read, Write],
-            &[
-                ("TILE", f64::from(tile)),
-                ("SPLIT", f64::from(split)),
-                ("OUTPUTS", f64::from(outputs)),
-                ("ADD", add),
-            ],
-        ),
-        tile,
-        outputs,
+    let split = if on_cpu { 1.0 } else { 16.0 };
+    let source = include_str!("../shaders/matmul.wgsl");
+    let binds = [Uniform, Uniform, Read, Read, Write];
+    MatMul([1, 4, 8].map(|tile| {
+        let constants = [("TILE", f64::from(tile)), ("SPLIT", split), ("ADD", add)];
+        (tile, kernel(gpu, label, source, &binds, &constants))
     }))
 }
 

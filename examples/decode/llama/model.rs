@@ -6,8 +6,8 @@ use wgpu_kvcache::{Gpu, wgpu};
 
 use super::gguf::{GgufFile, Stored};
 
-/// Outputs that lie side by side in a [`Matrix`]: `LANES` in `matmul.wgsl`.
-const LANES: usize = 8;
+/// Blocks that lie side by side in a [`Matrix`]: `LANES` in `matmul.wgsl`.
+pub(crate) const LANES: u32 = 8;
 
 /// The dimensions of a model.
 #[derive(Clone, Debug)]
@@ -67,7 +67,7 @@ impl Config {
             rope_base: file.number("llama.rope.freq_base").unwrap_or(10_000.0),
             epsilon: file.number("llama.attention.layer_norm_rms_epsilon")?,
         };
-        let Self { layers, kv_heads, head_dim, feed_forward, .. } = config;
+        let Self { layers, kv_heads, head_dim, feed_forward, vocabulary, .. } = config;
         ensure!(layers > 0, "the model has no layers");
         ensure!(
             kv_heads > 0 && heads.is_multiple_of(kv_heads),
@@ -78,8 +78,8 @@ impl Config {
             "a head of {head_dim} elements is not served: at most 256, a multiple of 4"
         );
         ensure!(
-            width.is_multiple_of(4) && feed_forward.is_multiple_of(4),
-            "widths of {width} and {feed_forward} are not served: multiples of 4 are"
+            [width, feed_forward, vocabulary].iter().all(|n| n.is_multiple_of(4)),
+            "widths of {width} and {feed_forward} and {vocabulary} tokens: multiples of 4 are served"
         );
         for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
             let found = file.optional_count(key)?.unwrap_or(head_dim);
@@ -95,7 +95,7 @@ impl Config {
 /// A weight matrix on the GPU, `[outputs, inputs]`, in the order that `matmul.wgsl` wants.
 #[derive(Clone, Debug)]
 pub(crate) struct Matrix {
-    /// `[outputs / LANES, inputs / 4, LANES]` of four neighbouring inputs.
+    /// `[outputs / 4 / LANES, inputs / 4, LANES]` of blocks of four inputs by four outputs.
     pub(crate) weight: wgpu::Buffer,
     /// The two dimensions, as the kernel reads them.
     pub(crate) shape: wgpu::Buffer,
@@ -209,11 +209,11 @@ impl Loader<'_> {
     fn matrix(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Matrix> {
         let rows = self.rows(names, outputs, inputs)?;
         let label = names.join(" + ");
-        let quads = by_quads(&rows, outputs.iter().sum(), inputs);
+        let blocks = by_blocks(&rows, outputs.iter().sum(), inputs);
         let outputs = u32::try_from(outputs.iter().sum::<usize>())?;
-        let dimensions = [outputs, u32::try_from(inputs / 4)?];
+        let dimensions = [outputs / 4, u32::try_from(inputs / 4)?];
         Ok(Matrix {
-            weight: self.upload(&label, &quads, wgpu::BufferUsages::STORAGE)?,
+            weight: self.upload(&label, &blocks, wgpu::BufferUsages::STORAGE)?,
             shape: self.upload(
                 &format!("{label} shape"),
                 &dimensions,
@@ -263,15 +263,20 @@ impl Loader<'_> {
     }
 }
 
-/// From `[outputs, inputs]` to `[outputs / LANES, inputs / 4, LANES, 4]`, the last block filled up with zeros.
-fn by_quads(rows: &[f32], outputs: usize, inputs: usize) -> Vec<f32> {
-    let mut quads = vec![0.0; outputs.next_multiple_of(LANES) * inputs];
+/// From `[outputs, inputs]` to `[outputs / 4 / LANES, inputs / 4, LANES]` of blocks, each four inputs by four outputs.
+/// The last blocks are filled up with zeros.
+fn by_blocks(rows: &[f32], outputs: usize, inputs: usize) -> Vec<f32> {
+    let lanes = LANES as usize;
+    let mut blocks = vec![0.0; outputs.next_multiple_of(4 * lanes) * inputs];
     for (output, row) in rows.chunks_exact(inputs).enumerate() {
-        let block = output / LANES * LANES * inputs;
-        for (input, quad) in row.chunks_exact(4).enumerate() {
-            let at = block + 4 * (input * LANES + output % LANES);
-            quads[at..at + 4].copy_from_slice(quad);
+        let group = output / (4 * lanes);
+        let lane = output / 4 % lanes;
+        for (input, weights) in row.chunks_exact(4).enumerate() {
+            let block = 16 * ((group * (inputs / 4) + input) * lanes + lane);
+            for (column, &weight) in weights.iter().enumerate() {
+                blocks[block + 4 * column + output % 4] = weight;
+            }
         }
     }
-    quads
+    blocks
 }

@@ -2,9 +2,9 @@
 
 @group(0) @binding(0) var<uniform> stage: Stage;
 @group(0) @binding(1) var<uniform> shape: Shape;
-@group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>; // [N / LANES, K / 4, LANES] of quads
-@group(0) @binding(3) var<storage, read> input: array<vec4<f32>>;  // [M, K]
-@group(0) @binding(4) var<storage, read_write> output: array<f32>; // [M, N]
+@group(0) @binding(2) var<storage, read> weight: array<mat4x4<f32>>;     // [N / 4 / LANES, K / 4, LANES] of blocks
+@group(0) @binding(3) var<storage, read> input: array<vec4<f32>>;        // [M, K]
+@group(0) @binding(4) var<storage, read_write> output: array<vec4<f32>>; // [M, N]
 
 struct Stage {
     rows: u32,   // M: rows of the matrix that the dispatch works on
@@ -14,70 +14,65 @@ struct Stage {
 }
 
 struct Shape {
-    outputs: u32, // N
-    quads: u32,   // K / 4
+    outputs: u32, // N / 4
+    inputs: u32,  // K / 4
 }
 
-// A thread computes one output of TILE rows of the input, so that each weight is read once for all of them:
-// 1 for a single token, 8 for beams and prompts.
+// A thread computes four outputs of TILE rows of the input (1, 4 or 8). It takes the weights in blocks of 4 by 4, so
+// that it reads each weight once for all rows and each input once for all four outputs: reading is what takes time.
+// A column of a block holds the weights of one k.
 override TILE: u32 = 1;
-// SPLIT threads share one output, each with every SPLIT-th quad of K. A GPU needs them to have enough threads
-// for a single token; on a CPU adapter one thread an output is several times faster, because it needs no barrier.
+// SPLIT threads share four outputs, each with every SPLIT-th block along K. A GPU needs that to have enough threads
+// for a single token; a software adapter does best with one, which needs no barrier.
 override SPLIT: u32 = 1;
-override OUTPUTS: u32 = 64; // outputs a workgroup
 override ADD: bool = false; // add onto the output: a residual connection
 
-// LANES neighbouring outputs lie side by side for each quad of K, so that neighbouring threads read neighbouring
-// quads, and each such block of outputs is one piece of memory, which is read from its first byte to its last.
+// The blocks of neighbouring threads lie side by side, and those of a workgroup are one piece of memory.
 const LANES: u32 = 8;
 
-var<workgroup> partial: array<f32, 1024>; // [TILE, SPLIT, OUTPUTS]
+var<workgroup> partial: array<vec4<f32>, TILE * SPLIT * LANES>;
 
-@compute @workgroup_size(OUTPUTS, SPLIT)
+@compute @workgroup_size(LANES, SPLIT)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_id) local: vec3<u32>,
 ) {
-    let n = group.x * OUTPUTS + local.x;
     let first = group.y * TILE;
-    let quads = shape.quads;
-    // Threads past the last output work on it too, and store nothing: all threads must meet at the barrier.
-    let output_or_last = min(n, shape.outputs - 1u);
-    let block = output_or_last / LANES * quads * LANES + output_or_last % LANES;
+    var at = (group.x * shape.inputs + local.y) * LANES + local.x;
+    var i = first * shape.inputs + local.y;
+    let row = shape.inputs;
 
     // Rows past the last read whatever the buffer holds; their sums are not stored.
-    var a0 = vec4<f32>();
-    var a1 = vec4<f32>();
-    var a2 = vec4<f32>();
-    var a3 = vec4<f32>();
-    var a4 = vec4<f32>();
-    var a5 = vec4<f32>();
-    var a6 = vec4<f32>();
-    var a7 = vec4<f32>();
-    var at = first * quads + local.y;
-    for (var k = local.y; k < quads; k += SPLIT) {
-        let w = weight[block + k * LANES];
-        a0 += w * input[at];
+    var sum0 = vec4<f32>();
+    var sum1 = vec4<f32>();
+    var sum2 = vec4<f32>();
+    var sum3 = vec4<f32>();
+    var sum4 = vec4<f32>();
+    var sum5 = vec4<f32>();
+    var sum6 = vec4<f32>();
+    var sum7 = vec4<f32>();
+    for (var k = local.y; k < shape.inputs; k += SPLIT) {
+        let block = weight[at];
+        sum0 += block * input[i];
         if TILE > 1u {
-            a1 += w * input[at + quads];
-            a2 += w * input[at + 2u * quads];
-            a3 += w * input[at + 3u * quads];
-            a4 += w * input[at + 4u * quads];
-            a5 += w * input[at + 5u * quads];
-            a6 += w * input[at + 6u * quads];
-            a7 += w * input[at + 7u * quads];
+            sum1 += block * input[i + row];
+            sum2 += block * input[i + 2u * row];
+            sum3 += block * input[i + 3u * row];
         }
-        at += SPLIT;
+        if TILE > 4u {
+            sum4 += block * input[i + 4u * row];
+            sum5 += block * input[i + 5u * row];
+            sum6 += block * input[i + 6u * row];
+            sum7 += block * input[i + 7u * row];
+        }
+        at += SPLIT * LANES;
+        i += SPLIT;
     }
 
-    let one = vec4<f32>(1.0);
-    var sums = array<f32, 8>(
-        dot(a0, one), dot(a1, one), dot(a2, one), dot(a3, one),
-        dot(a4, one), dot(a5, one), dot(a6, one), dot(a7, one),
-    );
+    var sums = array<vec4<f32>, 8>(sum0, sum1, sum2, sum3, sum4, sum5, sum6, sum7);
     if SPLIT > 1u {
         for (var m = 0u; m < TILE; m++) {
-            partial[(m * SPLIT + local.y) * OUTPUTS + local.x] = sums[m];
+            partial[(m * SPLIT + local.y) * LANES + local.x] = sums[m];
         }
         workgroupBarrier();
         if local.y > 0u {
@@ -85,19 +80,21 @@ fn main(
         }
         for (var m = 0u; m < TILE; m++) {
             for (var s = 1u; s < SPLIT; s++) {
-                sums[m] += partial[(m * SPLIT + s) * OUTPUTS + local.x];
+                sums[m] += partial[(m * SPLIT + s) * LANES + local.x];
             }
         }
     }
+
+    let n = group.x * LANES + local.x;
     if n >= shape.outputs {
         return;
     }
     for (var m = 0u; m < min(TILE, stage.rows - first); m++) {
-        let i = (first + m) * shape.outputs + n;
+        let to = (first + m) * shape.outputs + n;
         if ADD {
-            output[i] += sums[m];
+            output[to] += sums[m];
         } else {
-            output[i] = sums[m];
+            output[to] = sums[m];
         }
     }
 }
