@@ -5,6 +5,8 @@
 # Usage: tests/run.sh [flags of cargo test]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Mesa complains where this is unset, as it is in containers.
+export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
 cargo build --example adapter
 examples/decode/setup.sh

@@ -1,4 +1,5 @@
-//! Generates text with a Llama model whose K/V cache lives on the GPU: the first user of this crate.
+//! Generates text with a Llama model whose K/V cache lives on the GPU: the first user of this
+//! crate.
 //!
 //! ```sh
 //! cargo run --release --example decode -- --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt "The capital of France is"
@@ -25,7 +26,8 @@ use llama::{Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer};
 #[derive(Parser)]
 #[command(name = "decode")]
 struct Arguments {
-    /// Model: a GGUF file of the llama architecture with tensors in F32, F16, BF16, `Q8_0`, `Q4_0` or `Q4_1`.
+    /// Model: a GGUF file of the llama architecture with tensors in F32, F16, BF16, `Q8_0`, `Q4_0`
+    /// or `Q4_1`.
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
     /// Text to go on from, taken as it is.
@@ -34,7 +36,8 @@ struct Arguments {
     /// Most tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
     max_new_tokens: usize,
-    /// Beams of a beam search; 1 takes the best token at every step. The text of a search comes at its end.
+    /// Beams of a beam search; 1 takes the best token at every step. The text of a search comes at
+    /// its end.
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = positive)]
     beams: usize,
     /// Kind of cache.

@@ -5,6 +5,8 @@
 # Usage: examples/decode/run.sh [prompt] [flags of the decode example, e.g. --beams 4]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# Mesa complains where this is unset, as it is in containers.
+export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
 prompt="The capital of France is"
 if [ $# -gt 0 ]; then

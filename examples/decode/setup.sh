@@ -5,6 +5,8 @@
 # Usage: examples/decode/setup.sh [cargo build flags, e.g. --release]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# Mesa complains where this is unset, as it is in containers.
+export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
 if ! found=$(cargo run --quiet "$@" --example adapter 2>&1); then
   if ! command -v apt-get >/dev/null; then
@@ -14,9 +16,9 @@ if ! found=$(cargo run --quiet "$@" --example adapter 2>&1); then
   echo "No adapter found; installing the software Vulkan driver mesa-vulkan-drivers ..." >&2
   as_root=()
   if [ "$(id -u)" -ne 0 ]; then as_root=(sudo); fi
-  "${as_root[@]}" apt-get update -qq >&2
+  "${as_root[@]}" apt-get update -qq >/dev/null
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers >&2
+    apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers >/dev/null
   cargo run --quiet "$@" --example adapter >/dev/null
 fi
 

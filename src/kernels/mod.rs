@@ -328,9 +328,40 @@ fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
 mod tests {
     use super::*;
 
+    const SOURCES: [&Source; 3] = [&append::SOURCE, &gather::SOURCE, &repeat_interleave::SOURCE];
+
+    /// Every shader that a device can be given, within what WebGPU's baseline has; immediates are only
+    /// used where the device has them.
+    #[test]
+    fn every_variant_is_valid_for_the_baseline() {
+        use naga::valid::{Capabilities, ValidationFlags, Validator};
+        for source in SOURCES {
+            for unit in [Unit::Vector, Unit::Word] {
+                for (path, capabilities) in [
+                    (ParamsPath::Uniform, Capabilities::empty()),
+                    (ParamsPath::Immediate, Capabilities::IMMEDIATES),
+                ] {
+                    let wgsl = variant(source.wgsl, unit, path);
+                    let name = format!("{}, {unit:?}, {path:?}", source.label);
+                    let module = naga::front::wgsl::parse_str(&wgsl)
+                        .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(&wgsl)));
+                    Validator::new(ValidationFlags::all(), capabilities)
+                        .validate(&module)
+                        .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+                    let storage = module
+                        .global_variables
+                        .iter()
+                        .filter(|(_, it)| matches!(it.space, naga::AddressSpace::Storage { .. }))
+                        .count();
+                    assert!(storage <= 8, "{name}: {storage} storage buffers");
+                }
+            }
+        }
+    }
+
     #[test]
     fn every_variant_differs_where_it_should() {
-        for source in [&append::SOURCE, &gather::SOURCE, &repeat_interleave::SOURCE] {
+        for source in SOURCES {
             let plain = variant(source.wgsl, Unit::Vector, ParamsPath::Uniform);
             assert_eq!(plain, source.wgsl, "the file is the first variant");
             let word = variant(source.wgsl, Unit::Word, ParamsPath::Uniform);

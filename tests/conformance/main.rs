@@ -3,6 +3,7 @@
 
 mod batch;
 mod encoder_decoder;
+mod histories;
 mod inputs;
 mod kinds;
 mod model;

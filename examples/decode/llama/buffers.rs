@@ -10,21 +10,24 @@ use super::engine::Options;
 use super::kernels::Kernels;
 use super::model::{Config, Matrix, Model};
 
-/// The most tokens of a prompt in one step; longer prompts take several. It bounds the size of the buffers.
+/// The most tokens of a prompt in one step; longer prompts take several. It bounds the size of the
+/// buffers.
 const PROMPT_ROWS: usize = 256;
 
 /// Rows that the matrix product reads at a time: the buffers hold a whole number of them.
 const TILE: usize = 8;
 
-/// Bytes from one set of parameters to the next in a uniform buffer: the alignment that suffices on every device.
+/// Bytes from one set of parameters to the next in a uniform buffer: the alignment that suffices on
+/// every device.
 pub(crate) const SLOT: usize = 256;
 
-/// Working memory, reused by every layer and step. `rows` are the new tokens of all batch rows: `[batch, tokens]`.
+/// Working memory, reused by every layer and step. `rows` are the new tokens of all batch rows:
+/// `[batch, tokens]`.
 pub(crate) struct Buffers {
     /// The most rows of a step.
     pub(crate) room: usize,
-    /// Two slots of parameters: for the layers, whose rows are all new tokens, and for the head, whose rows are the
-    /// batch rows.
+    /// Two slots of parameters: for the layers, whose rows are all new tokens, and for the head,
+    /// whose rows are the batch rows.
     pub(crate) stage: wgpu::Buffer,
     /// A slot of parameters for each layer's attention.
     pub(crate) layers: wgpu::Buffer,
@@ -136,8 +139,9 @@ impl Buffers {
         })
     }
 
-    /// The new keys and values of a step as the cache takes them. They stay in the order in which the projection left
-    /// them, `[batch, tokens, heads, elements]`, which is all that `bthd` has to say; nothing is transposed.
+    /// The new keys and values of a step as the cache takes them. They stay in the order in which
+    /// the projection left them, `[batch, tokens, heads, elements]`, which is all that `bthd` has
+    /// to say; nothing is transposed.
     ///
     /// # Errors
     ///
@@ -239,8 +243,9 @@ fn buffer(gpu: &Gpu, label: &str, bytes: usize, usage: wgpu::BufferUsages) -> Re
     }))
 }
 
-/// The cosine and sine by which each pair of a head turns at each position: `[positions, head_dim / 2, 2]`. A shader's
-/// own powers and sines are too coarse far into a text, so they are computed here, in `f64`.
+/// The cosine and sine by which each pair of a head turns at each position:
+/// `[positions, head_dim / 2, 2]`. A shader's own powers and sines are too coarse far into a text,
+/// so they are computed here, in `f64`.
 fn turns(model: &Model, positions: usize) -> Result<Vec<f32>> {
     let Config { head_dim, rope_base, .. } = model.config;
     let pairs = u32::try_from(head_dim / 2)?;

@@ -1,7 +1,7 @@
 //! From GGUF's stored number formats to `f32`.
 //!
-//! The quantised formats keep blocks of 32 numbers: a scale `d` (and for some a least value `m`), both f16, and then
-//! one small integer `q` a number.
+//! The quantised formats keep blocks of 32 numbers: a scale `d` (and for some a least value `m`),
+//! both f16, and then one small integer `q` a number.
 
 use anyhow::{Result, bail};
 use gguf_rs_lib::prelude::GGUFTensorType;
@@ -60,7 +60,8 @@ fn q4_1(block: &[u8; 20]) -> [f32; 32] {
     std::array::from_fn(|i| d * nibble(&block[4..], i) + m)
 }
 
-/// Number `i` of 32 in 16 bytes: the low halves hold the first 16 numbers, the high halves the others.
+/// Number `i` of 32 in 16 bytes: the low halves hold the first 16 numbers, the high halves the
+/// others.
 fn nibble(bytes: &[u8], i: usize) -> f32 {
     f32::from(if i < 16 { bytes[i] & 0x0f } else { bytes[i - 16] >> 4 })
 }

@@ -2,13 +2,14 @@
 //!
 //! The cache's part in a step is small, and all of it is in [`Engine::record`]:
 //!
-//! 1. Beam search first moves the batch rows of the cache: `batch_repeat_interleave` or `reorder_cache`.
-//! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the tokens that the
-//!    layer holds. It returns a view of where the layer's tokens lie now.
+//! 1. Beam search first moves the batch rows of the cache: `batch_repeat_interleave` or
+//!    `reorder_cache`.
+//! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the
+//!    tokens that the layer holds. It returns a view of where the layer's tokens lie now.
 //! 3. The attention kernel binds the view's buffers and reads the tokens in place.
 //!
-//! The cache records its dispatches into the same pass as the model's own kernels, so that a whole step is one
-//! submission, and all that comes back to the host is its result.
+//! The cache records its dispatches into the same pass as the model's own kernels, so that a whole
+//! step is one submission, and all that comes back to the host is its result.
 
 use std::time::{Duration, Instant};
 
@@ -66,7 +67,8 @@ pub(crate) struct Engine {
     views: Views,
 }
 
-/// What the attention kernel is told of the cache: which buffers to bind, and where the tokens lie in them.
+/// What the attention kernel is told of the cache: which buffers to bind, and where the tokens lie
+/// in them.
 struct Views {
     /// A layer each: the bind group over its buffers in the cache, and those buffers.
     groups: Vec<Option<(wgpu::Buffer, wgpu::Buffer, wgpu::BindGroup)>>,
@@ -110,8 +112,8 @@ impl Engine {
         &self.model.config
     }
 
-    /// Runs every shape of step once on a cache of its own. Drivers finish compiling a pipeline when it first runs,
-    /// which is then not counted as work on the first prompt.
+    /// Runs every shape of step once on a cache of its own. Drivers finish compiling a pipeline
+    /// when it first runs, which is then not counted as work on the first prompt.
     ///
     /// # Errors
     ///
@@ -126,8 +128,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs `tokens`, `[batch, tokens]`, behind what the cache holds, and returns the best next token of each batch
-    /// row, other than `banned`.
+    /// Runs `tokens`, `[batch, tokens]`, behind what the cache holds, and returns the best next
+    /// token of each batch row, other than `banned`.
     ///
     /// # Errors
     ///
@@ -143,8 +145,8 @@ impl Engine {
         self.read(batch)
     }
 
-    /// Moves the cache's batch rows, runs `tokens`, `[batch, tokens]`, behind what they hold, and returns the logits
-    /// of each row's last token: `[batch, vocabulary]`.
+    /// Moves the cache's batch rows, runs `tokens`, `[batch, tokens]`, behind what they hold, and
+    /// returns the logits of each row's last token: `[batch, vocabulary]`.
     ///
     /// # Errors
     ///
@@ -160,9 +162,10 @@ impl Engine {
         self.read(batch * self.model.config.vocabulary)
     }
 
-    /// The time that the cache's own dispatches of a step take, from submission to the end of the work: for each
-    /// layer a new token, written over the last one, after a reordering of the batch rows. This spoils what the cache
-    /// holds. With `parents` as `None` the pass is empty, which tells what a submission costs by itself.
+    /// The time that the cache's own dispatches of a step take, from submission to the end of the
+    /// work: for each layer a new token, written over the last one, after a reordering of the batch
+    /// rows. This spoils what the cache holds. With `parents` as `None` the pass is empty, which
+    /// tells what a submission costs by itself.
     ///
     /// # Errors
     ///
@@ -250,7 +253,8 @@ impl Engine {
         banned: Option<u32>,
         ending: Ending,
     ) -> Result<()> {
-        // A position is the number of tokens before it, which is the cache's length as long as nothing is cropped.
+        // A position is the number of tokens before it, which is the cache's length as long as
+        // nothing is cropped.
         let past = cache.get_seq_length(0)?;
         let count = tokens.len() / batch;
         let most = self.options.max_tokens;
@@ -259,8 +263,8 @@ impl Engine {
             "{past} tokens and {count} more; the engine was made for {most}"
         );
 
-        // `write_buffer` takes effect before all of the step's dispatches, so everything is written to a place of its
-        // own, once a step.
+        // `write_buffer` takes effect before all of the step's dispatches, so everything is written
+        // to a place of its own, once a step.
         let queue = self.gpu.queue().clone();
         queue.write_buffer(&self.buffers.tokens, 0, bytemuck::cast_slice(tokens));
         for (slot, rows) in [(0, tokens.len()), (1, batch)] {
@@ -376,7 +380,8 @@ impl Engine {
 }
 
 impl Views {
-    /// Notes what the attention kernel must know about where a layer's tokens lie: `Layer` in `attention.wgsl`.
+    /// Notes what the attention kernel must know about where a layer's tokens lie: `Layer` in
+    /// `attention.wgsl`.
     fn note(&mut self, view: &LayerView<'_>, count: usize) -> Result<()> {
         let [key_b, key_h, key_t, _] = view.key_strides();
         let [value_b, value_h, value_t, _] = view.value_strides();
@@ -394,8 +399,8 @@ impl Views {
         Ok(())
     }
 
-    /// The bind group over a layer's buffers in the cache. It is made anew only when the cache has moved the layer to
-    /// other buffers, which it does as it grows.
+    /// The bind group over a layer's buffers in the cache. It is made anew only when the cache has
+    /// moved the layer to other buffers, which it does as it grows.
     fn bind(
         &mut self,
         gpu: &Gpu,

@@ -23,8 +23,8 @@ pub(crate) struct Settings {
 pub(crate) struct Generation {
     /// Generated ids, without the end token: the best list first, and only one for greedy decoding.
     pub(crate) beams: Vec<Vec<u32>>,
-    /// For each list of a beam search the sum of the log-probabilities of its tokens; empty for greedy decoding, which
-    /// never sees the logits.
+    /// For each list of a beam search the sum of the log-probabilities of its tokens; empty for
+    /// greedy decoding, which never sees the logits.
     pub(crate) scores: Vec<f64>,
     /// From the prompt to the first choice.
     pub(crate) prompt_time: Duration,
@@ -81,11 +81,12 @@ struct Candidate {
     token: u32,
 }
 
-/// Keeps the `width` best lists of ids at every step. Scores are sums of log-probabilities, with no correction for
-/// length. A list that chooses the end token is finished and keeps its score.
+/// Keeps the `width` best lists of ids at every step. Scores are sums of log-probabilities, with no
+/// correction for length. A list that chooses the end token is finished and keeps its score.
 ///
-/// The prompt is run once, for one batch row of the cache. That row is then repeated for each beam, and before every
-/// further step the rows follow their beams: row i becomes the row of the beam that beam i grew from.
+/// The prompt is run once, for one batch row of the cache. That row is then repeated for each beam,
+/// and before every further step the rows follow their beams: row i becomes the row of the beam
+/// that beam i grew from.
 ///
 /// # Errors
 ///
@@ -135,7 +136,8 @@ pub(crate) fn beam_search(
             _ => result.step_times.push(start.elapsed()),
         }
 
-        // A score only falls, so lists that are finished and better than every other are the answer.
+        // A score only falls, so lists that are finished and better than every other are the
+        // answer.
         finished.sort_by(|a: &Beam, b| b.score.total_cmp(&a.score));
         finished.truncate(width);
         if finished.len() == width && finished[width - 1].score >= beams[0].score {
@@ -152,8 +154,8 @@ pub(crate) fn beam_search(
     Ok(result)
 }
 
-/// The best ways to go on from `beams`, best first: enough that `width` of them do not end. `logits` are
-/// `[beams, vocabulary]`.
+/// The best ways to go on from `beams`, best first: enough that `width` of them do not end.
+/// `logits` are `[beams, vocabulary]`.
 fn best_candidates(
     logits: &[f32],
     beams: &[Beam],
@@ -182,7 +184,8 @@ fn best_candidates(
     best
 }
 
-/// The logarithm of the sum of the exponentials, with the greatest taken out so that none overflows.
+/// The logarithm of the sum of the exponentials, with the greatest taken out so that none
+/// overflows.
 fn log_sum_exp(row: &[f32]) -> f64 {
     let highest = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     highest + row.iter().map(|&logit| (f64::from(logit) - highest).exp()).sum::<f64>().ln()

@@ -12,7 +12,8 @@ use gguf_rs_lib::reader::GGUFReaderConfig;
 
 use super::dequant::dequantise;
 
-/// A matrix as it is stored: `values` is `[outputs, inputs]`, row-major. A vector has one output row.
+/// A matrix as it is stored: `values` is `[outputs, inputs]`, row-major. A vector has one output
+/// row.
 pub(crate) struct Stored {
     /// The numbers, row by row.
     pub(crate) values: Vec<f32>,
@@ -42,7 +43,8 @@ impl GgufFile {
         let found = file.metadata().with_context(|| format!("cannot read {name}"))?;
         ensure!(found.is_file(), "{name} is not a file; --model takes a GGUF file");
 
-        // The reader's own check of the ranges cannot say how much is missing, so it comes after ours.
+        // The reader's own check of the ranges cannot say how much is missing, so it comes after
+        // ours.
         let config = GGUFReaderConfig { validate_integrity: false, ..Default::default() };
         let mut reader = GGUFFileReader::with_config(BufReader::new(file), config)
             .map_err(|error| explain(error, path, found.len()))?;
@@ -144,7 +146,8 @@ impl GgufFile {
         self.reader.tensor_infos().iter().map(|tensor| tensor.expected_data_size()).sum()
     }
 
-    /// Reads a tensor of one or two dimensions, turned into `f32`, and how many bytes the file spends on it.
+    /// Reads a tensor of one or two dimensions, turned into `f32`, and how many bytes the file
+    /// spends on it.
     ///
     /// # Errors
     ///

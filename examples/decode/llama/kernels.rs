@@ -1,4 +1,5 @@
-//! The compute pipelines, one a file in `../shaders/`, with the model's dimensions as pipeline constants.
+//! The compute pipelines, one a file in `../shaders/`, with the model's dimensions as pipeline
+//! constants.
 
 use anyhow::Result;
 use wgpu_kvcache::{DType, Gpu, wgpu};

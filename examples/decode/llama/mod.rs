@@ -1,10 +1,12 @@
 //! A small Llama inference engine in wgpu that keeps its K/V cache in `wgpu_kvcache`.
 //!
-//! Read `engine.rs` first: it is the one file in which the cache is at work. The rest is what a language model needs
-//! around it.
+//! Read `engine.rs` first: it is the one file in which the cache is at work. The rest is what a
+//! language model needs around it.
 //!
-//! - `gguf.rs`: opens a model file and hands out its keys and tensors; `dequant.rs` turns stored blocks into `f32`.
-//! - `model.rs`: checks that the file is a Llama model that the kernels serve, and uploads its weights.
+//! - `gguf.rs`: opens a model file and hands out its keys and tensors; `dequant.rs` turns stored
+//!   blocks into `f32`.
+//! - `model.rs`: checks that the file is a Llama model that the kernels serve, and uploads its
+//!   weights.
 //! - `tokenizer.rs`: text to token ids and back, from the file's own vocabulary.
 //! - `kernels.rs`: the compute pipelines over `../shaders/`.
 //! - `buffers.rs`: working memory and bind groups, made once.

@@ -39,7 +39,8 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// Where the file is of another architecture, lacks a key, or has dimensions that are not served.
+    /// Where the file is of another architecture, lacks a key, or has dimensions that are not
+    /// served.
     pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self> {
         let architecture = file.text("general.architecture")?;
         ensure!(
@@ -138,11 +139,13 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// Reads and uploads all weights. `progress` hears of stored bytes done, out of [`GgufFile::tensor_bytes`].
+    /// Reads and uploads all weights. `progress` hears of stored bytes done, out of
+    /// [`GgufFile::tensor_bytes`].
     ///
     /// # Errors
     ///
-    /// Where the file does not hold a model that is served, or a matrix is too large for the device.
+    /// Where the file does not hold a model that is served, or a matrix is too large for the
+    /// device.
     pub(crate) fn load(
         gpu: &Gpu,
         file: &mut GgufFile,
@@ -263,8 +266,8 @@ impl Loader<'_> {
     }
 }
 
-/// From `[outputs, inputs]` to `[outputs / 4 / LANES, inputs / 4, LANES]` of blocks, each four inputs by four outputs.
-/// The last blocks are filled up with zeros.
+/// From `[outputs, inputs]` to `[outputs / 4 / LANES, inputs / 4, LANES]` of blocks, each four
+/// inputs by four outputs. The last blocks are filled up with zeros.
 fn by_blocks(rows: &[f32], outputs: usize, inputs: usize) -> Vec<f32> {
     let lanes = LANES as usize;
     let mut blocks = vec![0.0; outputs.next_multiple_of(4 * lanes) * inputs];

@@ -11,11 +11,13 @@ use super::generate::Generation;
 /// Times that a pass is repeated; the median is taken.
 const REPEATS: usize = 15;
 
-/// The share of a decode step that the cache's own dispatches take, from 0 to 1; nothing where there was no step.
+/// The share of a decode step that the cache's own dispatches take, from 0 to 1; nothing where
+/// there was no step.
 ///
-/// Timestamps inside a pass are an optional feature and on software adapters say little, so the cache's dispatches of
-/// one step are run again alone, in a pass of their own, several times. From the median of these, the median of an
-/// empty pass is taken off, because the step pays for its submission anyway. What the cache held is spoiled.
+/// Timestamps inside a pass are an optional feature and on software adapters say little, so the
+/// cache's dispatches of one step are run again alone, in a pass of their own, several times. From
+/// the median of these, the median of an empty pass is taken off, because the step pays for its
+/// submission anyway. What the cache held is spoiled.
 ///
 /// # Errors
 ///

@@ -112,7 +112,8 @@ impl Tokenizer {
     }
 }
 
-/// A text that comes token by token, in whole characters: one that spans tokens waits for its last byte.
+/// A text that comes token by token, in whole characters: one that spans tokens waits for its last
+/// byte.
 pub(crate) struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
     inner: DecodeStream<

@@ -1,4 +1,4 @@
-// Arg-max: the token with the highest logit of each row, the lowest id among equals, never the banned one.
+// Arg-max: the best token of each row, the lowest id among equals, never the banned one.
 
 @group(0) @binding(0) var<uniform> stage: Stage;
 @group(0) @binding(1) var<storage, read> logits: array<f32>;       // [rows, VOCABULARY]

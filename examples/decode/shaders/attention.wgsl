@@ -1,4 +1,4 @@
-// Attention: each query head over one layer of the K/V cache, read where it lies; causal, with grouped K/V heads.
+// Attention: each query head over one layer of the K/V cache, read in place; causal, grouped.
 
 @group(0) @binding(0) var<uniform> layer: Layer;
 @group(0) @binding(1) var<storage, read> query: array<vec4<f32>>;       // [rows, HEADS, QUADS] of quads
@@ -43,7 +43,8 @@ fn main(
     let query_base = (row * HEADS + head) * QUADS;
     let scale = inverseSqrt(4.0 * f32(QUADS));
 
-    // The softmax is built up over blocks of tokens: `total` and `sum` are relative to the highest score so far.
+    // The softmax is built up over blocks of tokens: `total` and `sum` are relative to the highest
+    // score so far.
     var highest = LOWEST;
     var total = 0.0;
     var sum = vec4<f32>();

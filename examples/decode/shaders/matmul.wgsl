@@ -1,4 +1,4 @@
-// Matrix product: output[m, n] = sum over k of input[m, k] * weight[n, k], or that added onto output.
+// Matrix product: output[m, n] = sum over k of input[m, k] * weight[n, k], or output plus that.
 
 @group(0) @binding(0) var<uniform> stage: Stage;
 @group(0) @binding(1) var<uniform> shape: Shape;
@@ -18,16 +18,18 @@ struct Shape {
     inputs: u32,  // K / 4
 }
 
-// A thread computes four outputs of TILE rows of the input (1, 4 or 8). It takes the weights in blocks of 4 by 4, so
-// that it reads each weight once for all rows and each input once for all four outputs: reading is what takes time.
-// A column of a block holds the weights of one k.
+// A thread computes four outputs of TILE rows of the input (1, 4 or 8). It takes the weights in
+// blocks of 4 by 4, so that it reads each weight once for all rows and each input once for all four
+// outputs: reading is what takes time. A column of a block holds the weights of one k.
 override TILE: u32 = 1;
-// SPLIT threads share four outputs, each with every SPLIT-th block along K. A GPU needs that to have enough threads
-// for a single token; a software adapter does best with one, which needs no barrier.
+// SPLIT threads share four outputs, each with every SPLIT-th block along K. A GPU needs that to
+// have enough threads for a single token; a software adapter does best with one, which needs no
+// barrier.
 override SPLIT: u32 = 1;
 override ADD: bool = false; // add onto the output: a residual connection
 
-// The blocks of neighbouring threads lie side by side, and those of a workgroup are one piece of memory.
+// The blocks of neighbouring threads lie side by side, and those of a workgroup are one piece of
+// memory.
 const LANES: u32 = 8;
 
 var<workgroup> partial: array<vec4<f32>, TILE * SPLIT * LANES>;

@@ -14,7 +14,8 @@ struct Stage {
 
 override WIDTH: u32;
 override EPSILON: f32;
-// The head needs only the last token of each batch row: row i is then taken from token i * tokens + tokens - 1.
+// The head needs only the last token of each batch row: row i is then taken from token i * tokens +
+// tokens - 1.
 override LAST: bool = false;
 
 const THREADS: u32 = 64;
@@ -38,7 +39,8 @@ fn main(
     partial[thread] = squares;
     workgroupBarrier();
 
-    // Every thread adds up all partial sums: one barrier, and so few of them that a tree would not pay.
+    // Every thread adds up all partial sums: one barrier, and so few of them that a tree would not
+    // pay.
     var total = 0.0;
     for (var i = 0u; i < THREADS; i++) {
         total += partial[i];

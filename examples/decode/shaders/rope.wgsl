@@ -1,4 +1,4 @@
-// Rotary position: turns the query and key heads of a fused Q, K, V projection, and writes K and V in the cache's type.
+// Rotary position: turns the heads of a fused projection, writes K and V in the cache's type.
 
 @group(0) @binding(0) var<uniform> stage: Stage;
 @group(0) @binding(1) var<storage, read> turns: array<vec2<f32>>;       // [positions, PAIRS] of (cos, sin)
@@ -61,8 +61,8 @@ fn pack(pair: vec2<f32>) -> u32 {
     if DTYPE == 1u {
         return pack2x16float(pair);
     }
-    // bf16 is the upper half of an f32: add just under half of the last place that stays, and one more where that
-    // place is odd, so that ties go to even.
+    // bf16 is the upper half of an f32: add just under half of the last place that stays, and one
+    // more where that place is odd, so that ties go to even.
     let bits = bitcast<vec2<u32>>(pair);
     let rounded = (bits + 0x7fffu + ((bits >> vec2<u32>(16u)) & vec2<u32>(1u))) >> vec2<u32>(16u);
     return rounded.x | (rounded.y << 16u);
