@@ -63,12 +63,17 @@ const SKIP: u32 = 0xffffffffu;
 fn main(
     @builtin(local_invocation_id) local: vec3<u32>,
     @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let unit = group.x * tile_units + local.x;
-    let row = group.z * tile_rows + local.z;
-    if row >= params.rows {
-        return;
+    // More rows than workgroups: each workgroup takes several.
+    let step = groups.z * tile_rows;
+    for (var row = group.z * tile_rows + local.z; row < params.rows; row += step) {
+        write_row(row, group.x * tile_units + local.x, group.y * tile_tokens * TOKENS_PER_THREAD + local.y);
     }
+}
+
+// Writes one unit of a few tokens of a row, from `first_entry` on, a tile of tokens apart.
+fn write_row(row: u32, unit: u32, first_entry: u32) {
     let b = row / params.heads;
     let h = row % params.heads;
     let key_from = params.key.offset + b * params.key.stride_b + h * params.key.stride_h + unit;
@@ -76,7 +81,7 @@ fn main(
     let list = params.list_at + b * params.list_stride;
     let row_slots = row * params.capacity;
 
-    var entry = group.y * tile_tokens * TOKENS_PER_THREAD + local.y;
+    var entry = first_entry;
     for (var i = 0u; i < TOKENS_PER_THREAD; i++) {
         if entry >= params.entries {
             break;

@@ -51,12 +51,18 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let h = group.y;
+    // More heads than workgroups: each workgroup takes several.
+    for (var h = group.y; h < params.heads; h += groups.y) {
+        copy_head(h, group.x * WORKGROUP + local, groups.x * WORKGROUP);
+    }
+}
+
+// Copies every `step`-th unit of a head, from `first` on.
+fn copy_head(h: u32, first: u32, step: u32) {
     let key_live = params.len * params.key_units;
     let value_live = params.len * params.value_units;
-    let step = groups.x * WORKGROUP;
 
-    for (var i = group.x * WORKGROUP + local; i < max(key_live, value_live); i += step) {
+    for (var i = first; i < max(key_live, value_live); i += step) {
         if i < key_live {
             let from_column = h * params.old_capacity * params.key_units + live_unit(i, params.key_units);
             let from_stride = params.heads * params.old_capacity * params.key_units;

@@ -6,7 +6,7 @@
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::kernels::{AppendShape, CopyShape, Dispatch, GatherShape};
+use crate::kernels::{AppendShape, CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::ledger::Ledger;
 use crate::plan;
 use crate::position::{self, CachePosition};
@@ -268,6 +268,10 @@ impl Layer {
             return self.stage_copy(gpu, policy, shape, live, map).map(Some);
         }
         let moves = plan::order_row_moves(map, live.shape.batch);
+        if moves.len() > MOST_MOVES {
+            // A list of moves in place cannot be cut in two: a cycle may run through all of it.
+            return self.stage_copy(gpu, policy, shape, live, map).map(Some);
+        }
         let mut dispatches = Vec::new();
         let mut moved = 0;
         if let Some(store) = self.store.as_mut().filter(|_| !moves.is_empty() && live.len > 0) {
@@ -379,21 +383,22 @@ impl Layer {
         let new = Store::new(gpu, self.index, shape.bytes(shape.batch, capacity)?)?;
         let mut dispatches = Vec::new();
         if let Some(old) = self.store.as_ref().filter(|_| live.len > 0) {
-            let copies = plan::group_by_source(map);
-            dispatches.push(gpu.kernels().copy_rows(
-                gpu,
-                old.buffers(),
-                new.buffers(),
-                &CopyShape {
-                    row_bytes: shape.row_bytes(),
-                    heads: shape.heads,
-                    start: live.start,
-                    len: live.len,
-                    old_capacity: live.capacity,
-                    new_capacity: capacity,
-                    copies: &copies,
-                },
-            )?);
+            for copies in plan::group_by_source(map).chunks(MOST_MOVES) {
+                dispatches.push(gpu.kernels().copy_rows(
+                    gpu,
+                    old.buffers(),
+                    new.buffers(),
+                    &CopyShape {
+                        row_bytes: shape.row_bytes(),
+                        heads: shape.heads,
+                        start: live.start,
+                        len: live.len,
+                        old_capacity: live.capacity,
+                        new_capacity: capacity,
+                        copies,
+                    },
+                )?);
+            }
         }
         Ok(Staged {
             dispatches,

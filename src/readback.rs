@@ -61,11 +61,12 @@ impl Readback {
         key.copy(&mut encoder, view, view.key());
         value.copy(&mut encoder, view, view.value());
         let submission = gpu.queue().submit([encoder.finish()]);
+        key.map();
+        value.map();
+        // On a device that is lost every one of these fails, some without a word.
         if let Some(error) = crate::gpu::answer_now(scope.pop()) {
             return Err(Error::Readback { layer, reason: error.to_string() });
         }
-        key.map();
-        value.map();
         Ok(Self { layer, key, value, submission, recorded })
     }
 

@@ -3,6 +3,9 @@
 # the model where they are missing.
 #
 # Usage: tests/run.sh [flags of cargo test]
+#
+# WGPU_BACKEND=vulkan|gl|... picks the backend, KV_DEVICE=best|immediates|baseline what is asked of the
+# adapter, KV_HISTORIES=N the number of random histories, KV_TRACES=FOLDER further traces to replay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Mesa complains where this is unset, as it is in containers.

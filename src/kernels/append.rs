@@ -84,7 +84,10 @@ impl Kernels {
         let groups = [
             u64::from(units[0].max(units[1]).div_ceil(tile[0])),
             u64::from(entries.div_ceil(tile[1] * TOKENS_PER_THREAD)),
-            u64::from(rows.div_ceil(tile[2])),
+            // A workgroup takes several rows where there are more than a dispatch starts.
+            u64::from(
+                rows.div_ceil(tile[2]).min(gpu.limits().max_compute_workgroups_per_dimension),
+            ),
         ];
         self.append.prepare(gpu, (unit, Some(tile)), bindings, list, &params, groups)
     }

@@ -58,8 +58,8 @@ impl Kernels {
     }
 }
 
-/// Workgroups for a kernel with a thread for every unit of every live token of a head, in steps where
-/// that is more than a dispatch starts.
+/// Workgroups for a kernel with a thread for every unit of every live token of a head; a workgroup takes
+/// several of either where that is more than a dispatch starts.
 pub(super) fn columns(
     gpu: &Gpu,
     unit: Unit,
@@ -69,5 +69,5 @@ pub(super) fn columns(
 ) -> [u64; 3] {
     let units = row_bytes[0].max(row_bytes[1]) / unit.bytes() * len as u64;
     let most = u64::from(gpu.limits().max_compute_workgroups_per_dimension);
-    [units.div_ceil(u64::from(WORKGROUP)).min(most), heads as u64, 1]
+    [units.div_ceil(u64::from(WORKGROUP)).min(most), (heads as u64).min(most), 1]
 }

@@ -20,6 +20,11 @@ use crate::plan::RowMove;
 /// Invocations of a workgroup: what every WebGPU device allows.
 pub(crate) const WORKGROUP: u32 = 256;
 
+/// Row moves of a dispatch at most. Mesa's llvmpipe ends the loops of an invocation without a word after
+/// 65,535 rounds, all of them counted together; a thread runs its moves for K and for V, now and then for
+/// a few columns.
+pub(crate) const MOST_MOVES: usize = 8192;
+
 /// What a thread moves at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Unit {

@@ -246,7 +246,8 @@ fn far_positions_grow_a_dynamic_cache() {
     let mut rig = Rig::dynamic(&gpu());
     rig.update(9, [1, 1, 2, 2], 2, APPEND);
     rig.update(4, [1, 3, 1, 6], 2, CachePosition::At(2));
-    rig.check("layers 9 and 4");
+    rig.update(usize::MAX, [1, 1, 3, 2], 4, APPEND);
+    rig.check("layers 9 and 4, and the last one");
     assert_eq!((rig.cache.get_seq_length(7), rig.cache.get(7)), (Ok(0), Ok(None)));
     assert_eq!(rig.cache.get(1000), Ok(None));
     assert_eq!(rig.cache.get_max_cache_shape(), None);
