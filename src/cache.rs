@@ -55,7 +55,8 @@ pub trait Cache {
     /// repeat rows. Layers that were never written stay so.
     ///
     /// Within the rows that a layer has memory for, the rows move in place, without scratch memory, and
-    /// rows that stay cost nothing. A larger batch goes into new buffers.
+    /// rows that stay cost nothing. A larger batch goes into new buffers, and so does a change that moves
+    /// more than 8,192 rows.
     ///
     /// # Errors
     ///

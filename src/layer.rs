@@ -226,8 +226,9 @@ impl Layer {
         let new_len = position::check(position, shape.batch, tokens, len, policy.bound())?;
 
         let (store, live, mut dispatches) = self.stage_room(gpu, policy, shape, new_len)?;
-        let mut moved =
-            dispatches.len() as u64 * shape.bytes(shape.batch, len)?.iter().sum::<u64>();
+        // Growth copies what is live.
+        let grown = if dispatches.is_empty() { 0 } else { len };
+        let mut moved: u64 = shape.bytes(shape.batch, grown)?.iter().sum();
 
         let order = position::order(position, len, new_len);
         let append = AppendShape {

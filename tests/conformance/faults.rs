@@ -28,7 +28,8 @@ fn one_token(gpu: &Gpu, cache: &mut dyn KVCache, layer: usize) -> Result<(), Err
 
 #[test]
 fn a_device_destroyed_between_two_calls() {
-    let make: [fn(&Gpu) -> Box<dyn KVCache>; 2] =
+    type Make = fn(&Gpu) -> Box<dyn KVCache>;
+    let make: [Make; 2] =
         [|gpu| Box::new(DynamicKVCache::new(gpu)), |gpu| Box::new(StaticKVCache::new(gpu, 8, 4))];
     for make in make {
         let gpu = mortal_gpu();
