@@ -50,7 +50,8 @@ impl<'a> TensorView<'a> {
         Ok(Self { buffer, dtype, offset: 0, shape, strides })
     }
 
-    /// A row-major [B, T, H, D] tensor, as a projection writes it. `shape` is given in that order.
+    /// A row-major [B, T, H, D] tensor, as a projection writes it. `shape` is given in that order; the
+    /// view's own [`shape`](Self::shape), and every message, is in the order (B, H, T, D) again.
     ///
     /// # Errors
     ///

@@ -26,9 +26,11 @@ use llama::{Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer};
 #[derive(Parser)]
 #[command(name = "decode")]
 struct Arguments {
-    /// Model: a GGUF file of the llama architecture with tensors in F32, F16, BF16, `Q8_0`, `Q4_0`
-    /// or `Q4_1`.
-    #[arg(long, value_name = "FILE")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        help = "Model: a GGUF file of the llama architecture (F32, F16, BF16, Q8_0, Q4_0 or Q4_1)"
+    )]
     model: PathBuf,
     /// Text to go on from, taken as it is.
     #[arg(long, value_name = "TEXT")]
