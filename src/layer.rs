@@ -265,14 +265,14 @@ impl Layer {
             return Ok(None);
         }
         let shape = Shape { batch: map.len(), ..live.shape };
-        if map.len() > live.rows {
+        // In place where the rows have memory. A list of moves cannot be cut in two, since a cycle may run
+        // through all of it, so one too long for a dispatch goes through new buffers as well.
+        let in_place = (map.len() <= live.rows)
+            .then(|| plan::order_row_moves(map, live.shape.batch))
+            .filter(|moves| moves.len() <= MOST_MOVES);
+        let Some(moves) = in_place else {
             return self.stage_copy(gpu, policy, shape, live, map).map(Some);
-        }
-        let moves = plan::order_row_moves(map, live.shape.batch);
-        if moves.len() > MOST_MOVES {
-            // A list of moves in place cannot be cut in two: a cycle may run through all of it.
-            return self.stage_copy(gpu, policy, shape, live, map).map(Some);
-        }
+        };
         let mut dispatches = Vec::new();
         let mut moved = 0;
         if let Some(store) = self.store.as_mut().filter(|_| !moves.is_empty() && live.len > 0) {
