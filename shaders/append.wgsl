@@ -1,13 +1,14 @@
 // Writes new tokens of K and V into a layer, each at its position, in one dispatch.
 //
-// A thread owns one unit (a vector of 16 bytes, or a word) of a head and visits a few tokens of one
-// (batch, head) row. Bits are moved, never numbers, so one kernel serves f32, f16 and bf16.
+// A thread owns one unit (a vector of 16 bytes, or a word) of a head and four tokens of one (batch, head)
+// row. Bits are moved, never numbers, so one kernel serves f32, f16 and bf16. A text of `layout/` is
+// joined: it says where a position lies.
 //
 // group 0, binding 0: key_source     new K, any strides over (B, H, T), units of a head adjacent
 // group 0, binding 1: value_source   new V, likewise
-// group 0, binding 2: key_cache      [B, H, capacity, D of K]
-// group 0, binding 3: value_cache    [B, H, capacity, D of V]
-// group 1, binding 0: lists          (position, token) pairs, where positions are not a plain run
+// group 0, binding 2: key_cache      [slot, D of K], slots as the layout numbers them
+// group 0, binding 3: value_cache    [slot, D of V]
+// group 1, binding 0: lists          (position, token) pairs, where positions are not a plain run; pages
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -20,24 +21,20 @@ struct Source {
 }
 
 struct Params {
+    kv: KvLayout,
     key: Source,
     value: Source,
     // Units of a head.
     key_units: u32,
     value_units: u32,
-    heads: u32,
     // B times H.
     rows: u32,
-    // The ring: token t lies at slot (start + t) mod capacity.
-    start: u32,
-    capacity: u32,
     // Positions that each row visits.
     entries: u32,
     // A plain run: positions from `first` on, of which the first `zeros` become zero.
     first: u32,
     zeros: u32,
     // A list: where it lies in `lists`, and how far the lists of two batch rows are apart.
-    has_list: u32,
     list_at: u32,
     list_stride: u32,
 }
@@ -54,6 +51,8 @@ struct Params {
 override tile_units: u32 = 16u;
 override tile_tokens: u32 = 1u;
 override tile_rows: u32 = 16u;
+// Whether positions come as a list.
+override has_list: bool = false;
 
 const TOKENS_PER_THREAD: u32 = 4u;
 const ZERO: u32 = 0xffffffffu;
@@ -65,55 +64,78 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
+    let unit = group.x * tile_units + local.x;
+    let entry = group.y * tile_tokens * TOKENS_PER_THREAD + local.y;
     // More rows than workgroups: each workgroup takes several.
     let step = groups.z * tile_rows;
     for (var row = group.z * tile_rows + local.z; row < params.rows; row += step) {
-        write_row(row, group.x * tile_units + local.x, group.y * tile_tokens * TOKENS_PER_THREAD + local.y);
+        write_row(row, unit, entry + vec4(0u, 1u, 2u, 3u) * tile_tokens);
     }
 }
 
-// Writes one unit of a few tokens of a row, from `first_entry` on, a tile of tokens apart.
-fn write_row(row: u32, unit: u32, first_entry: u32) {
-    let b = row / params.heads;
-    let h = row % params.heads;
-    let key_from = params.key.offset + b * params.key.stride_b + h * params.key.stride_h + unit;
-    let value_from = params.value.offset + b * params.value.stride_b + h * params.value.stride_h + unit;
-    let list = params.list_at + b * params.list_stride;
-    let row_slots = row * params.capacity;
-
-    var entry = first_entry;
-    for (var i = 0u; i < TOKENS_PER_THREAD; i++) {
-        if entry >= params.entries {
-            break;
+// Writes one unit of four tokens of a row.
+fn write_row(row: u32, unit: u32, entry: vec4<u32>) {
+    let b = row / params.kv.heads;
+    let h = row % params.kv.heads;
+    var is_written = entry < vec4(params.entries);
+    var position = params.first + entry;
+    var token = select(vec4(ZERO), entry - params.zeros, entry >= vec4(params.zeros));
+    if has_list {
+        let at = params.list_at + b * params.list_stride + 2u * min(entry, vec4(params.entries - 1u));
+        position = vec4(lists[at.x], lists[at.y], lists[at.z], lists[at.w]);
+        token = vec4(lists[at.x + 1u], lists[at.y + 1u], lists[at.z + 1u], lists[at.w + 1u]);
+        is_written &= position != vec4(SKIP);
+    }
+    let is_zero = token == vec4(ZERO);
+    // What is not read is at least a token that exists.
+    token = select(vec4(0u), token, is_written & !is_zero);
+    position = select(vec4(0u), position, is_written);
+    let slot = vec4(
+        kv_slot(params.kv, b, h, position.x),
+        kv_slot(params.kv, b, h, position.y),
+        kv_slot(params.kv, b, h, position.z),
+        kv_slot(params.kv, b, h, position.w),
+    );
+    if unit < params.key_units {
+        let source = params.key;
+        let at = source.offset + b * source.stride_b + h * source.stride_h + token * source.stride_t + unit;
+        let x = select(key_source[at.x], Unit(), is_zero.x);
+        let y = select(key_source[at.y], Unit(), is_zero.y);
+        let z = select(key_source[at.z], Unit(), is_zero.z);
+        let w = select(key_source[at.w], Unit(), is_zero.w);
+        let to = slot * params.key_units + unit;
+        if is_written.x {
+            key_cache[to.x] = x;
         }
-        var position = params.first + entry;
-        var token = select(ZERO, entry - params.zeros, entry >= params.zeros);
-        if params.has_list != 0u {
-            position = lists[list + 2u * entry];
-            token = lists[list + 2u * entry + 1u];
+        if is_written.y {
+            key_cache[to.y] = y;
         }
-        entry += tile_tokens;
-        if position == SKIP {
-            continue;
+        if is_written.z {
+            key_cache[to.z] = z;
         }
-        // start < capacity and position < capacity: one subtraction is the whole modulus.
-        var slot = params.start + position;
-        if slot >= params.capacity {
-            slot -= params.capacity;
+        if is_written.w {
+            key_cache[to.w] = w;
         }
-        if unit < params.key_units {
-            var moved = Unit();
-            if token != ZERO {
-                moved = key_source[key_from + token * params.key.stride_t];
-            }
-            key_cache[(row_slots + slot) * params.key_units + unit] = moved;
+    }
+    if unit < params.value_units {
+        let source = params.value;
+        let at = source.offset + b * source.stride_b + h * source.stride_h + token * source.stride_t + unit;
+        let x = select(value_source[at.x], Unit(), is_zero.x);
+        let y = select(value_source[at.y], Unit(), is_zero.y);
+        let z = select(value_source[at.z], Unit(), is_zero.z);
+        let w = select(value_source[at.w], Unit(), is_zero.w);
+        let to = slot * params.value_units + unit;
+        if is_written.x {
+            value_cache[to.x] = x;
         }
-        if unit < params.value_units {
-            var moved = Unit();
-            if token != ZERO {
-                moved = value_source[value_from + token * params.value.stride_t];
-            }
-            value_cache[(row_slots + slot) * params.value_units + unit] = moved;
+        if is_written.y {
+            value_cache[to.y] = y;
+        }
+        if is_written.z {
+            value_cache[to.z] = z;
+        }
+        if is_written.w {
+            value_cache[to.w] = w;
         }
     }
 }

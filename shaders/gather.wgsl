@@ -1,12 +1,13 @@
 // Moves batch rows of K and V in place: new row i becomes old row map[i], without a scratch buffer.
 //
-// A thread owns one column: the same unit (16 bytes, or a word) of the same head and slot in every
-// batch row. All threads run the same short list of row moves, which the host has ordered so that no
-// row is overwritten while it is still needed; a cycle goes through the one register `held`.
+// A thread owns four columns; a column is the same unit (16 bytes, or a word) of the same head and slot
+// in every batch row. All threads run the same short list of row moves, which the host has ordered so
+// that no row is overwritten while it is still needed; a cycle goes through registers.
 //
 // group 0, binding 0: key_cache      [B, H, capacity, D of K]
 // group 0, binding 1: value_cache    [B, H, capacity, D of V]
-// group 1, binding 0: lists          the moves: (to, source) pairs of rows, HELD for the register
+// group 1, binding 0: lists          the moves: copies (from, how many rows, these), then cycles (how
+//                                    many rows, these)
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -21,7 +22,8 @@ struct Params {
     len: u32,
     capacity: u32,
     // The moves and where they lie in `lists`.
-    moves: u32,
+    copies: u32,
+    cycles: u32,
     list_at: u32,
 }
 
@@ -31,13 +33,23 @@ struct Params {
 @group(2) @binding(0) var<uniform> params: Params;
 
 const WORKGROUP: u32 = 256u;
-const HELD: u32 = 0xffffffffu;
+// Columns of a workgroup: a thread's four are a workgroup apart, so that neighbours read neighbours.
+const TILE: u32 = 1024u;
 
-// How far into a head's [capacity, D] the i-th live unit lies.
-fn live_unit(i: u32, units: u32) -> u32 {
-    let at = params.start * units + i;
-    let end = params.capacity * units;
-    return select(at, at - end, at >= end);
+// Four columns: where they lie in row 0, and which of them are there.
+struct Columns {
+    at: vec4<u32>,
+    is_live: vec4<bool>,
+    row_stride: u32,
+}
+
+fn columns(h: u32, first: u32, units: u32) -> Columns {
+    let live = params.len * units;
+    let head = params.capacity * units;
+    let i = first + vec4(0u, 1u, 2u, 3u) * WORKGROUP;
+    // A column past the end is read as the last one, and not written.
+    let at = params.start * units + min(i, vec4(live - 1u));
+    return Columns(h * head + select(at, at - head, at >= vec4(head)), i < vec4(live), params.heads * head);
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -46,55 +58,109 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    // More heads than workgroups: each workgroup takes several.
+    let live = params.len * max(params.key_units, params.value_units);
+    // More heads or columns than workgroups: each workgroup takes several.
     for (var h = group.y; h < params.heads; h += groups.y) {
-        move_head(h, group.x * WORKGROUP + local, groups.x * WORKGROUP);
+        for (var tile = group.x * TILE; tile < live; tile += groups.x * TILE) {
+            move_keys(columns(h, tile + local, params.key_units));
+            move_values(columns(h, tile + local, params.value_units));
+        }
     }
 }
 
-// Moves every `step`-th unit of a head, from `first` on.
-fn move_head(h: u32, first: u32, step: u32) {
-    let key_live = params.len * params.key_units;
-    let value_live = params.len * params.value_units;
-    let key_head = params.capacity * params.key_units;
-    let value_head = params.capacity * params.value_units;
+struct Four {
+    x: Unit,
+    y: Unit,
+    z: Unit,
+    w: Unit,
+}
 
-    for (var i = first; i < max(key_live, value_live); i += step) {
-        if i < key_live {
-            let column = h * key_head + live_unit(i, params.key_units);
-            let stride = params.heads * key_head;
-            var held = Unit();
-            for (var m = 0u; m < params.moves; m++) {
-                let to = lists[params.list_at + 2u * m];
-                let source = lists[params.list_at + 2u * m + 1u];
-                var moved = held;
-                if source != HELD {
-                    moved = key_cache[column + source * stride];
-                }
-                if to == HELD {
-                    held = moved;
-                } else {
-                    key_cache[column + to * stride] = moved;
-                }
-            }
+fn move_keys(c: Columns) {
+    var next = params.list_at;
+    for (var i = 0u; i < params.copies; i++) {
+        let held = load_keys(c, lists[next]);
+        let end = next + 2u + lists[next + 1u];
+        for (next += 2u; next < end; next++) {
+            store_keys(c, lists[next], held);
         }
-        if i < value_live {
-            let column = h * value_head + live_unit(i, params.value_units);
-            let stride = params.heads * value_head;
-            var held = Unit();
-            for (var m = 0u; m < params.moves; m++) {
-                let to = lists[params.list_at + 2u * m];
-                let source = lists[params.list_at + 2u * m + 1u];
-                var moved = held;
-                if source != HELD {
-                    moved = value_cache[column + source * stride];
-                }
-                if to == HELD {
-                    held = moved;
-                } else {
-                    value_cache[column + to * stride] = moved;
-                }
-            }
+    }
+    for (var i = 0u; i < params.cycles; i++) {
+        let last = next + lists[next];
+        next++;
+        var to = lists[next];
+        let held = load_keys(c, to);
+        for (; next < last; next++) {
+            let source = lists[next + 1u];
+            store_keys(c, to, load_keys(c, source));
+            to = source;
         }
+        store_keys(c, to, held);
+        next++;
+    }
+}
+
+fn load_keys(c: Columns, row: u32) -> Four {
+    let at = c.at + row * c.row_stride;
+    return Four(key_cache[at.x], key_cache[at.y], key_cache[at.z], key_cache[at.w]);
+}
+
+fn store_keys(c: Columns, row: u32, units: Four) {
+    let at = c.at + row * c.row_stride;
+    if c.is_live.x {
+        key_cache[at.x] = units.x;
+    }
+    if c.is_live.y {
+        key_cache[at.y] = units.y;
+    }
+    if c.is_live.z {
+        key_cache[at.z] = units.z;
+    }
+    if c.is_live.w {
+        key_cache[at.w] = units.w;
+    }
+}
+
+fn move_values(c: Columns) {
+    var next = params.list_at;
+    for (var i = 0u; i < params.copies; i++) {
+        let held = load_values(c, lists[next]);
+        let end = next + 2u + lists[next + 1u];
+        for (next += 2u; next < end; next++) {
+            store_values(c, lists[next], held);
+        }
+    }
+    for (var i = 0u; i < params.cycles; i++) {
+        let last = next + lists[next];
+        next++;
+        var to = lists[next];
+        let held = load_values(c, to);
+        for (; next < last; next++) {
+            let source = lists[next + 1u];
+            store_values(c, to, load_values(c, source));
+            to = source;
+        }
+        store_values(c, to, held);
+        next++;
+    }
+}
+
+fn load_values(c: Columns, row: u32) -> Four {
+    let at = c.at + row * c.row_stride;
+    return Four(value_cache[at.x], value_cache[at.y], value_cache[at.z], value_cache[at.w]);
+}
+
+fn store_values(c: Columns, row: u32, units: Four) {
+    let at = c.at + row * c.row_stride;
+    if c.is_live.x {
+        value_cache[at.x] = units.x;
+    }
+    if c.is_live.y {
+        value_cache[at.y] = units.y;
+    }
+    if c.is_live.z {
+        value_cache[at.z] = units.z;
+    }
+    if c.is_live.w {
+        value_cache[at.w] = units.w;
     }
 }

@@ -2,13 +2,14 @@
 //
 // Serves repeat-interleave and every other change that needs larger buffers: a selection that grows
 // the batch, and growth in tokens, where each row goes out once. The live tokens come out straight,
-// from slot 0 on. A thread owns one unit of a head and slot; it reads each source row once.
+// from slot 0 on. A thread owns four columns (a unit of a head and slot, in every row) and reads each
+// source row once.
 //
 // group 0, binding 0: key_source     [old B, H, old capacity, D of K]
 // group 0, binding 1: value_source   [old B, H, old capacity, D of V]
 // group 0, binding 2: key_cache      [new B, H, new capacity, D of K]
 // group 0, binding 3: value_cache    [new B, H, new capacity, D of V]
-// group 1, binding 0: lists          the copies: (to, source) pairs of rows, sorted by source
+// group 1, binding 0: lists          the copies: (from, how many rows, these)
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -36,13 +37,32 @@ struct Params {
 @group(2) @binding(0) var<uniform> params: Params;
 
 const WORKGROUP: u32 = 256u;
-const NONE: u32 = 0xffffffffu;
+// Columns of a workgroup: a thread's four are a workgroup apart, so that neighbours read neighbours.
+const TILE: u32 = 1024u;
 
-// How far into a head's [old_capacity, D] the i-th live unit lies.
-fn live_unit(i: u32, units: u32) -> u32 {
-    let at = params.start * units + i;
-    let end = params.old_capacity * units;
-    return select(at, at - end, at >= end);
+// Four columns: where they lie in row 0 of the source and of the target, and which of them are there.
+struct Columns {
+    source: vec4<u32>,
+    fresh: vec4<u32>,
+    is_live: vec4<bool>,
+    source_stride: u32,
+    fresh_stride: u32,
+}
+
+fn columns(h: u32, first: u32, units: u32) -> Columns {
+    let live = params.len * units;
+    let old_head = params.old_capacity * units;
+    let new_head = params.new_capacity * units;
+    let i = first + vec4(0u, 1u, 2u, 3u) * WORKGROUP;
+    // A column past the end is read as the last one, and not written.
+    let at = params.start * units + min(i, vec4(live - 1u));
+    return Columns(
+        h * old_head + select(at, at - old_head, at >= vec4(old_head)),
+        h * new_head + i,
+        i < vec4(live),
+        params.heads * old_head,
+        params.heads * new_head,
+    );
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -51,50 +71,65 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    // More heads than workgroups: each workgroup takes several.
+    let live = params.len * max(params.key_units, params.value_units);
+    // More heads or columns than workgroups: each workgroup takes several.
     for (var h = group.y; h < params.heads; h += groups.y) {
-        copy_head(h, group.x * WORKGROUP + local, groups.x * WORKGROUP);
+        for (var tile = group.x * TILE; tile < live; tile += groups.x * TILE) {
+            copy_keys(columns(h, tile + local, params.key_units));
+            copy_values(columns(h, tile + local, params.value_units));
+        }
     }
 }
 
-// Copies every `step`-th unit of a head, from `first` on.
-fn copy_head(h: u32, first: u32, step: u32) {
-    let key_live = params.len * params.key_units;
-    let value_live = params.len * params.value_units;
-
-    for (var i = first; i < max(key_live, value_live); i += step) {
-        if i < key_live {
-            let from_column = h * params.old_capacity * params.key_units + live_unit(i, params.key_units);
-            let from_stride = params.heads * params.old_capacity * params.key_units;
-            let to_column = h * params.new_capacity * params.key_units + i;
-            let to_stride = params.heads * params.new_capacity * params.key_units;
-            var moved = Unit();
-            var loaded = NONE;
-            for (var c = 0u; c < params.copies; c++) {
-                let to = lists[params.list_at + 2u * c];
-                let source = lists[params.list_at + 2u * c + 1u];
-                if source != loaded {
-                    moved = key_source[from_column + source * from_stride];
-                    loaded = source;
-                }
-                key_cache[to_column + to * to_stride] = moved;
+fn copy_keys(c: Columns) {
+    var next = params.list_at;
+    for (var i = 0u; i < params.copies; i++) {
+        let from_row = c.source + lists[next] * c.source_stride;
+        let x = key_source[from_row.x];
+        let y = key_source[from_row.y];
+        let z = key_source[from_row.z];
+        let w = key_source[from_row.w];
+        let end = next + 2u + lists[next + 1u];
+        for (next += 2u; next < end; next++) {
+            let at = c.fresh + lists[next] * c.fresh_stride;
+            if c.is_live.x {
+                key_cache[at.x] = x;
+            }
+            if c.is_live.y {
+                key_cache[at.y] = y;
+            }
+            if c.is_live.z {
+                key_cache[at.z] = z;
+            }
+            if c.is_live.w {
+                key_cache[at.w] = w;
             }
         }
-        if i < value_live {
-            let from_column = h * params.old_capacity * params.value_units + live_unit(i, params.value_units);
-            let from_stride = params.heads * params.old_capacity * params.value_units;
-            let to_column = h * params.new_capacity * params.value_units + i;
-            let to_stride = params.heads * params.new_capacity * params.value_units;
-            var moved = Unit();
-            var loaded = NONE;
-            for (var c = 0u; c < params.copies; c++) {
-                let to = lists[params.list_at + 2u * c];
-                let source = lists[params.list_at + 2u * c + 1u];
-                if source != loaded {
-                    moved = value_source[from_column + source * from_stride];
-                    loaded = source;
-                }
-                value_cache[to_column + to * to_stride] = moved;
+    }
+}
+
+fn copy_values(c: Columns) {
+    var next = params.list_at;
+    for (var i = 0u; i < params.copies; i++) {
+        let from_row = c.source + lists[next] * c.source_stride;
+        let x = value_source[from_row.x];
+        let y = value_source[from_row.y];
+        let z = value_source[from_row.z];
+        let w = value_source[from_row.w];
+        let end = next + 2u + lists[next + 1u];
+        for (next += 2u; next < end; next++) {
+            let at = c.fresh + lists[next] * c.fresh_stride;
+            if c.is_live.x {
+                value_cache[at.x] = x;
+            }
+            if c.is_live.y {
+                value_cache[at.y] = y;
+            }
+            if c.is_live.z {
+                value_cache[at.z] = z;
+            }
+            if c.is_live.w {
+                value_cache[at.w] = w;
             }
         }
     }

@@ -26,6 +26,8 @@ pub(crate) type Lease = Arc<()>;
 /// Where a piece of data has been put.
 #[derive(Clone, Debug)]
 pub(crate) struct Placed {
+    /// The chunk.
+    pub(crate) buffer: wgpu::Buffer,
     /// Binds the whole chunk as a read-only list.
     pub(crate) lists: wgpu::BindGroup,
     /// Binds [`PARAMS_BYTES`] of the chunk as a uniform, at a dynamic offset.
@@ -98,6 +100,7 @@ impl Chunk {
 
     fn placed(&self, offset: u32) -> Placed {
         Placed {
+            buffer: self.buffer.clone(),
             lists: self.lists.clone(),
             params: self.params.clone(),
             offset,

@@ -117,6 +117,24 @@ struct Live {
     len: usize,
 }
 
+impl Live {
+    fn view<'a>(&self, store: &'a Store) -> LayerView<'a> {
+        LayerView {
+            key: &store.key,
+            value: &store.value,
+            dtype: self.shape.dtype,
+            batch: self.shape.batch,
+            heads: self.shape.heads,
+            key_dim: self.shape.key_dim,
+            value_dim: self.shape.value_dim,
+            start: self.start,
+            len: self.len,
+            capacity: self.capacity,
+            pages: None,
+        }
+    }
+}
+
 /// One layer of a cache.
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -174,19 +192,7 @@ impl Layer {
     }
 
     pub(crate) fn view(&self) -> Option<LayerView<'_>> {
-        let (store, live) = (self.store.as_ref()?, self.live.as_ref()?);
-        Some(LayerView {
-            key: &store.key,
-            value: &store.value,
-            dtype: live.shape.dtype,
-            batch: live.shape.batch,
-            heads: live.shape.heads,
-            key_dim: live.shape.key_dim,
-            value_dim: live.shape.value_dim,
-            start: live.start,
-            len: live.len,
-            capacity: live.capacity,
-        })
+        Some(self.live?.view(self.store.as_ref()?))
     }
 
     pub(crate) fn reset(&mut self) {
@@ -231,25 +237,25 @@ impl Layer {
         let mut moved: u64 = shape.bytes(shape.batch, grown)?.iter().sum();
 
         let order = position::order(position, len, new_len);
-        let append = AppendShape {
-            key: &sources[0],
-            value: &sources[1],
-            batch: shape.batch,
-            heads: shape.heads,
-            tokens,
-            start: live.start,
-            capacity: live.capacity,
-            order: &order,
-        };
+        let list = order.list().map(|list| gpu.place(list)).transpose()?;
+        let live = Live { len: new_len, ..live };
         let views = [(key, &sources[0]), (value, &sources[1])];
         let mut store = store;
         let target = store.as_mut().or(self.store.as_mut());
         let target = target.expect("a layer with room has memory");
         let bindings = target.sources.bind(gpu, views, &target.key, &target.value);
+        let append = AppendShape {
+            key: &sources[0],
+            value: &sources[1],
+            tokens,
+            order: &order,
+            target: &live.view(target),
+            lists: list.as_ref().map(|list| (list, list.offset / 4)),
+        };
         dispatches.push(gpu.kernels().append(gpu, bindings, &append)?);
         moved += shape.bytes(1, order.written(shape.batch, tokens))?.iter().sum::<u64>();
 
-        Ok(Staged { dispatches, store, live: Live { len: new_len, ..live }, moved })
+        Ok(Staged { dispatches, store, live, moved })
     }
 
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`. `None` where nothing changes
@@ -269,13 +275,13 @@ impl Layer {
         // through all of it, so one too long for a dispatch goes through new buffers as well.
         let in_place = (map.len() <= live.rows)
             .then(|| plan::order_row_moves(map, live.shape.batch))
-            .filter(|moves| moves.len() <= MOST_MOVES);
+            .filter(|moves| moves.written <= MOST_MOVES);
         let Some(moves) = in_place else {
             return self.stage_copy(gpu, policy, shape, live, map).map(Some);
         };
         let mut dispatches = Vec::new();
         let mut moved = 0;
-        if let Some(store) = self.store.as_mut().filter(|_| !moves.is_empty() && live.len > 0) {
+        if let Some(store) = self.store.as_mut().filter(|_| moves.written > 0 && live.len > 0) {
             let bindings = store
                 .gather
                 .get_or_insert_with(|| gpu.kernels().bind_gather(gpu, &store.key, &store.value))
@@ -292,8 +298,7 @@ impl Layer {
                     moves: &moves,
                 },
             )?);
-            let written = moves.iter().filter(|step| step.to != plan::HELD).count();
-            moved = shape.bytes(written, live.len)?.iter().sum();
+            moved = shape.bytes(moves.written, live.len)?.iter().sum();
         }
         Ok(Some(Staged { dispatches, store: None, live: Live { shape, ..live }, moved }))
     }
@@ -384,7 +389,7 @@ impl Layer {
         let new = Store::new(gpu, self.index, shape.bytes(shape.batch, capacity)?)?;
         let mut dispatches = Vec::new();
         if let Some(old) = self.store.as_ref().filter(|_| live.len > 0) {
-            for copies in plan::group_by_source(map).chunks(MOST_MOVES) {
+            for copies in &plan::list_copies(&plan::copies_of_map(map), MOST_MOVES) {
                 dispatches.push(gpu.kernels().copy_rows(
                     gpu,
                     old.buffers(),

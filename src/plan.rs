@@ -2,44 +2,81 @@
 
 use std::ops::Range;
 
-/// Stands for the one temporary register of a thread in a [`RowMove`].
-pub(crate) const HELD: u32 = u32::MAX;
+/// The row moves that every thread of a copying kernel runs, in order, as words that it reads.
+///
+/// First the copies, a source each: its row, how many rows it goes to, and these. Then the cycles, which
+/// only moves in place have: how many rows, and these; each row takes what the next one held, the last
+/// what the first one held.
+///
+/// ```text
+/// copies: 1, cycles: 1        from 3 to 0, 5    rows 1, 2, 4 change places
+///                            | 3  2   0  5 |   | 3   1  2  4 |
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct MoveList {
+    pub(crate) words: Vec<u32>,
+    pub(crate) copies: u32,
+    pub(crate) cycles: u32,
+    /// Rows that are written.
+    pub(crate) written: usize,
+}
 
-/// One step of an in-place gather: row `from` is copied to row `to`; either may be [`HELD`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RowMove {
-    pub(crate) to: u32,
-    pub(crate) from: u32,
+impl MoveList {
+    /// Adds a copy of row `from` to row `to`. The words of copies end where `last` starts: at the number
+    /// of rows that the last source goes to.
+    fn copy(&mut self, from: u32, to: u32, last: &mut Option<(u32, usize)>) {
+        match *last {
+            Some((source, count)) if source == from => self.words[count] += 1,
+            _ => {
+                *last = Some((from, self.words.len() + 1));
+                self.words.extend([from, 1]);
+                self.copies += 1;
+            }
+        }
+        self.words.push(to);
+        self.written += 1;
+    }
+
+    /// Adds a cycle: `rows[i]` takes what `rows[i + 1]` held.
+    fn cycle(&mut self, rows: &[u32]) {
+        self.words.push(narrow(rows.len()));
+        self.words.extend(rows);
+        self.cycles += 1;
+        self.written += rows.len();
+    }
 }
 
 /// Orders the moves that make new row `i` hold old row `map[i]`, in place.
 ///
 /// This is the parallel-move problem of register allocation: a row may be overwritten once nothing
 /// reads its old content any more. Rows that no one waits for go first; what is left are cycles, each
-/// broken through one temporary. A row that stays costs nothing. `from` is only named where `from`
-/// still holds its old content. Rows at and beyond `map.len()` are left as they are.
+/// broken through one temporary. A row that stays costs nothing. Rows at and beyond `map.len()` are left
+/// as they are.
 ///
 /// `rows` is the number of rows that hold content before the call; every `map[i] < rows`.
-pub(crate) fn order_row_moves(map: &[u32], rows: usize) -> Vec<RowMove> {
-    let row = |index: usize| u32::try_from(index).expect("row counts are checked to fit 32 bits");
+pub(crate) fn order_row_moves(map: &[u32], rows: usize) -> MoveList {
     let at = |row: u32| row as usize;
 
     // readers[r]: pending moves that read row r's old content.
     let mut readers = vec![0_usize; rows.max(map.len())];
     for (to, &from) in map.iter().enumerate() {
-        if row(to) != from {
+        if narrow(to) != from {
             readers[at(from)] += 1;
         }
     }
     let is_target = |r: u32| at(r) < map.len() && map[at(r)] != r;
 
-    let mut moves = Vec::with_capacity(map.len());
+    let mut moves = MoveList::default();
+    let mut last = None;
     let mut done = vec![false; map.len()];
-    let mut ready: Vec<u32> =
-        (0..map.len()).rev().map(row).filter(|&to| is_target(to) && readers[at(to)] == 0).collect();
+    let mut ready: Vec<u32> = (0..map.len())
+        .rev()
+        .map(narrow)
+        .filter(|&to| is_target(to) && readers[at(to)] == 0)
+        .collect();
     while let Some(to) = ready.pop() {
         let from = map[at(to)];
-        moves.push(RowMove { to, from });
+        moves.copy(from, to, &mut last);
         done[at(to)] = true;
         readers[at(from)] -= 1;
         if readers[at(from)] == 0 && is_target(from) {
@@ -48,32 +85,47 @@ pub(crate) fn order_row_moves(map: &[u32], rows: usize) -> Vec<RowMove> {
     }
 
     // Every row left is read exactly once, by another row left: disjoint cycles.
-    for first in 0..map.len() {
-        if done[first] || !is_target(row(first)) {
-            continue;
+    let mut cycle = Vec::new();
+    for first in (0..map.len()).map(narrow) {
+        cycle.clear();
+        let mut row = first;
+        while !done[at(row)] && is_target(row) {
+            done[at(row)] = true;
+            cycle.push(row);
+            row = map[at(row)];
         }
-        moves.push(RowMove { to: HELD, from: row(first) });
-        let mut to = row(first);
-        loop {
-            done[at(to)] = true;
-            let from = map[at(to)];
-            if from == row(first) {
-                moves.push(RowMove { to, from: HELD });
-                break;
-            }
-            moves.push(RowMove { to, from });
-            to = from;
+        if !cycle.is_empty() {
+            moves.cycle(&cycle);
         }
     }
     moves
 }
 
-/// Lists copies into fresh rows, `map[i]` to `i`, grouped by source so that each source is read once.
-pub(crate) fn group_by_source(map: &[u32]) -> Vec<RowMove> {
-    let mut moves: Vec<RowMove> =
-        (0_u32..).zip(map).map(|(to, &from)| RowMove { to, from }).collect();
-    moves.sort_by_key(|step| (step.from, step.to));
-    moves
+/// Copies of rows, (from, to) each, into rows that none of them reads. A source that comes several times
+/// in a row is read once. Lists of at most `most` copies each.
+pub(crate) fn list_copies(copies: &[(u32, u32)], most: usize) -> Vec<MoveList> {
+    copies
+        .chunks(most)
+        .map(|copies| {
+            let mut list = MoveList::default();
+            let mut last = None;
+            copies.iter().for_each(|&(from, to)| list.copy(from, to, &mut last));
+            list
+        })
+        .collect()
+}
+
+/// The copies that make row `i` of fresh memory hold old row `map[i]`, sorted so that each source comes
+/// once.
+pub(crate) fn copies_of_map(map: &[u32]) -> Vec<(u32, u32)> {
+    let mut copies: Vec<(u32, u32)> = map.iter().copied().zip(0..).collect();
+    copies.sort_unstable();
+    copies
+}
+
+/// Row counts are checked to fit 32 bits before they get here.
+fn narrow(count: usize) -> u32 {
+    u32::try_from(count).expect("row counts are checked to fit 32 bits")
 }
 
 /// The row map of `batch_repeat_interleave`: each of `batch` rows `repeats` times in a row.
@@ -129,21 +181,28 @@ pub(crate) fn cropped(start: usize, len: usize, capacity: usize, keep: usize) ->
 mod tests {
     use super::*;
 
-    /// What a thread does with a column: runs the moves one by one.
-    fn run(moves: &[RowMove], rows: &mut [u32]) {
-        let mut held = None;
-        for step in moves {
-            let value = if step.from == HELD {
-                held.expect("something is held before it is used")
-            } else {
-                rows[step.from as usize]
-            };
-            if step.to == HELD {
-                held = Some(value);
-            } else {
-                rows[step.to as usize] = value;
+    /// What a thread does with a column.
+    fn run(moves: &MoveList, rows: &mut [u32]) {
+        let mut words = moves.words.iter().map(|&word| word as usize);
+        let mut next = || words.next().expect("the list is as long as it says");
+        for _ in 0..moves.copies {
+            let value = rows[next()];
+            for _ in 0..next() {
+                rows[next()] = value;
             }
         }
+        for _ in 0..moves.cycles {
+            let left = next() - 1;
+            let mut to = next();
+            let held = rows[to];
+            for _ in 0..left {
+                let from = next();
+                rows[to] = rows[from];
+                to = from;
+            }
+            rows[to] = held;
+        }
+        assert_eq!(words.next(), None, "the list says all that it holds");
     }
 
     /// Every map of up to 6 rows onto up to 6.
@@ -162,23 +221,53 @@ mod tests {
                     for (row, value) in (0..).zip(&rows).skip(map.len()) {
                         assert_eq!(*value, 100 + row, "rows past the map stay: {map:?}");
                     }
-                    // Each row that changes is written once; each cycle costs one move more.
+                    // Each row that changes is written once.
                     let changed = (0..).zip(&map).filter(|&(i, &from)| i != from).count();
-                    let written = moves.iter().filter(|step| step.to != HELD).count();
-                    assert_eq!(written, changed, "map {map:?}, moves {moves:?}");
+                    assert_eq!(moves.written, changed, "map {map:?}, moves {moves:?}");
                 }
             }
         }
     }
 
+    /// Every map of up to 5 rows onto up to 6, in lists of every length.
     #[test]
-    fn grouped_copies_name_every_row_once_and_each_source_in_one_run() {
-        let moves = group_by_source(&[2, 0, 2, 1, 0]);
-        let from: Vec<u32> = moves.iter().map(|step| step.from).collect();
-        assert_eq!(from, [0, 0, 1, 2, 2]);
-        let mut rows: Vec<u32> = moves.iter().map(|step| step.to).collect();
-        rows.sort_unstable();
-        assert_eq!(rows, [0, 1, 2, 3, 4]);
+    fn copies_are_right_for_every_small_map_and_read_each_source_once() {
+        for old in 1..=5_u32 {
+            for new in 1..=6_u32 {
+                for code in 0..old.pow(new) {
+                    let map: Vec<u32> = (0..new).map(|i| code / old.pow(i) % old).collect();
+                    for most in 1..=7 {
+                        let lists = list_copies(&copies_of_map(&map), most);
+                        // Old rows, and fresh ones behind them.
+                        let mut rows: Vec<u32> = (0..old).map(|r| 100 + r).collect();
+                        rows.resize((old + new) as usize, 0);
+                        for list in &lists {
+                            assert!(list.written <= most && list.cycles == 0);
+                            let mut shifted = list.clone();
+                            shift_targets(&mut shifted, old);
+                            run(&shifted, &mut rows);
+                        }
+                        let expect: Vec<u32> = map.iter().map(|from| 100 + from).collect();
+                        assert_eq!(rows[old as usize..], expect, "map {map:?}, most {most}");
+                        if most >= map.len() {
+                            let mut sources = map.clone();
+                            sources.sort_unstable();
+                            sources.dedup();
+                            assert_eq!(lists[0].copies as usize, sources.len());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn shift_targets(list: &mut MoveList, by: u32) {
+        let mut at = 0;
+        for _ in 0..list.copies {
+            let count = list.words[at + 1] as usize;
+            list.words[at + 2..at + 2 + count].iter_mut().for_each(|to| *to += by);
+            at += 2 + count;
+        }
     }
 
     /// Every start, length and capacity up to 12.

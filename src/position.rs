@@ -67,6 +67,14 @@ impl Order {
         }
     }
 
+    /// The list, as a kernel reads it.
+    pub(crate) fn list(&self) -> Option<&[u32]> {
+        match self {
+            Self::Run { .. } => None,
+            Self::List { entries, .. } => Some(entries.as_flattened()),
+        }
+    }
+
     /// Positions written in all of `batch` rows together.
     pub(crate) fn written(&self, batch: usize, tokens: usize) -> usize {
         match self {

@@ -1,8 +1,10 @@
 //! Tensors at the edge of the crate: [`TensorView`] goes in, [`LayerView`] is what attention reads,
 //! [`HostTensor`] is what comes back.
 
+use crate::arena::Placed;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::layout::Layout;
 
 /// Where new K or V lies on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
 ///
@@ -276,6 +278,15 @@ pub struct LayerView<'a> {
     pub(crate) start: usize,
     pub(crate) len: usize,
     pub(crate) capacity: usize,
+    pub(crate) pages: Option<PageTable<'a>>,
+}
+
+/// Where the table of a paged view lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PageTable<'a> {
+    pub(crate) placed: &'a Placed,
+    /// Pages that the table has room for in each row.
+    pub(crate) row_pages: u32,
 }
 
 impl<'a> LayerView<'a> {
@@ -346,7 +357,41 @@ impl<'a> LayerView<'a> {
 
     /// Whether the live slots are one piece, `start..start + len`.
     pub fn is_contiguous(&self) -> bool {
-        self.start + self.len <= self.capacity
+        self.pages.is_none() && self.start + self.len <= self.capacity
+    }
+
+    /// How the live tokens lie, and with it the WGSL text that reads them.
+    pub fn layout(&self) -> Layout {
+        match self.pages {
+            Some(_) => Layout::Paged,
+            None if self.is_contiguous() => Layout::Contiguous,
+            None => Layout::Wrapped,
+        }
+    }
+
+    /// The eight words of `struct KvLayout` in [`Layout::wgsl`]: `heads`, `key_dim`, `value_dim`, `len`,
+    /// `start`, `capacity`, `table`, `table_stride`. For a uniform or immediate data, at every step anew.
+    pub fn layout_words(&self) -> [u32; 8] {
+        let word = |count: usize| u32::try_from(count).expect("a layer fits 32-bit counts");
+        let (table, table_stride) = self
+            .pages
+            .map_or((0, 0), |PageTable { placed, row_pages }| (placed.offset / 4, row_pages));
+        [
+            word(self.heads),
+            word(self.key_dim),
+            word(self.value_dim),
+            word(self.len),
+            word(self.start),
+            word(self.capacity),
+            table,
+            table_stride,
+        ]
+    }
+
+    /// The buffer that the page table lies in; `None` where the layout is not [`Layout::Paged`]. Bind it
+    /// whole, read-only, as `array<u32>`: `layout_words` says where the table begins.
+    pub fn page_table(&self) -> Option<&'a wgpu::Buffer> {
+        self.pages.map(|pages| &pages.placed.buffer)
     }
 }
 

@@ -1,15 +1,19 @@
 //! `shaders/append.wgsl`: new tokens into their slots, K and V in one dispatch.
 
-use super::{Dispatch, Kernels, Unit, WORKGROUP};
+use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
+use crate::arena::Placed;
 use crate::error::Result;
 use crate::gpu::Gpu;
+use crate::layout::Layout;
 use crate::position::Order;
-use crate::view::Source;
+use crate::view::{LayerView, Source};
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../shaders/append.wgsl"),
     writes: &[false, false, true, true],
+    constants: &["tile_units", "tile_tokens", "tile_rows", "has_list"],
+    layouts: &[Layout::Wrapped, Layout::Paged],
 };
 
 /// As in the shader.
@@ -22,12 +26,13 @@ const MOST_ROWS: u32 = 64;
 pub(crate) struct AppendShape<'a> {
     pub(crate) key: &'a Source,
     pub(crate) value: &'a Source,
-    pub(crate) batch: usize,
-    pub(crate) heads: usize,
+    /// New tokens.
     pub(crate) tokens: usize,
-    pub(crate) start: usize,
-    pub(crate) capacity: usize,
     pub(crate) order: &'a Order,
+    /// The layer as it will be.
+    pub(crate) target: &'a LayerView<'a>,
+    /// What the target's pages and the order's list were put into, and where the list begins, in words.
+    pub(crate) lists: Option<(&'a Placed, u32)>,
 }
 
 impl Kernels {
@@ -53,11 +58,12 @@ impl Kernels {
         let aligned = shape.key.is_vector_aligned() && shape.value.is_vector_aligned();
         let unit = if aligned { Unit::Vector } else { Unit::Word };
         let tokens = super::narrow(shape.tokens)?;
-        let heads = super::narrow(shape.heads)?;
-        let rows = super::narrow(shape.batch.saturating_mul(shape.heads))?;
+        let view = shape.target;
+        let rows = super::narrow(view.batch.saturating_mul(view.heads))?;
         let entries = shape.order.count(tokens);
 
-        let mut params = Vec::with_capacity(20);
+        let mut params = Vec::with_capacity(24);
+        params.extend(view.layout_words());
         for source in [shape.key, shape.value] {
             params.push(unit.count(source.offset)?);
             for stride in source.strides {
@@ -65,20 +71,14 @@ impl Kernels {
             }
         }
         let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
-        let (start, capacity) = (super::narrow(shape.start)?, super::narrow(shape.capacity)?);
-        params.extend([units[0], units[1], heads, rows, start, capacity, entries]);
-        let list = match shape.order {
-            Order::Run { first, zeros } => {
-                params.extend([*first, *zeros, 0, 0, 0]);
-                None
+        params.extend([units[0], units[1], rows, entries]);
+        let (list, list_at) = shape.lists.unzip();
+        params.extend(match shape.order {
+            Order::Run { first, zeros } => [*first, *zeros, 0, 0],
+            Order::List { count, per_row, .. } => {
+                [0, 0, list_at.unwrap_or(0), if *per_row { 2 * count } else { 0 }]
             }
-            Order::List { entries: pairs, count, per_row } => {
-                let placed = gpu.place(pairs.as_flattened())?;
-                let stride = if *per_row { 2 * count } else { 0 };
-                params.extend([0, 0, 1, placed.offset / 4, stride]);
-                Some(placed)
-            }
-        };
+        });
 
         let tile = tile(units[0].max(units[1]), entries);
         let groups = [
@@ -89,7 +89,14 @@ impl Kernels {
                 rows.div_ceil(tile[2]).min(gpu.limits().max_compute_workgroups_per_dimension),
             ),
         ];
-        self.append.prepare(gpu, (unit, Some(tile)), bindings, list, &params, groups)
+        let layout = if view.pages.is_some() { Layout::Paged } else { Layout::Wrapped };
+        let has_list = u32::from(matches!(shape.order, Order::List { .. }));
+        let variant = Variant {
+            unit,
+            layout: Some(layout),
+            constants: [tile[0], tile[1], tile[2], has_list],
+        };
+        self.append.prepare(gpu, variant, bindings, list.cloned(), &params, groups)
     }
 }
 

@@ -1,14 +1,16 @@
 //! `shaders/gather.wgsl`: batch rows change places, in place.
 
-use super::{Dispatch, Kernels, Unit, WORKGROUP};
+use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
 use crate::error::Result;
 use crate::gpu::Gpu;
-use crate::plan::RowMove;
+use crate::plan::MoveList;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache gather",
     wgsl: include_str!("../../shaders/gather.wgsl"),
     writes: &[true, true],
+    constants: &[],
+    layouts: &[],
 };
 
 /// The live part of a layer whose rows move.
@@ -20,7 +22,7 @@ pub(crate) struct GatherShape<'a> {
     pub(crate) start: usize,
     pub(crate) len: usize,
     pub(crate) capacity: usize,
-    pub(crate) moves: &'a [RowMove],
+    pub(crate) moves: &'a MoveList,
 }
 
 impl Kernels {
@@ -41,7 +43,7 @@ impl Kernels {
         shape: &GatherShape<'_>,
     ) -> Result<Dispatch> {
         let unit = Unit::for_rows(shape.row_bytes);
-        let list = gpu.place(&super::pairs(shape.moves))?;
+        let list = gpu.place(&shape.moves.words)?;
         let [key, value] = shape.row_bytes;
         let params = [
             unit.count(key)?,
@@ -50,16 +52,27 @@ impl Kernels {
             super::narrow(shape.start)?,
             super::narrow(shape.len)?,
             super::narrow(shape.capacity)?,
-            super::narrow(shape.moves.len())?,
+            shape.moves.copies,
+            shape.moves.cycles,
             list.offset / 4,
         ];
         let groups = columns(gpu, unit, shape.row_bytes, shape.len, shape.heads);
-        self.gather.prepare(gpu, (unit, None), bindings, Some(list), &params, groups)
+        self.gather.prepare(
+            gpu,
+            Variant { unit, ..Variant::default() },
+            bindings,
+            Some(list),
+            &params,
+            groups,
+        )
     }
 }
 
-/// Workgroups for a kernel with a thread for every unit of every live token of a head; a workgroup takes
-/// several of either where that is more than a dispatch starts.
+/// Columns of a thread, as in the shaders.
+const COLUMNS_PER_THREAD: u32 = 4;
+
+/// Workgroups for a kernel whose threads take a few units of the live tokens of a head; a workgroup takes
+/// several tiles or heads where there are more than a dispatch starts workgroups.
 pub(super) fn columns(
     gpu: &Gpu,
     unit: Unit,
@@ -69,5 +82,9 @@ pub(super) fn columns(
 ) -> [u64; 3] {
     let units = row_bytes[0].max(row_bytes[1]) / unit.bytes() * len as u64;
     let most = u64::from(gpu.limits().max_compute_workgroups_per_dimension);
-    [units.div_ceil(u64::from(WORKGROUP)).min(most), (heads as u64).min(most), 1]
+    [
+        units.div_ceil(u64::from(WORKGROUP * COLUMNS_PER_THREAD)).min(most),
+        (heads as u64).min(most),
+        1,
+    ]
 }

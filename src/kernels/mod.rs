@@ -3,6 +3,7 @@
 mod append;
 mod gather;
 mod repeat_interleave;
+mod variant;
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -10,12 +11,14 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) use append::AppendShape;
 pub(crate) use gather::GatherShape;
 pub(crate) use repeat_interleave::CopyShape;
+pub(crate) use variant::Unit;
+use variant::{ParamsPath, Variant};
 
 use crate::arena::{Layouts, PARAMS_BYTES, Placed};
 use crate::error::{Error, Result};
 use crate::gpu::{DeviceHandle, Gpu};
+use crate::layout::Layout;
 use crate::ledger::{Leases, Ledger};
-use crate::plan::RowMove;
 
 /// Invocations of a workgroup: what every WebGPU device allows.
 pub(crate) const WORKGROUP: u32 = 256;
@@ -24,43 +27,6 @@ pub(crate) const WORKGROUP: u32 = 256;
 /// 65,535 rounds, all of them counted together; a thread runs its moves for K and for V, now and then for
 /// a few columns.
 pub(crate) const MOST_MOVES: usize = 8192;
-
-/// What a thread moves at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Unit {
-    /// 16 bytes: `vec4<u32>`.
-    Vector,
-    /// 4 bytes: `u32`, for rows that are no multiple of 16 bytes.
-    Word,
-}
-
-impl Unit {
-    pub(crate) const fn bytes(self) -> u64 {
-        match self {
-            Self::Vector => 16,
-            Self::Word => 4,
-        }
-    }
-
-    /// The widest unit that rows of these many bytes are a multiple of.
-    pub(crate) fn for_rows(row_bytes: [u64; 2]) -> Self {
-        if row_bytes.iter().all(|bytes| bytes % 16 == 0) { Self::Vector } else { Self::Word }
-    }
-
-    /// A byte count, in units. Sizes are checked against the device's limits before they get here.
-    pub(crate) fn count(self, bytes: u64) -> Result<u32> {
-        u32::try_from(bytes / self.bytes()).map_err(|_| Error::SizeOverflow { what: "layer" })
-    }
-}
-
-/// How parameters reach a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ParamsPath {
-    /// `var<immediate>`: recorded with the dispatch.
-    Immediate,
-    /// `var<uniform>` in the arena, at a dynamic offset: for devices without immediates.
-    Uniform,
-}
 
 /// All kernels of a device.
 #[derive(Debug)]
@@ -85,7 +51,7 @@ impl Kernels {
             lists: bind_layout(device, "kvcache lists", &[storage(0, true)]),
             params: bind_layout(device, "kvcache parameters", &[uniform(0)]),
         };
-        let kernel = |source: &Source| Kernel::new(device, &layouts, path, source);
+        let kernel = |source: &'static Source| Kernel::new(device, &layouts, path, source);
         Self {
             append: kernel(&append::SOURCE),
             gather: kernel(&gather::SOURCE),
@@ -102,24 +68,34 @@ pub(crate) struct Source {
     wgsl: &'static str,
     /// Which bindings of group 0 are written; they are numbered in order.
     writes: &'static [bool],
+    /// The names of its pipeline constants.
+    constants: &'static [&'static str],
+    /// The layouts that it is joined with; none where it knows its own. For the tests.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tells the tests which variants there are"))]
+    layouts: &'static [Layout],
 }
+
+/// Every kernel.
+#[cfg(test)]
+const SOURCES: [&Source; 3] = [&append::SOURCE, &gather::SOURCE, &repeat_interleave::SOURCE];
 
 /// A kernel with its variants, each compiled when it is first used.
 #[derive(Debug)]
 struct Kernel {
-    label: &'static str,
-    wgsl: &'static str,
+    source: &'static Source,
     path: ParamsPath,
     bindings: wgpu::BindGroupLayout,
     pipeline_layout: wgpu::PipelineLayout,
-    pipelines: Mutex<HashMap<(Unit, Tile), wgpu::ComputePipeline>>,
+    pipelines: Mutex<HashMap<Variant, wgpu::ComputePipeline>>,
 }
 
-/// Extents of a workgroup, for kernels that leave them open.
-pub(crate) type Tile = Option<[u32; 3]>;
-
 impl Kernel {
-    fn new(device: &wgpu::Device, layouts: &Layouts, path: ParamsPath, source: &Source) -> Self {
+    fn new(
+        device: &wgpu::Device,
+        layouts: &Layouts,
+        path: ParamsPath,
+        source: &'static Source,
+    ) -> Self {
         let entries: Vec<_> =
             (0..).zip(source.writes).map(|(binding, &writes)| storage(binding, !writes)).collect();
         let bindings = bind_layout(device, source.label, &entries);
@@ -134,30 +110,24 @@ impl Kernel {
             bind_group_layouts: &groups[..used],
             immediate_size,
         });
-        Self {
-            label: source.label,
-            wgsl: source.wgsl,
-            path,
-            bindings,
-            pipeline_layout,
-            pipelines: Mutex::default(),
-        }
+        Self { source, path, bindings, pipeline_layout, pipelines: Mutex::default() }
     }
 
-    fn pipeline(&self, gpu: &Gpu, unit: Unit, tile: Tile) -> wgpu::ComputePipeline {
+    fn pipeline(&self, gpu: &Gpu, variant: Variant) -> wgpu::ComputePipeline {
         let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
         pipelines
-            .entry((unit, tile))
+            .entry(variant)
             .or_insert_with(|| {
+                let label = Some(self.source.label);
                 let module = gpu.device().create_shader_module(wgpu::ShaderModuleDescriptor {
-                    label: Some(self.label),
-                    source: wgpu::ShaderSource::Wgsl(variant(self.wgsl, unit, self.path).into()),
+                    label,
+                    source: wgpu::ShaderSource::Wgsl(variant.text(self.source, self.path).into()),
                 });
-                let names = ["tile_units", "tile_tokens", "tile_rows"];
+                let values = variant.constants.map(f64::from);
                 let constants: Vec<(&str, f64)> =
-                    names.into_iter().zip(tile.into_iter().flatten().map(f64::from)).collect();
+                    self.source.constants.iter().copied().zip(values).collect();
                 gpu.device().create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                    label: Some(self.label),
+                    label,
                     layout: Some(&self.pipeline_layout),
                     module: &module,
                     entry_point: Some("main"),
@@ -180,7 +150,7 @@ impl Kernel {
             })
             .collect();
         gpu.device().create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some(self.label),
+            label: Some(self.source.label),
             layout: &self.bindings,
             entries: &entries,
         })
@@ -190,7 +160,7 @@ impl Kernel {
     fn prepare(
         &self,
         gpu: &Gpu,
-        variant: (Unit, Tile),
+        variant: Variant,
         bindings: wgpu::BindGroup,
         list: Option<Placed>,
         params: &[u32],
@@ -202,7 +172,7 @@ impl Kernel {
             *checked = u32::try_from(needed)
                 .ok()
                 .filter(|&needed| needed <= limit)
-                .ok_or(Error::TooManyWorkgroups { what: self.label, needed, limit })?;
+                .ok_or(Error::TooManyWorkgroups { what: self.source.label, needed, limit })?;
         }
         let params = match self.path {
             ParamsPath::Immediate => Params::Immediate(bytemuck::cast_slice(params).to_vec()),
@@ -213,7 +183,7 @@ impl Kernel {
             None => (gpu.unused_list(), None),
         };
         Ok(Dispatch {
-            pipeline: self.pipeline(gpu, variant.0, variant.1),
+            pipeline: self.pipeline(gpu, variant),
             bindings,
             lists,
             list_lease,
@@ -264,21 +234,6 @@ impl Dispatch {
     }
 }
 
-/// The WGSL of a kernel for one unit and one way of passing parameters.
-pub(crate) fn variant(wgsl: &str, unit: Unit, path: ParamsPath) -> String {
-    let mut wgsl = wgsl.to_owned();
-    if unit == Unit::Word {
-        wgsl = wgsl.replace("alias Unit = vec4<u32>;", "alias Unit = u32;");
-    }
-    if path == ParamsPath::Immediate {
-        wgsl = wgsl.replace(
-            "@group(2) @binding(0) var<uniform> params: Params;",
-            "var<immediate> params: Params;",
-        );
-    }
-    wgsl
-}
-
 fn storage(binding: u32, read_only: bool) -> wgpu::BindGroupLayoutEntry {
     wgpu::BindGroupLayoutEntry {
         binding,
@@ -319,60 +274,7 @@ fn narrow(count: usize) -> Result<u32> {
     u32::try_from(count).map_err(|_| Error::SizeOverflow { what: "layer" })
 }
 
-/// Row moves as a kernel reads them: (to, source) pairs.
-fn pairs(moves: &[RowMove]) -> Vec<u32> {
-    moves.iter().flat_map(|step| [step.to, step.from]).collect()
-}
-
 /// The whole of a cache buffer, as a binding.
 fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
     buffer.as_entire_buffer_binding()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SOURCES: [&Source; 3] = [&append::SOURCE, &gather::SOURCE, &repeat_interleave::SOURCE];
-
-    /// Every shader that a device can be given, within what WebGPU's baseline has; immediates are only
-    /// used where the device has them.
-    #[test]
-    fn every_variant_is_valid_for_the_baseline() {
-        use naga::valid::{Capabilities, ValidationFlags, Validator};
-        for source in SOURCES {
-            for unit in [Unit::Vector, Unit::Word] {
-                for (path, capabilities) in [
-                    (ParamsPath::Uniform, Capabilities::empty()),
-                    (ParamsPath::Immediate, Capabilities::IMMEDIATES),
-                ] {
-                    let wgsl = variant(source.wgsl, unit, path);
-                    let name = format!("{}, {unit:?}, {path:?}", source.label);
-                    let module = naga::front::wgsl::parse_str(&wgsl)
-                        .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(&wgsl)));
-                    Validator::new(ValidationFlags::all(), capabilities)
-                        .validate(&module)
-                        .unwrap_or_else(|error| panic!("{name}: {error:?}"));
-                    let storage = module
-                        .global_variables
-                        .iter()
-                        .filter(|(_, it)| matches!(it.space, naga::AddressSpace::Storage { .. }))
-                        .count();
-                    assert!(storage <= 8, "{name}: {storage} storage buffers");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn every_variant_differs_where_it_should() {
-        for source in SOURCES {
-            let plain = variant(source.wgsl, Unit::Vector, ParamsPath::Uniform);
-            assert_eq!(plain, source.wgsl, "the file is the first variant");
-            let word = variant(source.wgsl, Unit::Word, ParamsPath::Uniform);
-            assert!(word.contains("alias Unit = u32;"), "{}", source.label);
-            let immediate = variant(source.wgsl, Unit::Vector, ParamsPath::Immediate);
-            assert!(immediate.contains("var<immediate> params"), "{}", source.label);
-        }
-    }
 }

@@ -1,15 +1,17 @@
 //! `shaders/repeat_interleave.wgsl`: live tokens into fresh buffers, each row as often as asked for.
 
 use super::gather::columns;
-use super::{Dispatch, Kernels, Unit};
+use super::{Dispatch, Kernels, Unit, Variant};
 use crate::error::Result;
 use crate::gpu::Gpu;
-use crate::plan::RowMove;
+use crate::plan::MoveList;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache repeat_interleave",
     wgsl: include_str!("../../shaders/repeat_interleave.wgsl"),
     writes: &[false, false, true, true],
+    constants: &[],
+    layouts: &[],
 };
 
 /// The live part of a layer that is copied, and the ring that it goes to.
@@ -22,8 +24,7 @@ pub(crate) struct CopyShape<'a> {
     pub(crate) len: usize,
     pub(crate) old_capacity: usize,
     pub(crate) new_capacity: usize,
-    /// Sorted by source.
-    pub(crate) copies: &'a [RowMove],
+    pub(crate) copies: &'a MoveList,
 }
 
 impl Kernels {
@@ -36,7 +37,7 @@ impl Kernels {
         shape: &CopyShape<'_>,
     ) -> Result<Dispatch> {
         let unit = Unit::for_rows(shape.row_bytes);
-        let list = gpu.place(&super::pairs(shape.copies))?;
+        let list = gpu.place(&shape.copies.words)?;
         let [key, value] = shape.row_bytes;
         let params = [
             unit.count(key)?,
@@ -46,12 +47,19 @@ impl Kernels {
             super::narrow(shape.len)?,
             super::narrow(shape.old_capacity)?,
             super::narrow(shape.new_capacity)?,
-            super::narrow(shape.copies.len())?,
+            shape.copies.copies,
             list.offset / 4,
         ];
         let bindings =
             self.repeat_interleave.bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole));
         let groups = columns(gpu, unit, shape.row_bytes, shape.len, shape.heads);
-        self.repeat_interleave.prepare(gpu, (unit, None), bindings, Some(list), &params, groups)
+        self.repeat_interleave.prepare(
+            gpu,
+            Variant { unit, ..Variant::default() },
+            bindings,
+            Some(list),
+            &params,
+            groups,
+        )
     }
 }

@@ -1,0 +1,142 @@
+//! The forms that a kernel's text takes.
+
+use super::Source;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+
+/// What a thread moves at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Unit {
+    /// 16 bytes: `vec4<u32>`.
+    #[default]
+    Vector,
+    /// 4 bytes: `u32`, for rows that are no multiple of 16 bytes.
+    Word,
+}
+
+impl Unit {
+    #[cfg(test)]
+    const ALL: [Self; 2] = [Self::Vector, Self::Word];
+
+    pub(crate) const fn bytes(self) -> u64 {
+        match self {
+            Self::Vector => 16,
+            Self::Word => 4,
+        }
+    }
+
+    /// The widest unit that rows of these many bytes are a multiple of.
+    pub(crate) fn for_rows(row_bytes: [u64; 2]) -> Self {
+        if row_bytes.iter().all(|bytes| bytes % 16 == 0) { Self::Vector } else { Self::Word }
+    }
+
+    /// A byte count, in units. Sizes are checked against the device's limits before they get here.
+    pub(crate) fn count(self, bytes: u64) -> Result<u32> {
+        u32::try_from(bytes / self.bytes()).map_err(|_| Error::SizeOverflow { what: "layer" })
+    }
+}
+
+/// How parameters reach a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ParamsPath {
+    /// `var<immediate>`: recorded with the dispatch.
+    Immediate,
+    /// `var<uniform>` in the arena, at a dynamic offset: for devices without immediates.
+    Uniform,
+}
+
+#[cfg(test)]
+impl ParamsPath {
+    const ALL: [Self; 2] = [Self::Uniform, Self::Immediate];
+}
+
+/// Which of its forms a kernel takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Variant {
+    pub(crate) unit: Unit,
+    /// For kernels that are joined with one.
+    pub(crate) layout: Option<Layout>,
+    /// Values of the kernel's pipeline constants, in its order.
+    pub(crate) constants: [u32; 4],
+}
+
+impl Variant {
+    /// The WGSL of a kernel in this form.
+    pub(crate) fn text(&self, source: &Source, path: ParamsPath) -> String {
+        let mut text = source.wgsl.to_owned();
+        if self.unit == Unit::Word {
+            text = text.replace("alias Unit = vec4<u32>;", "alias Unit = u32;");
+        }
+        if path == ParamsPath::Immediate {
+            text = text.replace(
+                "@group(2) @binding(0) var<uniform> params: Params;",
+                "var<immediate> params: Params;",
+            );
+        }
+        if let Some(layout) = self.layout {
+            text.push_str(layout.wgsl());
+            if layout == Layout::Paged {
+                text.push_str("fn kv_table(i: u32) -> u32 {\n    return lists[i];\n}\n");
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every form of every kernel that a device can be given, with its name.
+    fn all() -> Vec<(String, String, ParamsPath)> {
+        let mut all = Vec::new();
+        for source in super::super::SOURCES {
+            let layouts: Vec<Option<Layout>> = if source.layouts.is_empty() {
+                vec![None]
+            } else {
+                source.layouts.iter().copied().map(Some).collect()
+            };
+            for unit in Unit::ALL {
+                for &layout in &layouts {
+                    for path in ParamsPath::ALL {
+                        let variant = Variant { unit, layout, ..Variant::default() };
+                        let name = format!("{}, {unit:?}, {layout:?}, {path:?}", source.label);
+                        all.push((name, variant.text(source, path), path));
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Within what WebGPU's baseline has; immediates are only used where the device has them.
+    #[test]
+    fn every_variant_is_valid_for_the_baseline() {
+        use naga::valid::{Capabilities, ValidationFlags, Validator};
+        for (name, text, path) in all() {
+            let capabilities = match path {
+                ParamsPath::Uniform => Capabilities::empty(),
+                ParamsPath::Immediate => Capabilities::IMMEDIATES,
+            };
+            let module = naga::front::wgsl::parse_str(&text)
+                .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(&text)));
+            Validator::new(ValidationFlags::all(), capabilities)
+                .validate(&module)
+                .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+            let storage = module
+                .global_variables
+                .iter()
+                .filter(|(_, it)| matches!(it.space, naga::AddressSpace::Storage { .. }))
+                .count();
+            assert!(storage <= 8, "{name}: {storage} storage buffers");
+        }
+    }
+
+    #[test]
+    fn every_variant_differs_from_every_other() {
+        let all = all();
+        for (i, (name, text, _)) in all.iter().enumerate() {
+            assert!(all[..i].iter().all(|(_, other, _)| other != text), "{name} comes twice");
+        }
+    }
+}
