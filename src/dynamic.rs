@@ -3,9 +3,9 @@
 use crate::cache::{BatchChange, Cache, GetFuture, KVCache, Stats};
 use crate::error::Result;
 use crate::gpu::Gpu;
-use crate::layer::Policy;
 use crate::layers::Layers;
 use crate::position::CachePosition;
+use crate::ring::{Growth, Ring};
 use crate::view::{HostTensor, LayerView, TensorView};
 
 /// A cache that grows: in tokens (doubling, so that a token is copied at most twice on average), in
@@ -32,7 +32,7 @@ use crate::view::{HostTensor, LayerView, TensorView};
 /// ```
 #[derive(Debug)]
 pub struct DynamicKVCache {
-    layers: Layers,
+    layers: Layers<Ring>,
 }
 
 impl DynamicKVCache {
@@ -44,7 +44,7 @@ impl DynamicKVCache {
     /// An empty cache whose layers start with room for `tokens` tokens, so that a sequence of known
     /// length never grows.
     pub fn with_capacity(gpu: &Gpu, tokens: usize) -> Self {
-        Self { layers: Layers::new(gpu, Policy::Dynamic { tokens }) }
+        Self { layers: Layers::new(gpu, Growth::Dynamic { tokens }, None) }
     }
 }
 
@@ -103,7 +103,7 @@ impl KVCache for DynamicKVCache {
     }
 
     fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
-        Ok(self.layers.view(layer_idx))
+        self.layers.view(layer_idx)
     }
 
     fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
@@ -115,6 +115,6 @@ impl KVCache for DynamicKVCache {
     }
 
     fn get_seq_length(&self, layer_idx: usize) -> Result<usize> {
-        Ok(self.layers.seq_length(layer_idx))
+        self.layers.seq_length(layer_idx)
     }
 }

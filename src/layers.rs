@@ -1,4 +1,4 @@
-//! The layers of a cache: what the dynamic and the static kind share.
+//! The layers of a cache: what all kinds share.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::cache::{BatchChange, Stats};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::layer::{Effect, Layer, Policy, Staged};
+use crate::layer::{Effect, Held, Layer, PageCounts, Staged};
 use crate::ledger::Ledger;
 use crate::plan;
 use crate::position::CachePosition;
@@ -15,25 +15,28 @@ use crate::view::{HostTensor, LayerView, TensorView};
 
 /// Layers under one policy, with their device.
 #[derive(Debug)]
-pub(crate) struct Layers {
+pub(crate) struct Layers<L: Held> {
     gpu: Gpu,
-    policy: Policy,
+    policy: L::Policy,
+    /// Where the number of layers is fixed.
+    num_layers: Option<usize>,
     /// By index. A layer stands here once an update has named it.
-    layers: BTreeMap<usize, Layer>,
+    layers: BTreeMap<usize, Layer<L>>,
     ledger: Ledger,
-    prepared: Option<Prepared>,
+    prepared: Option<Prepared<L>>,
     dispatches: u64,
     bytes_moved: u64,
     peak_bytes_allocated: u64,
+    peak_pages_used: u64,
     bytes_read_back: AtomicU64,
 }
 
 /// A change of the batch that is ready, and what it was prepared for.
 #[derive(Debug)]
-struct Prepared {
+struct Prepared<L> {
     change: OwnedChange,
     /// One for each layer; `None` where a layer stays as it is.
-    staged: Vec<Option<Staged>>,
+    staged: Vec<Option<Staged<L>>>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -61,17 +64,19 @@ impl From<BatchChange<'_>> for OwnedChange {
     }
 }
 
-impl Layers {
-    pub(crate) fn new(gpu: &Gpu, policy: Policy) -> Self {
+impl<L: Held> Layers<L> {
+    pub(crate) fn new(gpu: &Gpu, policy: L::Policy, num_layers: Option<usize>) -> Self {
         Self {
             gpu: gpu.clone(),
             policy,
+            num_layers,
             layers: BTreeMap::new(),
             ledger: Ledger::default(),
             prepared: None,
             dispatches: 0,
             bytes_moved: 0,
             peak_bytes_allocated: 0,
+            peak_pages_used: 0,
             bytes_read_back: AtomicU64::new(0),
         }
     }
@@ -85,12 +90,12 @@ impl Layers {
 
     pub(crate) fn crop(&mut self, max_length: usize) {
         self.prepared = None;
-        self.layers.values_mut().for_each(|layer| layer.crop(max_length));
+        self.layers.values_mut().for_each(|layer| layer.crop(&mut self.policy, max_length));
     }
 
     pub(crate) fn truncate(&mut self, length: usize) {
         self.prepared = None;
-        self.layers.values_mut().for_each(|layer| layer.truncate(length));
+        self.layers.values_mut().for_each(|layer| layer.truncate(&mut self.policy, length));
     }
 
     pub(crate) fn update(
@@ -102,9 +107,10 @@ impl Layers {
         position: CachePosition<'_>,
     ) -> Result<LayerView<'_>> {
         self.prepared = None;
+        self.check_layer(layer_idx)?;
         self.ledger.check()?;
         let layer = self.layers.entry(layer_idx).or_insert_with(|| Layer::new(layer_idx));
-        let staged = layer.stage_update(&self.gpu, self.policy, key, value, position)?;
+        let staged = layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
         let allocated = staged.allocated();
         if allocated > 0 {
             self.note_peak(allocated);
@@ -113,6 +119,7 @@ impl Layers {
         let effect = layer.commit(staged, pass, &self.ledger);
         self.dispatches += effect.dispatches;
         self.bytes_moved += effect.moved;
+        self.peak_pages_used = self.peak_pages_used.max(layer.pages().used);
         Ok(layer.view().expect("a layer that was just written has a view"))
     }
 
@@ -132,12 +139,12 @@ impl Layers {
             staged.push(match (layer.batch(), change) {
                 (None, _) => None,
                 (Some(_), BatchChange::Select(indices)) => {
-                    layer.stage_batch(&self.gpu, self.policy, indices)?
+                    layer.stage_batch(&self.gpu, &mut self.policy, indices)?
                 }
                 (Some(batch), BatchChange::Repeat(repeats)) => {
                     let map = plan::repeat_map(batch, repeats)
                         .ok_or(Error::SizeOverflow { what: "batch" })?;
-                    layer.stage_batch(&self.gpu, self.policy, &map)?
+                    layer.stage_batch(&self.gpu, &mut self.policy, &map)?
                 }
             });
         }
@@ -165,12 +172,14 @@ impl Layers {
         Ok(())
     }
 
-    pub(crate) fn view(&self, layer_idx: usize) -> Option<LayerView<'_>> {
-        self.layers.get(&layer_idx)?.view()
+    pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
+        self.check_layer(layer_idx)?;
+        Ok(self.layers.get(&layer_idx).and_then(Layer::view))
     }
 
-    pub(crate) fn seq_length(&self, layer_idx: usize) -> usize {
-        self.layers.get(&layer_idx).map_or(0, Layer::len)
+    pub(crate) fn seq_length(&self, layer_idx: usize) -> Result<usize> {
+        self.check_layer(layer_idx)?;
+        Ok(self.layers.get(&layer_idx).map_or(0, Layer::len))
     }
 
     pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
@@ -194,8 +203,8 @@ impl Layers {
     }
 
     fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
+        let Some(view) = self.view(layer_idx)? else { return Ok(None) };
         self.ledger.check()?;
-        let Some(view) = self.view(layer_idx) else { return Ok(None) };
         Readback::start(&self.gpu, layer_idx, &view, self.ledger.recorded()).map(Some)
     }
 
@@ -207,6 +216,7 @@ impl Layers {
 
     pub(crate) fn stats(&self) -> Stats {
         let (buffers, bytes_allocated) = self.memory();
+        let pages = self.pages();
         Stats {
             dispatches: self.dispatches,
             bytes_moved: self.bytes_moved,
@@ -214,7 +224,25 @@ impl Layers {
             bytes_allocated,
             peak_bytes_allocated: self.peak_bytes_allocated.max(bytes_allocated),
             bytes_read_back: self.bytes_read_back.load(Ordering::Relaxed),
+            pages_used: pages.used,
+            pages_shared: pages.shared,
+            pages_free: pages.free,
+            peak_pages_used: self.peak_pages_used,
         }
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<()> {
+        match self.num_layers {
+            Some(num_layers) if layer >= num_layers => {
+                Err(Error::LayerOutOfRange { layer, num_layers })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The counts of the layer that uses most pages. Layers that advance together have one table.
+    fn pages(&self) -> PageCounts {
+        self.layers.values().map(Layer::pages).max_by_key(|pages| pages.used).unwrap_or_default()
     }
 
     /// Every layer's batch must have the rows that `indices` name.

@@ -6,9 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::arena::Lease;
 use crate::error::{Error, Result};
 
-/// What a recorded dispatch keeps in place: its list and its parameters.
-pub(crate) type Leases = [Option<Lease>; 2];
-
 /// What has become of the calls that a cache has recorded since its last reset.
 ///
 /// The cache's host side moves on when a call is recorded; the GPU follows when the engine submits the
@@ -25,7 +22,7 @@ struct Counts {
 
 impl Ledger {
     /// Notes one recorded call, and holds `leases` until the GPU has run it.
-    pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, leases: Leases) {
+    pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, leases: Vec<Lease>) {
         self.0.recorded.fetch_add(1, Ordering::Relaxed);
         let ticket = Ticket { ledger: self.clone(), is_done: false, _leases: leases };
         pass.on_submitted_work_done(move || ticket.finish());
@@ -60,7 +57,7 @@ impl Ledger {
 struct Ticket {
     ledger: Ledger,
     is_done: bool,
-    _leases: Leases,
+    _leases: Vec<Lease>,
 }
 
 impl Ticket {

@@ -44,8 +44,10 @@ mod ledger;
 mod plan;
 mod position;
 mod readback;
+mod ring;
 mod sources;
 mod static_cache;
+mod store;
 mod view;
 
 pub use cache::{BatchChange, Cache, GetFuture, KVCache, Stats};

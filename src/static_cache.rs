@@ -1,11 +1,11 @@
 //! The kind of fixed length and layer count.
 
 use crate::cache::{BatchChange, Cache, GetFuture, KVCache, Stats};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gpu::Gpu;
-use crate::layer::Policy;
 use crate::layers::Layers;
 use crate::position::CachePosition;
+use crate::ring::{Growth, Ring};
 use crate::view::{HostTensor, LayerView, TensorView};
 
 /// A cache of `num_layers` layers with room for `max_cache_len` tokens a row, allocated at a layer's
@@ -38,21 +38,15 @@ use crate::view::{HostTensor, LayerView, TensorView};
 /// ```
 #[derive(Debug)]
 pub struct StaticKVCache {
-    layers: Layers,
+    layers: Layers<Ring>,
     max_cache_len: usize,
-    num_layers: usize,
 }
 
 impl StaticKVCache {
     /// An empty cache for `num_layers` layers of at most `max_cache_len` tokens a row.
     pub fn new(gpu: &Gpu, max_cache_len: usize, num_layers: usize) -> Self {
-        let layers = Layers::new(gpu, Policy::Static { tokens: max_cache_len });
-        Self { layers, max_cache_len, num_layers }
-    }
-
-    fn check_layer(&self, layer: usize) -> Result<()> {
-        let num_layers = self.num_layers;
-        if layer < num_layers { Ok(()) } else { Err(Error::LayerOutOfRange { layer, num_layers }) }
+        let growth = Growth::Static { tokens: max_cache_len };
+        Self { layers: Layers::new(gpu, growth, Some(num_layers)), max_cache_len }
     }
 }
 
@@ -107,29 +101,22 @@ impl KVCache for StaticKVCache {
         layer_idx: usize,
         cache_position: CachePosition<'_>,
     ) -> Result<LayerView<'_>> {
-        self.check_layer(layer_idx)?;
         self.layers.update(pass, key, value, layer_idx, cache_position)
     }
 
     fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
-        self.check_layer(layer_idx)?;
-        Ok(self.layers.view(layer_idx))
+        self.layers.view(layer_idx)
     }
 
     fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
-        self.check_layer(layer_idx)?;
         self.layers.get(layer_idx)
     }
 
     fn get_async(&self, layer_idx: usize) -> GetFuture<'_> {
-        Box::pin(async move {
-            self.check_layer(layer_idx)?;
-            self.layers.get_async(layer_idx).await
-        })
+        Box::pin(async move { self.layers.get_async(layer_idx).await })
     }
 
     fn get_seq_length(&self, layer_idx: usize) -> Result<usize> {
-        self.check_layer(layer_idx)?;
-        Ok(self.layers.seq_length(layer_idx))
+        self.layers.seq_length(layer_idx)
     }
 }

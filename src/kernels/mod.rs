@@ -14,11 +14,11 @@ pub(crate) use repeat_interleave::CopyShape;
 pub(crate) use variant::Unit;
 use variant::{ParamsPath, Variant};
 
-use crate::arena::{Layouts, PARAMS_BYTES, Placed};
+use crate::arena::{Layouts, Lease, PARAMS_BYTES, Placed};
 use crate::error::{Error, Result};
 use crate::gpu::{DeviceHandle, Gpu};
 use crate::layout::Layout;
-use crate::ledger::{Leases, Ledger};
+use crate::ledger::Ledger;
 
 /// Invocations of a workgroup: what every WebGPU device allows.
 pub(crate) const WORKGROUP: u32 = 256;
@@ -206,7 +206,7 @@ pub(crate) struct Dispatch {
     pipeline: wgpu::ComputePipeline,
     bindings: wgpu::BindGroup,
     lists: wgpu::BindGroup,
-    list_lease: Option<crate::arena::Lease>,
+    list_lease: Option<Lease>,
     params: Params,
     workgroups: [u32; 3],
 }
@@ -217,19 +217,18 @@ impl Dispatch {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bindings, &[]);
         pass.set_bind_group(1, &self.lists, &[]);
-        let params_lease = match self.params {
+        let mut leases: Vec<Lease> = self.list_lease.into_iter().collect();
+        match self.params {
             Params::Immediate(bytes) => {
                 pass.set_immediates(0, &bytes);
-                None
             }
             Params::Uniform(placed) => {
                 pass.set_bind_group(2, &placed.params, &[placed.offset]);
-                Some(placed.lease)
+                leases.push(placed.lease);
             }
-        };
+        }
         let [x, y, z] = self.workgroups;
         pass.dispatch_workgroups(x, y, z);
-        let leases: Leases = [self.list_lease, params_lease];
         ledger.record(pass, leases);
     }
 }

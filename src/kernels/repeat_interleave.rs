@@ -28,12 +28,11 @@ pub(crate) struct CopyShape<'a> {
 }
 
 impl Kernels {
-    /// A copy from the `old` K and V to the `new` ones.
+    /// A copy from the old K and V to the new ones.
     pub(crate) fn copy_rows(
         &self,
         gpu: &Gpu,
-        old: [&wgpu::Buffer; 2],
-        new: [&wgpu::Buffer; 2],
+        [old, new]: [[&wgpu::Buffer; 2]; 2],
         shape: &CopyShape<'_>,
     ) -> Result<Dispatch> {
         let unit = Unit::for_rows(shape.row_bytes);

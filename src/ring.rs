@@ -1,0 +1,243 @@
+//! Tokens in a ring: the live part of [B, H, capacity, D], which may run over the end.
+
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
+use crate::layer::{Held, NewTokens, Place, Room, Staged};
+use crate::plan;
+use crate::store::{Shape, Store, binding_limit};
+use crate::view::LayerView;
+
+/// How the memory of a ring comes to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Growth {
+    /// Grows; a layer's first allocation has room for this many tokens at least.
+    Dynamic { tokens: usize },
+    /// Has room for this many tokens from the start, and never more.
+    Static { tokens: usize },
+}
+
+impl Growth {
+    fn bound(self) -> Option<usize> {
+        match self {
+            Self::Dynamic { .. } => None,
+            Self::Static { tokens } => Some(tokens),
+        }
+    }
+}
+
+/// What a layer holds, and where.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ring {
+    shape: Shape,
+    /// Batch rows that the buffers have room for.
+    rows: usize,
+    /// Slots of each row and head.
+    capacity: usize,
+    /// Slot of the oldest live token.
+    start: usize,
+    /// Live tokens.
+    len: usize,
+}
+
+impl Held for Ring {
+    type Policy = Growth;
+
+    fn bound(policy: &Growth) -> Option<usize> {
+        policy.bound()
+    }
+
+    fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a> {
+        LayerView {
+            key: &store.key,
+            value: &store.value,
+            dtype: self.shape.dtype,
+            batch: self.shape.batch,
+            heads: self.shape.heads,
+            key_dim: self.shape.key_dim,
+            value_dim: self.shape.value_dim,
+            start: self.start,
+            len: self.len,
+            capacity: self.capacity,
+            pages: None,
+        }
+    }
+
+    fn crop(&mut self, _: &mut Growth, max_length: usize) {
+        (self.start, self.len) = plan::cropped(self.start, self.len, self.capacity, max_length);
+    }
+
+    fn truncate(&mut self, _: &mut Growth, length: usize) {
+        self.len = self.len.min(length);
+    }
+
+    fn stage_room(
+        place: Place<'_, Self>,
+        growth: &mut Growth,
+        shape: Shape,
+        tokens: &NewTokens,
+    ) -> Result<Room<Self>> {
+        let Place { gpu, layer, store, held } = place;
+        let list = tokens.order.list().map(|list| gpu.place(list)).transpose()?;
+        let lists = list.map(|placed| {
+            let list_at = placed.offset / 4;
+            (placed, list_at)
+        });
+        let room = |store, held: Self, dispatches, moved| Room {
+            store,
+            held: Self { len: tokens.new_len, ..held },
+            dispatches,
+            moved,
+            lists,
+            leases: Vec::new(),
+        };
+        if let (Some(&held), Some(store)) = (held, store) {
+            if tokens.new_len <= held.capacity {
+                return Ok(room(None, held, Vec::new(), 0));
+            }
+            let capacity = capacity_for(gpu, layer, shape, *growth, held.capacity, tokens.new_len)?;
+            let rows: Vec<u32> = (0_u32..).take(shape.batch).collect();
+            let grown = held.copy_into(gpu, layer, store, shape, capacity, &rows)?;
+            return Ok(room(grown.store, grown.held, grown.dispatches, grown.moved));
+        }
+        let empty = |capacity| Self { shape, rows: shape.batch, capacity, start: 0, len: 0 };
+        let least = growth.bound().unwrap_or(tokens.new_len);
+        if let Some(store) = store {
+            let fits = shape.tokens_in(shape.batch, store.bytes());
+            if fits >= least {
+                return Ok(room(None, empty(growth.bound().unwrap_or(fits)), Vec::new(), 0));
+            }
+        }
+        let capacity = capacity_for(gpu, layer, shape, *growth, 0, tokens.new_len)?;
+        let store = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
+        Ok(room(Some(store), empty(capacity), Vec::new(), 0))
+    }
+
+    fn stage_batch(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        store: &Store,
+        growth: &mut Growth,
+        map: &[u32],
+    ) -> Result<Staged<Self>> {
+        let shape = Shape { batch: map.len(), ..self.shape };
+        // In place where the rows have memory. A list of moves cannot be cut in two, since a cycle may run
+        // through all of it, so one too long for a dispatch goes through new buffers as well.
+        let in_place = (map.len() <= self.rows)
+            .then(|| plan::order_row_moves(map, self.shape.batch))
+            .filter(|moves| moves.written <= MOST_MOVES);
+        let Some(moves) = in_place else {
+            let capacity = self.capacity_of_copy(gpu, layer, shape, *growth)?;
+            return self.copy_into(gpu, layer, store, shape, capacity, map);
+        };
+        let mut dispatches = Vec::new();
+        let mut moved = 0;
+        if moves.written > 0 && self.len > 0 {
+            let gather = GatherShape {
+                row_bytes: shape.row_bytes(),
+                heads: shape.heads,
+                start: self.start,
+                len: self.len,
+                capacity: self.capacity,
+                moves: &moves,
+            };
+            dispatches.push(gpu.kernels().gather(gpu, store.gather_bindings(gpu), &gather)?);
+            moved = shape.bytes(moves.written, self.len)?.iter().sum();
+        }
+        let held = Self { shape, ..*self };
+        Ok(Staged { dispatches, store: None, held, moved, leases: Vec::new() })
+    }
+}
+
+impl Ring {
+    /// Stages a copy of the live tokens into new memory, straightened, row `i` from row `map[i]`.
+    fn copy_into(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        old: &Store,
+        shape: Shape,
+        capacity: usize,
+        map: &[u32],
+    ) -> Result<Staged<Self>> {
+        let new = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
+        let mut dispatches: Vec<Dispatch> = Vec::new();
+        if self.len > 0 {
+            for copies in &plan::list_copies(&plan::copies_of_map(map), MOST_MOVES) {
+                let copy = CopyShape {
+                    row_bytes: shape.row_bytes(),
+                    heads: shape.heads,
+                    start: self.start,
+                    len: self.len,
+                    old_capacity: self.capacity,
+                    new_capacity: capacity,
+                    copies,
+                };
+                let buffers = [old.buffers(), new.buffers()];
+                dispatches.push(gpu.kernels().copy_rows(gpu, buffers, &copy)?);
+            }
+        }
+        let moved = shape.bytes(shape.batch, self.len)?.iter().sum();
+        let held = Self { shape, rows: shape.batch, capacity, start: 0, len: self.len };
+        Ok(Staged { dispatches, store: Some(new), held, moved, leases: Vec::new() })
+    }
+
+    /// The capacity of new memory for a change of the batch.
+    fn capacity_of_copy(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        shape: Shape,
+        growth: Growth,
+    ) -> Result<usize> {
+        match growth {
+            Growth::Static { tokens } => capacity_for(gpu, layer, shape, growth, 0, tokens),
+            // Keep the room that there is, as far as it can be bound.
+            Growth::Dynamic { .. } => {
+                capacity_for(gpu, layer, shape, growth, 0, self.len.max(1))?;
+                let limit = binding_limit(gpu.limits());
+                Ok(self.capacity.min(shape.tokens_in(shape.batch, [limit; 2])))
+            }
+        }
+    }
+}
+
+/// The capacity of new memory for `needed` tokens where there is room for `capacity` now.
+fn capacity_for(
+    gpu: &Gpu,
+    layer: usize,
+    shape: Shape,
+    growth: Growth,
+    capacity: usize,
+    needed: usize,
+) -> Result<usize> {
+    let limit = binding_limit(gpu.limits());
+    let fits = shape.tokens_in(shape.batch, [limit; 2]);
+    let (tokens, grown) = match growth {
+        Growth::Static { tokens } => (tokens, (tokens <= fits).then_some(tokens)),
+        Growth::Dynamic { tokens } => {
+            let needed = needed.max(if capacity == 0 { tokens } else { 0 });
+            (needed, plan::grown_capacity(capacity, needed, fits))
+        }
+    };
+    grown.ok_or_else(|| Error::LayerTooLarge {
+        layer,
+        needed: shape.bytes(shape.batch, tokens).map_or(u64::MAX, |[key, value]| key.max(value)),
+        limit,
+        tokens,
+        fits,
+        batch: shape.batch,
+        heads: shape.heads,
+        head_dim: shape.key_dim.max(shape.value_dim),
+        dtype: shape.dtype,
+    })
+}

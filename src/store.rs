@@ -1,0 +1,93 @@
+//! A layer's shape and memory.
+
+use std::sync::OnceLock;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::sources::BoundSources;
+
+/// Shape of a layer: all but its length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) batch: usize,
+    pub(crate) heads: usize,
+    pub(crate) key_dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) dtype: DType,
+}
+
+impl Shape {
+    /// Bytes of one token of one head, of K and of V.
+    pub(crate) fn row_bytes(&self) -> [u64; 2] {
+        [self.key_dim, self.value_dim].map(|dim| dim as u64 * self.dtype.size() as u64)
+    }
+
+    /// Bytes of K and of V for `tokens` tokens of `rows` batch rows.
+    pub(crate) fn bytes(&self, rows: usize, tokens: usize) -> Result<[u64; 2]> {
+        let [key, value] = self.row_bytes().map(|row| {
+            (rows as u64)
+                .checked_mul(self.heads as u64)
+                .and_then(|all| all.checked_mul(tokens as u64))
+                .and_then(|all| all.checked_mul(row))
+        });
+        key.zip(value).map(Into::into).ok_or(Error::SizeOverflow { what: "layer" })
+    }
+
+    /// Tokens of `rows` batch rows that fit buffers of `bytes` bytes each.
+    pub(crate) fn tokens_in(&self, rows: usize, bytes: [u64; 2]) -> usize {
+        let tokens = |bytes: u64, row: u64| {
+            let token = (rows as u64).saturating_mul(self.heads as u64).saturating_mul(row);
+            usize::try_from(bytes / token.max(1)).unwrap_or(usize::MAX)
+        };
+        let [key, value] = self.row_bytes();
+        tokens(bytes[0], key).min(tokens(bytes[1], value))
+    }
+}
+
+/// A layer's memory.
+#[derive(Debug)]
+pub(crate) struct Store {
+    pub(crate) key: wgpu::Buffer,
+    pub(crate) value: wgpu::Buffer,
+    pub(crate) sources: BoundSources,
+    gather: OnceLock<wgpu::BindGroup>,
+}
+
+impl Store {
+    pub(crate) fn new(gpu: &Gpu, layer: usize, bytes: [u64; 2]) -> Result<Self> {
+        let usage = wgpu::BufferUsages::STORAGE
+            | wgpu::BufferUsages::COPY_SRC
+            | wgpu::BufferUsages::COPY_DST;
+        let make = |role: &str, bytes: u64| {
+            gpu.create_buffer(&format!("kvcache layer {layer} {role}"), bytes, usage)
+        };
+        Ok(Self {
+            key: make("key", bytes[0])?,
+            value: make("value", bytes[1])?,
+            sources: BoundSources::default(),
+            gather: OnceLock::new(),
+        })
+    }
+
+    /// Bytes of K and of V.
+    pub(crate) fn bytes(&self) -> [u64; 2] {
+        self.buffers().map(wgpu::Buffer::size)
+    }
+
+    pub(crate) fn buffers(&self) -> [&wgpu::Buffer; 2] {
+        [&self.key, &self.value]
+    }
+
+    /// The buffers, bound for moves in place.
+    pub(crate) fn gather_bindings(&self, gpu: &Gpu) -> wgpu::BindGroup {
+        self.gather.get_or_init(|| gpu.kernels().bind_gather(gpu, &self.key, &self.value)).clone()
+    }
+}
+
+/// The largest buffer that can be made and bound as a whole; words are counted in 32 bits.
+pub(crate) fn binding_limit(limits: &wgpu::Limits) -> u64 {
+    limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(u64::from(u32::MAX) * 4)
+        / 4
+        * 4
+}
