@@ -59,7 +59,8 @@ pub(crate) fn chart(
 fn steps(panel: &Panel<'_>, lengths: &[u32], measured: &[Measured]) -> Drawn {
     let ticks: Vec<_> = lengths.iter().copied().map(f64::from).collect();
     let all = || measured.iter().flat_map(|measured| measured.steps.iter().copied());
-    let [low, high] = [all().fold(f64::MAX, f64::min) / 2.0, all().fold(0.0, f64::max) * 4.0];
+    // The room above is for the legend.
+    let [low, high] = [all().fold(f64::MAX, f64::min) / 2.0, all().fold(0.0, f64::max) * 8.0];
     let decades: Vec<_> = (-6..=6)
         .map(|power| 10_f64.powi(power))
         .filter(|time| (low..high).contains(time))
