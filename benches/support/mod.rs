@@ -2,6 +2,8 @@
 
 use wgpu_kvcache::{CachePosition, DType, Gpu, KVCache, TensorView, wgpu};
 
+pub(crate) mod concat;
+
 /// The shape of the benchmarks, unless one says otherwise.
 pub(crate) const LAYERS: usize = 16;
 pub(crate) const BATCH: usize = 4;
