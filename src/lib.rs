@@ -41,6 +41,7 @@ mod layer;
 mod layers;
 mod layout;
 mod ledger;
+mod pages;
 mod plan;
 mod position;
 mod readback;
