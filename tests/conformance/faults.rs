@@ -4,10 +4,10 @@
 use std::time::{Duration, Instant};
 
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, HeadlessOptions, KVCache, StaticKVCache,
-    TensorView, wgpu,
+    CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache, TensorView, wgpu,
 };
 
+use crate::open;
 use crate::rig::buffer;
 
 /// Far more than any call here takes, and far less than a hang.
@@ -15,7 +15,7 @@ const BOUND: Duration = Duration::from_secs(20);
 
 /// A device of its own, since it is to be destroyed.
 fn mortal_gpu() -> Gpu {
-    Gpu::headless_with(&HeadlessOptions::default()).unwrap_or_else(|error| panic!("{error}"))
+    open(wgpu::Features::IMMEDIATES, None)
 }
 
 fn one_token(gpu: &Gpu, cache: &mut dyn KVCache, layer: usize) -> Result<(), Error> {
