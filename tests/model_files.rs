@@ -366,9 +366,15 @@ impl Damage {
     }
 }
 
+/// A device without a driver. It keeps some memory for every buffer that it ever had, so many files want
+/// a new one now and then.
+fn noop_gpu() -> Gpu {
+    let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
+    Gpu::new(device, queue).unwrap_or_else(|error| panic!("{error}"))
+}
+
 /// Reads files one after the other, and holds each to its bounds.
 struct Reader {
-    gpu: Gpu,
     path: PathBuf,
     /// Files begun.
     files: AtomicU64,
@@ -380,20 +386,18 @@ impl Reader {
     fn new() -> Self {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
-        let gpu = Gpu::new(device, queue).unwrap_or_else(|error| panic!("{error}"));
         let path = Path::new(env!("CARGO_TARGET_TMPDIR"))
             .join(format!("model-{}.gguf", std::process::id()));
-        Self { gpu, path, files: AtomicU64::new(0), _turn: turn }
+        Self { path, files: AtomicU64::new(0), _turn: turn }
     }
 
     /// What `read` answers, after its bounds were seen to hold.
-    fn try_file(&self, bytes: &[u8]) -> anyhow::Result<()> {
+    fn try_file(&self, gpu: &Gpu, bytes: &[u8]) -> anyhow::Result<()> {
         self.files.fetch_add(1, Ordering::Relaxed);
         self.write(bytes).unwrap_or_else(|error| panic!("{}: {error}", self.path.display()));
         MEMORY.reset_peak_usage();
         let (before, start) = (MEMORY.current_usage(), Instant::now());
-        let answer = self.read();
+        let answer = self.read(gpu);
         let (took, taken) = (start.elapsed(), MEMORY.peak_usage() - before);
         assert!(took < BOUND, "{} bytes took {took:?}: {answer:?}", bytes.len());
         let bound = BYTES + BYTES_A_BYTE * bytes.len();
@@ -402,8 +406,8 @@ impl Reader {
             assert!(!format!("{error:#}").trim().is_empty(), "an error without a word: {error:?}");
         }
         // What was uploaded waits for a submit, and is let go of after one.
-        self.gpu.queue().submit([]);
-        self.gpu.device().poll(wgpu::PollType::Poll).expect("a device");
+        gpu.queue().submit([]);
+        gpu.device().poll(wgpu::PollType::Poll).expect("a device");
         answer
     }
 
@@ -416,7 +420,7 @@ impl Reader {
     }
 
     /// All that the example does with a file, and with the tokenizer that it describes.
-    fn read(&self) -> anyhow::Result<()> {
+    fn read(&self, gpu: &Gpu) -> anyhow::Result<()> {
         let mut file = GgufFile::open(&self.path)?;
         let tokenizer = Tokenizer::from_gguf(&file).and_then(|tokenizer| {
             let ids = tokenizer.encode("ab c, 12 é")?;
@@ -428,7 +432,7 @@ impl Reader {
             stream.finish()
         });
         // A file with a bad tokenizer goes on to be asked for its weights.
-        let model = Model::load(&self.gpu, &mut file, &mut |_| ());
+        let model = Model::load(gpu, &mut file, &mut |_| ());
         tokenizer.and(model).map(|_| ())
     }
 
@@ -442,7 +446,10 @@ impl Reader {
                 seed.numbers.iter().find(|(place, _)| *place == value).expect("a number");
             seed.bytes[value..value + width].copy_from_slice(&number.to_le_bytes()[..width]);
         }
-        format!("{:#}", self.try_file(&seed.bytes).expect_err("a file that is not sane"))
+        format!(
+            "{:#}",
+            self.try_file(&noop_gpu(), &seed.bytes).expect_err("a file that is not sane")
+        )
     }
 }
 
@@ -493,16 +500,16 @@ fn watched(reader: &Reader, work: impl FnOnce()) {
 fn the_files_to_damage_are_whole() {
     let reader = Reader::new();
     for seed in seeds() {
-        reader.try_file(&seed.bytes).unwrap_or_else(|error| panic!("{error:#}"));
+        reader.try_file(&noop_gpu(), &seed.bytes).unwrap_or_else(|error| panic!("{error:#}"));
     }
 }
 
 #[test]
 fn every_file_cut_short_is_refused() {
-    let reader = Reader::new();
+    let (reader, gpu) = (Reader::new(), noop_gpu());
     for seed in seeds() {
         for length in 0..seed.bytes.len() {
-            let error = reader.try_file(&seed.bytes[..length]).expect_err("a part of a file");
+            let error = reader.try_file(&gpu, &seed.bytes[..length]).expect_err("a part of a file");
             assert!(format!("{error:#}").contains("cut short"), "{length} bytes: {error:#}");
         }
     }
@@ -529,12 +536,12 @@ fn dimensions_that_are_not_sane_are_refused() {
 /// The reader makes room for as many keys as the header promises, before it has read one.
 #[test]
 fn a_header_that_promises_many_keys_takes_no_memory_for_them() {
-    let reader = Reader::new();
+    let (reader, gpu) = (Reader::new(), noop_gpu());
     for keys in [100_000_u64, u64::MAX] {
         let bytes = [b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0".as_slice(), &keys.to_le_bytes()].concat();
         MEMORY.reset_peak_usage();
         let before = MEMORY.current_usage();
-        let error = reader.try_file(&bytes).expect_err("no key is there");
+        let error = reader.try_file(&gpu, &bytes).expect_err("no key is there");
         assert!(MEMORY.peak_usage() - before < 1 << 18, "{keys} keys: {error:#}");
         assert!(format!("{error:#}").contains("fetch it again"), "{error:#}");
     }
@@ -554,11 +561,12 @@ fn damaged_files_are_read_or_refused() {
     let whole = Cell::new(0_u64);
     watched(&reader, || {
         while !is_over(reader.files.load(Ordering::Relaxed)) {
+            let gpu = noop_gpu();
             let case = |(seed, damages): (Index, Vec<Damage>)| {
                 let Seed { bytes, numbers } = seed.get(&seeds);
                 let mut bytes = bytes.clone();
                 damages.iter().for_each(|damage| damage.apply(&mut bytes, numbers, &seeds));
-                let is_whole = reader.try_file(&bytes).is_ok();
+                let is_whole = reader.try_file(&gpu, &bytes).is_ok();
                 whole.set(whole.get() + u64::from(is_whole));
                 Ok(())
             };
