@@ -217,12 +217,12 @@ fn a_device_destroyed_between_a_gather_and_its_submit() {
     }
 }
 
-/// The gather is as likely as not to be under way: what is read is what it makes, whole, or an error.
+/// Before, during and after the gather, as machines differ: what is read is what it makes, whole, or an error.
 #[test]
 fn a_device_destroyed_while_a_gather_runs() {
     for gather in [IN_PLACE, INTO_NEW_BUFFERS] {
         for (delay, is_async) in
-            [(0, false), (0, true), (300, false), (3000, true), (10_000, false), (30_000, true)]
+            [(0, false), (0, true), (300, false), (3000, true), (30_000, false), (500_000, true)]
         {
             let gpu = mortal_gpu();
             let mut cache = filled(&gpu, false);
