@@ -46,7 +46,7 @@ pub(crate) trait Held: Debug + Sized {
         place: Place<'_, Self>,
         policy: &mut Self::Policy,
         shape: Shape,
-        tokens: &NewTokens,
+        tokens: NewTokens<'_>,
     ) -> Result<Room<Self>>;
 
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`, which is not the identity.
@@ -69,14 +69,22 @@ pub(crate) struct Place<'a, L> {
     pub(crate) held: Option<&'a L>,
 }
 
-/// New tokens on their way into a layer: all but their content.
-#[derive(Debug)]
-pub(crate) struct NewTokens {
-    pub(crate) order: Order,
+/// New tokens on their way into a layer: all but their content. Their positions are checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewTokens<'a> {
+    pub(crate) position: CachePosition<'a>,
     /// Tokens in each row.
     pub(crate) count: usize,
-    /// Live tokens afterwards.
+    /// Live tokens before, and afterwards.
+    pub(crate) len: usize,
     pub(crate) new_len: usize,
+}
+
+impl NewTokens<'_> {
+    /// Which token goes where. As long as the gaps that it fills: to be asked once their room is sure.
+    pub(crate) fn order(&self) -> Order {
+        position::order(self.position, self.len, self.new_len)
+    }
 }
 
 /// Room for new tokens.
@@ -86,6 +94,7 @@ pub(crate) struct Room<L> {
     pub(crate) store: Option<Store>,
     /// What the layer will hold.
     pub(crate) held: L,
+    pub(crate) order: Order,
     /// What must run before the tokens are written.
     pub(crate) dispatches: Vec<Dispatch>,
     /// Bytes that these write.
@@ -138,6 +147,11 @@ pub(crate) struct Effect {
 }
 
 impl<L> Staged<L> {
+    /// A change that moves nothing.
+    pub(crate) fn unmoved(held: L) -> Self {
+        Self { dispatches: Vec::new(), store: None, held, moved: 0, leases: Vec::new() }
+    }
+
     /// Bytes of new memory.
     pub(crate) fn allocated(&self) -> u64 {
         self.store.as_ref().map_or(0, |store| store.bytes().iter().sum())
@@ -206,11 +220,11 @@ impl<L: Held> Layer<L> {
         self.check_alias(key, value)?;
         let (count, len) = (key.shape[2], self.len());
         let new_len = position::check(position, shape.batch, count, len, L::bound(policy))?;
-        let tokens = NewTokens { order: position::order(position, len, new_len), count, new_len };
+        let tokens = NewTokens { position, count, len, new_len };
 
         let place =
             Place { gpu, layer: self.index, store: self.store.as_ref(), held: self.held.as_ref() };
-        let mut room = L::stage_room(place, policy, shape, &tokens)?;
+        let mut room = L::stage_room(place, policy, shape, tokens)?;
         let store = room.store.as_mut().or(self.store.as_mut());
         let store = store.expect("a layer with room has memory");
         let views = [(key, &sources[0]), (value, &sources[1])];
@@ -219,12 +233,12 @@ impl<L: Held> Layer<L> {
             key: &sources[0],
             value: &sources[1],
             tokens: count,
-            order: &tokens.order,
+            order: &room.order,
             target: &room.held.view(store),
             lists: room.lists.as_ref().map(|(placed, list_at)| (placed, *list_at)),
         };
         let append = gpu.kernels().append(gpu, bindings, &append)?;
-        let written = shape.bytes(1, tokens.order.written(shape.batch, count))?;
+        let written = shape.bytes(1, room.order.written(shape.batch, count))?;
         room.dispatches.push(append);
         Ok(Staged {
             dispatches: room.dispatches,

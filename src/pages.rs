@@ -160,7 +160,8 @@ impl PageMap {
     /// Keeps the first `len` tokens; whole pages behind them go back.
     pub(crate) fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
-        let kept = if self.len == 0 { 0 } else { (self.start + self.len).div_ceil(self.page_tokens) };
+        let kept =
+            if self.len == 0 { 0 } else { (self.start + self.len).div_ceil(self.page_tokens) };
         self.keep(0, kept);
     }
 
@@ -293,7 +294,8 @@ mod tests {
         assert_eq!(counts, map.counts, "{context}");
         let mut free = map.free.clone();
         free.sort_unstable();
-        let unnamed: Vec<u32> = (0..).zip(&counts).filter(|(_, n)| **n == 0).map(|(p, _)| p).collect();
+        let unnamed: Vec<u32> =
+            (0..).zip(&counts).filter(|(_, n)| **n == 0).map(|(p, _)| p).collect();
         assert_eq!(free, unnamed, "{context}");
         let needed = if map.len == 0 { 0 } else { (map.start + map.len).div_ceil(map.page_tokens) };
         assert!(map.rows.iter().all(|row| row.len() == needed), "{context}");

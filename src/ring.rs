@@ -83,42 +83,29 @@ impl Held for Ring {
         place: Place<'_, Self>,
         growth: &mut Growth,
         shape: Shape,
-        tokens: &NewTokens,
+        tokens: NewTokens<'_>,
     ) -> Result<Room<Self>> {
         let Place { gpu, layer, store, held } = place;
-        let list = tokens.order.list().map(|list| gpu.place(list)).transpose()?;
-        let lists = list.map(|placed| {
-            let list_at = placed.offset / 4;
-            (placed, list_at)
-        });
-        let room = |store, held: Self, dispatches, moved| Room {
-            store,
-            held: Self { len: tokens.new_len, ..held },
-            dispatches,
-            moved,
-            lists,
-            leases: Vec::new(),
+        let staged = match (held, store) {
+            (Some(held), Some(store)) => {
+                held.with_room(gpu, layer, store, *growth, tokens.new_len)?
+            }
+            _ => Self::first_room(gpu, layer, store, *growth, shape, tokens.new_len)?,
         };
-        if let (Some(&held), Some(store)) = (held, store) {
-            if tokens.new_len <= held.capacity {
-                return Ok(room(None, held, Vec::new(), 0));
-            }
-            let capacity = capacity_for(gpu, layer, shape, *growth, held.capacity, tokens.new_len)?;
-            let rows: Vec<u32> = (0_u32..).take(shape.batch).collect();
-            let grown = held.copy_into(gpu, layer, store, shape, capacity, &rows)?;
-            return Ok(room(grown.store, grown.held, grown.dispatches, grown.moved));
-        }
-        let empty = |capacity| Self { shape, rows: shape.batch, capacity, start: 0, len: 0 };
-        let least = growth.bound().unwrap_or(tokens.new_len);
-        if let Some(store) = store {
-            let fits = shape.tokens_in(shape.batch, store.bytes());
-            if fits >= least {
-                return Ok(room(None, empty(growth.bound().unwrap_or(fits)), Vec::new(), 0));
-            }
-        }
-        let capacity = capacity_for(gpu, layer, shape, *growth, 0, tokens.new_len)?;
-        let store = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
-        Ok(room(Some(store), empty(capacity), Vec::new(), 0))
+        let order = tokens.order();
+        let list = order.list().map(|list| gpu.place(list)).transpose()?;
+        Ok(Room {
+            store: staged.store,
+            held: Self { len: tokens.new_len, ..staged.held },
+            order,
+            dispatches: staged.dispatches,
+            moved: staged.moved,
+            lists: list.map(|placed| {
+                let list_at = placed.offset / 4;
+                (placed, list_at)
+            }),
+            leases: staged.leases,
+        })
     }
 
     fn stage_batch(
@@ -159,6 +146,45 @@ impl Held for Ring {
 }
 
 impl Ring {
+    /// The ring itself where `new_len` tokens fit, else a larger copy.
+    fn with_room(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        store: &Store,
+        growth: Growth,
+        new_len: usize,
+    ) -> Result<Staged<Self>> {
+        if new_len <= self.capacity {
+            return Ok(Staged::unmoved(*self));
+        }
+        let shape = self.shape;
+        let capacity = capacity_for(gpu, layer, shape, growth, self.capacity, new_len)?;
+        let rows: Vec<u32> = (0_u32..).take(shape.batch).collect();
+        self.copy_into(gpu, layer, store, shape, capacity, &rows)
+    }
+
+    /// An empty ring, in what a reset has left where that is enough.
+    fn first_room(
+        gpu: &Gpu,
+        layer: usize,
+        store: Option<&Store>,
+        growth: Growth,
+        shape: Shape,
+        new_len: usize,
+    ) -> Result<Staged<Self>> {
+        let empty = |capacity| Self { shape, rows: shape.batch, capacity, start: 0, len: 0 };
+        if let Some(store) = store {
+            let fits = shape.tokens_in(shape.batch, store.bytes());
+            if fits >= growth.bound().unwrap_or(new_len) {
+                return Ok(Staged::unmoved(empty(growth.bound().unwrap_or(fits))));
+            }
+        }
+        let capacity = capacity_for(gpu, layer, shape, growth, 0, new_len)?;
+        let store = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
+        Ok(Staged { store: Some(store), ..Staged::unmoved(empty(capacity)) })
+    }
+
     /// Stages a copy of the live tokens into new memory, straightened, row `i` from row `map[i]`.
     fn copy_into(
         &self,

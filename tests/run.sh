@@ -6,6 +6,12 @@
 #
 # WGPU_BACKEND=vulkan|gl|... picks the backend, KV_DEVICE=best|immediates|baseline what is asked of the
 # adapter, KV_HISTORIES=N the number of random histories, KV_TRACES=FOLDER further traces to replay.
+# KV_FUZZ_CASES=N sets how many damaged model files are tried, KV_FUZZ_SECONDS=N how long.
+#
+# KV_DEVICE=noop runs tests/conformance on wgpu's backend without a driver: all but the contents of
+# tensors, which only kernels write. tests/model_files.rs never needs a driver. The other tests need
+# kernels or a driver's memory and take an adapter whatever KV_DEVICE says, so without a driver run
+# KV_DEVICE=noop cargo test --test conformance --test model_files
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Mesa complains where this is unset, as it is in containers.

@@ -4,18 +4,19 @@
 use std::time::{Duration, Instant};
 
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, HeadlessOptions, KVCache, StaticKVCache,
+    CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, StaticKVCache,
     TensorView, wgpu,
 };
 
-use crate::rig::buffer;
+use crate::open;
+use crate::rig::{buffer, same_bits};
 
 /// Far more than any call here takes, and far less than a hang.
 const BOUND: Duration = Duration::from_secs(20);
 
 /// A device of its own, since it is to be destroyed.
 fn mortal_gpu() -> Gpu {
-    Gpu::headless_with(&HeadlessOptions::default()).unwrap_or_else(|error| panic!("{error}"))
+    open(wgpu::Features::IMMEDIATES, None)
 }
 
 fn one_token(gpu: &Gpu, cache: &mut dyn KVCache, layer: usize) -> Result<(), Error> {
@@ -102,5 +103,143 @@ fn a_device_destroyed_while_it_is_read() {
             }
         });
         assert!(start.elapsed() < BOUND);
+    }
+}
+
+/// A change of the batch that gathers rows, and the old row of each new one.
+type Gather = (
+    &'static str,
+    fn(&mut dyn KVCache, &mut wgpu::ComputePass<'_>) -> Result<(), Error>,
+    &'static [usize],
+);
+
+const IN_PLACE: Gather = ("reorder", |cache, pass| cache.reorder_cache(pass, &[1, 0]), &[1, 0]);
+const INTO_NEW_BUFFERS: Gather =
+    ("repeat", |cache, pass| cache.batch_repeat_interleave(pass, 3), &[0, 0, 0, 1, 1, 1]);
+
+/// Tokens of layer 0 in `filled`: 16 MiB for each of K and V, which takes a software adapter some
+/// milliseconds to gather.
+const MANY: usize = 4096;
+
+/// A cache of either kind with two rows in layer 0, every element of which is 1 + the row.
+fn filled(gpu: &Gpu, is_static: bool) -> Box<dyn KVCache> {
+    let mut cache: Box<dyn KVCache> = if is_static {
+        Box::new(StaticKVCache::new(gpu, MANY + 1, 1))
+    } else {
+        Box::new(DynamicKVCache::new(gpu))
+    };
+    let rows: Vec<f32> = [[1.0; 64], [2.0; 64]].concat();
+    let source = gpu.upload(&rows, &[2, 1, 1, 64]).expect("a live device");
+    // All heads and tokens of a row are the same 64 elements.
+    let view = TensorView::new(source.buffer(), DType::F32, &[2, 8, MANY, 64])
+        .map(|view| view.with_strides([64, 0, 0, 1]))
+        .expect("a shape");
+    gpu.submit_pass("fill", |pass| {
+        cache.update(pass, &view, &view, 0, CachePosition::Append).map(|_| ())
+    })
+    .expect("a live device");
+    cache
+}
+
+/// What a read-back gave after `gather` was submitted: the rows that it makes, in full, or an error.
+fn assert_right_or_error(
+    read: Result<Option<(HostTensor, HostTensor)>, Error>,
+    (name, _, rows): Gather,
+) {
+    match read {
+        Ok(tensors) => {
+            let (key, value) = tensors.expect("layer 0 was written");
+            for tensor in [key, value] {
+                assert_eq!(tensor.shape(), [rows.len(), 8, MANY, 64], "{name}");
+                let bytes = tensor.bytes().chunks(8 * MANY * 64 * 4);
+                for (bytes, &row) in bytes.zip(rows) {
+                    let expected = vec![[1.0_f32, 2.0][row]; 8 * MANY * 64];
+                    assert!(same_bits(bytes, bytemuck::cast_slice(&expected)), "{name}");
+                }
+            }
+        }
+        Err(error) => assert!(!error.to_string().is_empty(), "{name}"),
+    }
+}
+
+/// Nothing is read back from a destroyed device, and whatever is called next, that stays so.
+fn assert_lost(gpu: &Gpu, cache: &mut dyn KVCache, context: &str) {
+    let start = Instant::now();
+    for _ in 0..2 {
+        for read in [cache.get(0), pollster::block_on(cache.get_async(0))] {
+            let error = read.map(|_| ()).expect_err(context);
+            let is_due = matches!(
+                error,
+                Error::Readback { .. }
+                    | Error::Device { .. }
+                    | Error::PassDropped { .. }
+                    | Error::NotSubmitted { .. }
+            );
+            assert!(is_due, "{context}: {error:?}");
+        }
+        // Each of these is refused, or goes nowhere.
+        let _ = one_token(gpu, cache, 0);
+        for (_, gather, _) in [IN_PLACE, INTO_NEW_BUFFERS] {
+            let _ = gpu.submit_pass("later", |pass| gather(cache, pass));
+        }
+        cache.crop(MANY - 1);
+    }
+    assert!(start.elapsed() < BOUND, "{context}: {:?}", start.elapsed());
+    cache.reset();
+    assert_eq!(cache.get_seq_length(0), Ok(0), "{context}");
+}
+
+#[test]
+fn a_device_destroyed_between_a_gather_and_its_submit() {
+    for gather in [IN_PLACE, INTO_NEW_BUFFERS] {
+        for is_static in [false, true] {
+            for is_finished in [false, true] {
+                let context = format!("{}, static: {is_static}, {is_finished}", gather.0);
+                let gpu = mortal_gpu();
+                let mut cache = filled(&gpu, is_static);
+                let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                gather.1(cache.as_mut(), &mut encoder.begin_compute_pass(&Default::default()))
+                    .expect("a live device");
+                let scope = gpu.device().push_error_scope(wgpu::ErrorFilter::Validation);
+                let commands = if is_finished {
+                    let commands = encoder.finish();
+                    gpu.device().destroy();
+                    commands
+                } else {
+                    gpu.device().destroy();
+                    encoder.finish()
+                };
+                gpu.queue().submit([commands]);
+                let _ = pollster::block_on(scope.pop());
+                assert_lost(&gpu, cache.as_mut(), &context);
+            }
+        }
+    }
+}
+
+/// Before, during and after the gather, as machines differ: what is read is what it makes, whole, or an error.
+#[test]
+fn a_device_destroyed_while_a_gather_runs() {
+    for gather in [IN_PLACE, INTO_NEW_BUFFERS] {
+        for (delay, is_async) in
+            [(0, false), (0, true), (300, false), (3000, true), (30_000, false), (500_000, true)]
+        {
+            let gpu = mortal_gpu();
+            let mut cache = filled(&gpu, false);
+            let start = Instant::now();
+            std::thread::scope(|scope| {
+                gpu.submit_pass("gather", |pass| gather.1(cache.as_mut(), pass))
+                    .expect("a live device");
+                scope.spawn(|| {
+                    std::thread::sleep(Duration::from_micros(delay));
+                    gpu.device().destroy();
+                });
+                let read =
+                    if is_async { pollster::block_on(cache.get_async(0)) } else { cache.get(0) };
+                assert_right_or_error(read, gather);
+            });
+            assert!(start.elapsed() < BOUND, "{}, {delay} µs: {:?}", gather.0, start.elapsed());
+            assert_lost(&gpu, cache.as_mut(), &format!("{}, {delay} µs", gather.0));
+        }
     }
 }

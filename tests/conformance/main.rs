@@ -20,24 +20,76 @@ mod traces;
 
 use std::sync::OnceLock;
 
-use wgpu_kvcache::wgpu::{Features, Limits};
+use wgpu_kvcache::wgpu::{Device, DeviceDescriptor, Features, Limits};
 use wgpu_kvcache::{Gpu, HeadlessOptions};
 
-/// The device that the tests share. No adapter is a failure, and the message says how to get one.
+/// What `KV_DEVICE` asks of the adapter, or in its place.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Best,
+    Immediates,
+    Baseline,
+    Noop,
+}
+
+fn wanted() -> Wanted {
+    static WANTED: OnceLock<Wanted> = OnceLock::new();
+    *WANTED.get_or_init(|| match std::env::var("KV_DEVICE").as_deref() {
+        Err(_) | Ok("best") => Wanted::Best,
+        Ok("immediates") => Wanted::Immediates,
+        Ok("baseline") => Wanted::Baseline,
+        Ok("noop") => {
+            // Straight to the terminal: the test harness holds back what a passing test prints.
+            let line =
+                "KV_DEVICE=noop: no kernel runs, so the contents of tensors are not compared\n";
+            std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("a stderr");
+            Wanted::Noop
+        }
+        Ok(other) => panic!("KV_DEVICE is '{other}', not best, immediates, baseline or noop"),
+    })
+}
+
+/// Whether kernels run on the devices under test: everywhere but on wgpu's backend without a driver.
+fn kernels_run() -> bool {
+    wanted() != Wanted::Noop
+}
+
+/// A device of its own. No adapter is a failure, and the message says how to get one.
+///
+/// On the backend without a driver, limits that nobody names are WebGPU's defaults: it has none.
+fn open(features: Features, limits: Option<Limits>) -> Gpu {
+    let gpu = if kernels_run() {
+        Gpu::headless_with(&HeadlessOptions { features, limits, ..HeadlessOptions::default() })
+    } else {
+        let (device, queue) = Device::noop(&DeviceDescriptor {
+            required_features: features,
+            required_limits: Limits {
+                max_immediate_size: if features.contains(Features::IMMEDIATES) { 128 } else { 0 },
+                ..limits.unwrap_or_default()
+            },
+            ..Default::default()
+        });
+        Gpu::new(device, queue)
+    };
+    gpu.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The device that the tests share.
 ///
 /// The variable `WGPU_BACKEND` picks the backend, and `KV_DEVICE` what is asked of the adapter: `best`
 /// (all that it has, the default), `immediates` (WebGPU's default limits and immediates) or `baseline`
 /// (WebGPU's default limits and no feature).
+///
+/// `KV_DEVICE=noop` takes wgpu's backend without a driver in place of an adapter, for every test in this
+/// binary. Buffers and copies are real there, and wgpu checks every call, but dispatches do nothing. So
+/// everything holds that the host knows (lengths, views, refusals, statistics, read-backs of the right
+/// shape), and only what the tensors contain is not compared: see `rig::same_bits`.
 fn gpu() -> Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    let device = std::env::var("KV_DEVICE").unwrap_or_else(|_| "best".to_owned());
-    let (features, limits) = match device.as_str() {
-        "best" => (Features::IMMEDIATES, None),
-        "immediates" => (Features::IMMEDIATES, Some(Limits::default())),
-        "baseline" => (Features::empty(), Some(Limits::default())),
-        other => panic!("KV_DEVICE is '{other}', not best, immediates or baseline"),
+    let (features, limits) = match wanted() {
+        Wanted::Best | Wanted::Noop => (Features::IMMEDIATES, None),
+        Wanted::Immediates => (Features::IMMEDIATES, Some(Limits::default())),
+        Wanted::Baseline => (Features::empty(), Some(Limits::default())),
     };
-    let options = HeadlessOptions { features, limits, ..HeadlessOptions::default() };
-    GPU.get_or_init(|| Gpu::headless_with(&options).unwrap_or_else(|error| panic!("{error}")))
-        .clone()
+    GPU.get_or_init(|| open(features, limits)).clone()
 }

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use wgpu_kvcache::{CachePosition, DynamicKVCache, Element, Error, Gpu, KVCache, StaticKVCache};
 
 use crate::gpu;
+use crate::rig::same_bits;
 
 #[derive(Deserialize)]
 struct Trace {
@@ -136,7 +137,7 @@ fn step<E: Number>(
                     assert_eq!(tensor.shape(), expect.shape, "{context}: shape of {what}");
                     let numbers: Vec<E> = numbers.iter().map(|&number| E::of(number)).collect();
                     let bits: &[u8] = bytemuck::cast_slice(&numbers);
-                    assert!(tensor.bytes() == bits, "{context}: bits of {what}");
+                    assert!(same_bits(tensor.bytes(), bits), "{context}: bits of {what}");
                 }
             }
         }

@@ -12,6 +12,10 @@ use gguf_rs_lib::reader::GGUFReaderConfig;
 
 use super::dequant::dequantise;
 
+/// Bytes of memory that a byte of the file's keys can at most take, lists of one-byte numbers being
+/// the worst.
+const DECODED: u64 = 64;
+
 /// A matrix as it is stored: `values` is `[outputs, inputs]`, row-major. A vector has one output
 /// row.
 pub(crate) struct Stored {
@@ -45,7 +49,12 @@ impl GgufFile {
 
         // The reader's own check of the ranges cannot say how much is missing, so it comes after
         // ours.
-        let config = GGUFReaderConfig { validate_integrity: false, ..Default::default() };
+        let mut config = GGUFReaderConfig { validate_integrity: false, ..Default::default() };
+        // The header may promise any number of keys. The reader makes room for them before it reads
+        // them, so it is told how much there can be.
+        config.max_decoded_metadata_size = usize::try_from(found.len().saturating_mul(DECODED))
+            .unwrap_or(usize::MAX)
+            .min(config.max_decoded_metadata_size);
         let mut reader = GGUFFileReader::with_config(BufReader::new(file), config)
             .map_err(|error| explain(error, path, found.len()))?;
         let mut needed = 0;
@@ -226,7 +235,9 @@ fn explain(error: GGUFError, path: &Path, size: u64) -> anyhow::Error {
         }
         GGUFError::UnexpectedEof => cut_short(path, size),
         GGUFError::Io(error) if error.kind() == ErrorKind::UnexpectedEof => cut_short(path, size),
-        other => anyhow!(other).context(format!("cannot read {name} as a GGUF file")),
+        other => {
+            anyhow!(other).context(format!("cannot read {name} as a GGUF file; fetch it again"))
+        }
     }
 }
 

@@ -79,9 +79,22 @@ impl Config {
             "a head of {head_dim} elements is not served: at most 256, a multiple of 4"
         );
         ensure!(
-            [width, feed_forward, vocabulary].iter().all(|n| n.is_multiple_of(4)),
-            "widths of {width} and {feed_forward} and {vocabulary} tokens: multiples of 4 are served"
+            [width, feed_forward, vocabulary].iter().all(|&n| n > 0 && n.is_multiple_of(4)),
+            "widths of {width} and {feed_forward} and {vocabulary} tokens: multiples of 4 above 0 are served"
         );
+        ensure!(
+            heads.checked_mul(head_dim).is_some(),
+            "{heads} heads of {head_dim} elements are more than this machine can count; fetch the file again"
+        );
+        for (key, number, is_sane) in [
+            ("llama.rope.freq_base", config.rope_base, config.rope_base > 0.0),
+            ("llama.attention.layer_norm_rms_epsilon", config.epsilon, config.epsilon >= 0.0),
+        ] {
+            ensure!(
+                is_sane && number.is_finite(),
+                "{key} is {number}, which is not sane; fetch the file again"
+            );
+        }
         for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
             let found = file.optional_count(key)?.unwrap_or(head_dim);
             ensure!(
@@ -169,7 +182,8 @@ impl Model {
         } else {
             None
         };
-        let mut layers = Vec::with_capacity(config.layers);
+        // Grows with what the file has: the key may promise any number of layers.
+        let mut layers = Vec::new();
         for layer in 0..config.layers {
             let name = |part: &str| format!("blk.{layer}.{part}");
             layers.push(LayerWeights {

@@ -79,6 +79,13 @@ impl Tokenizer {
         } else {
             None
         };
+        if let Some(id) = opening {
+            ensure!(
+                (id as usize) < tokens.len(),
+                "tokenizer.ggml.bos_token_id is {id}, and the model file lists {} tokens",
+                tokens.len()
+            );
+        }
         Ok(Self { inner, opening, end: id("tokenizer.ggml.eos_token_id")? })
     }
 
