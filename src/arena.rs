@@ -140,6 +140,11 @@ impl Arena {
             return Ok(chunk.placed(offset));
         }
         let bytes = space(words.len())?;
+        let limits = &handle.limits;
+        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        if u64::from(bytes) > limit {
+            return Err(crate::Error::ListTooLarge { bytes: u64::from(bytes), limit });
+        }
         if !self.chunks[self.current].has_room(bytes) {
             self.current = self.empty_chunk(handle, layouts, bytes)?;
         }
@@ -165,7 +170,7 @@ impl Arena {
             chunk.contents.clear();
             return Ok(index);
         }
-        let size = bytes.max(CHUNK_BYTES).checked_next_power_of_two().unwrap_or(bytes);
+        let size = bytes.max(CHUNK_BYTES);
         let chunk = Chunk::new(handle, layouts, size)?;
         // One long list should not keep its memory for good.
         self.chunks.retain(|chunk| chunk.bytes <= CHUNK_BYTES || chunk.is_leased());

@@ -265,6 +265,41 @@ pub enum Error {
         dtype: DType,
     },
 
+    /// A bounded pool has no page left.
+    #[error(
+        "{wanted} more pages of {page_tokens} tokens are wanted, beside {used} in use ({shared} of them shared by several rows), but the cache was made for {limit}; truncate(), crop() or select fewer rows to give pages back, or make the cache larger"
+    )]
+    OutOfPages {
+        /// Pages in use.
+        used: usize,
+        /// Those of them that several rows share.
+        shared: usize,
+        /// Pages that the call needs beside them.
+        wanted: usize,
+        /// Pages that the cache was made for.
+        limit: usize,
+        /// Tokens of a page.
+        page_tokens: usize,
+    },
+
+    /// A page size that is no power of two.
+    #[error("pages of {page_tokens} tokens were asked for; it must be a power of two, such as 16")]
+    PageSize {
+        /// Tokens of a page.
+        page_tokens: usize,
+    },
+
+    /// A list that a kernel reads, longer than the device binds at once.
+    #[error(
+        "a list of {bytes} bytes (positions, row moves, or the pages of all rows) is more than the {limit} that this device binds at once; use fewer rows or tokens at once, or larger pages"
+    )]
+    ListTooLarge {
+        /// Bytes of the list.
+        bytes: u64,
+        /// The device's limit.
+        limit: u64,
+    },
+
     /// A product of sizes does not fit the types that carry it.
     #[error("the {what} is too large to count; split the work into smaller pieces")]
     SizeOverflow {

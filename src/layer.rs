@@ -272,11 +272,13 @@ impl<L: Held> Layer<L> {
         ledger: &Ledger,
     ) -> Effect {
         let effect = Effect { dispatches: staged.dispatches.len() as u64, moved: staged.moved };
+        let mut leases = staged.leases;
         for dispatch in staged.dispatches {
-            dispatch.record(pass, ledger);
+            dispatch.record(pass, ledger, std::mem::take(&mut leases));
         }
-        if !staged.leases.is_empty() {
-            ledger.record(pass, staged.leases);
+        if !leases.is_empty() {
+            // A change without a dispatch is lost with its pass as well.
+            ledger.record(pass, leases);
         }
         if let Some(store) = staged.store {
             self.store = Some(store);

@@ -83,6 +83,11 @@ impl PageMap {
         self.counts.len()
     }
 
+    /// Pages up to the last one that is in use.
+    pub(crate) fn used_prefix(&self) -> usize {
+        self.counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1)
+    }
+
     pub(crate) fn used(&self) -> usize {
         self.counts.len() - self.free.len()
     }
@@ -90,6 +95,14 @@ impl PageMap {
     /// Pages that several rows name.
     pub(crate) fn shared(&self) -> usize {
         self.counts.iter().filter(|&&count| count > 1).count()
+    }
+
+    /// Refuses a length for which the rows alone need more than `most` pages. To be asked before a write's
+    /// order is made, which is as long as the gap that it fills.
+    pub(crate) fn check_length(&self, new_len: usize, most: usize) -> Result<(), OutOfPages> {
+        let new_pages = (self.start + new_len).div_ceil(self.page_tokens);
+        let wanted = self.batch().saturating_mul(new_pages.saturating_sub(self.row_pages()));
+        if self.used().saturating_add(wanted) > most { Err(OutOfPages { wanted }) } else { Ok(()) }
     }
 
     /// Makes room for a write of `order`, after which `new_len` tokens are live: new pages behind each
@@ -124,7 +137,7 @@ impl PageMap {
             }
         }
         self.len = new_len;
-        if self.pool_pages() > most {
+        if self.used() > most {
             return Err(OutOfPages { wanted: self.used() - before });
         }
         // One source after the other, so that each is read once.

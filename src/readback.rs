@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::layout::Layout;
 use crate::ledger::Ledger;
 use crate::plan;
+use crate::store::binding_limit;
 use crate::view::{HostTensor, LayerView};
 
 /// How long a blocking read-back waits for the device, all earlier submissions included.
@@ -58,8 +60,12 @@ impl Readback {
         let scope = gpu.device().push_error_scope(wgpu::ErrorFilter::Validation);
         let descriptor = wgpu::CommandEncoderDescriptor { label: Some("kvcache get") };
         let mut encoder = gpu.device().create_command_encoder(&descriptor);
-        key.copy(&mut encoder, view, view.key());
-        value.copy(&mut encoder, view, view.value());
+        if view.layout() == Layout::Paged {
+            copy_pages(gpu, &mut encoder, view, [&key, &value])?;
+        } else {
+            key.copy(&mut encoder, view, view.key());
+            value.copy(&mut encoder, view, view.value());
+        }
         let submission = gpu.queue().submit([encoder.finish()]);
         key.map();
         value.map();
@@ -161,6 +167,44 @@ impl Readback {
     fn failed(&self, reason: &str) -> Error {
         Error::Readback { layer: self.layer, reason: reason.to_owned() }
     }
+}
+
+/// Copies the live tokens of a paged view, oldest first, through buffers of a few batch rows: what rows
+/// share is there once in the pool, and comes out as often as it is read.
+fn copy_pages(
+    gpu: &Gpu,
+    encoder: &mut wgpu::CommandEncoder,
+    view: &LayerView<'_>,
+    [key, value]: [&Staging; 2],
+) -> Result<()> {
+    let (Some(key), Some(value)) = (&key.buffer, &value.buffer) else { return Ok(()) };
+    let batch = view.batch;
+    // A row is never larger than the pool, which can be bound.
+    let row_bytes = [key, value].map(|staging| staging.size() / batch as u64);
+    let limit = binding_limit(gpu.limits()) / row_bytes[0].max(row_bytes[1]);
+    let rows = usize::try_from(limit).unwrap_or(batch).clamp(1, batch);
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+    let straight = [
+        gpu.create_buffer("kvcache get", row_bytes[0] * rows as u64, usage)?,
+        gpu.create_buffer("kvcache get", row_bytes[1] * rows as u64, usage)?,
+    ];
+    for first in (0..batch).step_by(rows) {
+        let some = first..batch.min(first + rows);
+        let count = some.len() as u64;
+        let [keys, values] = &straight;
+        let collect = gpu.kernels().collect(gpu, view, some, [keys, values])?;
+        let descriptor =
+            wgpu::ComputePassDescriptor { label: Some("kvcache get"), timestamp_writes: None };
+        collect.record(
+            &mut encoder.begin_compute_pass(&descriptor),
+            &Ledger::default(),
+            Vec::new(),
+        );
+        for ((from, to), bytes) in straight.iter().zip([key, value]).zip(row_bytes) {
+            encoder.copy_buffer_to_buffer(from, 0, to, first as u64 * bytes, count * bytes);
+        }
+    }
+    Ok(())
 }
 
 impl Staging {

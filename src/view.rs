@@ -285,8 +285,9 @@ pub struct LayerView<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PageTable<'a> {
     pub(crate) placed: &'a Placed,
-    /// Pages that the table has room for in each row.
-    pub(crate) row_pages: u32,
+    /// Word of row 0's first page, and from one row to the next.
+    pub(crate) at: u32,
+    pub(crate) stride: u32,
 }
 
 impl<'a> LayerView<'a> {
@@ -373,9 +374,8 @@ impl<'a> LayerView<'a> {
     /// `start`, `capacity`, `table`, `table_stride`. For a uniform or immediate data, at every step anew.
     pub fn layout_words(&self) -> [u32; 8] {
         let word = |count: usize| u32::try_from(count).expect("a layer fits 32-bit counts");
-        let (table, table_stride) = self
-            .pages
-            .map_or((0, 0), |PageTable { placed, row_pages }| (placed.offset / 4, row_pages));
+        let (table, table_stride) =
+            self.pages.map_or((0, 0), |PageTable { at, stride, .. }| (at, stride));
         [
             word(self.heads),
             word(self.key_dim),

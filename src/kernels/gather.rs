@@ -56,7 +56,7 @@ impl Kernels {
             shape.moves.cycles,
             list.offset / 4,
         ];
-        let groups = columns(gpu, unit, shape.row_bytes, shape.len, shape.heads);
+        let groups = tiles(gpu, unit, shape.row_bytes, shape.len, shape.heads);
         self.gather.prepare(
             gpu,
             Variant { unit, ..Variant::default() },
@@ -73,7 +73,7 @@ const COLUMNS_PER_THREAD: u32 = 4;
 
 /// Workgroups for a kernel whose threads take a few units of the live tokens of a head; a workgroup takes
 /// several tiles or heads where there are more than a dispatch starts workgroups.
-pub(super) fn columns(
+pub(super) fn tiles(
     gpu: &Gpu,
     unit: Unit,
     row_bytes: [u64; 2],

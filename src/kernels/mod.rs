@@ -1,6 +1,7 @@
 //! The kernels, a file each, and what they share: variants, parameters, and a dispatch ready to record.
 
 mod append;
+mod collect;
 mod gather;
 mod repeat_interleave;
 mod variant;
@@ -34,6 +35,7 @@ pub(crate) struct Kernels {
     pub(crate) layouts: Layouts,
     append: Kernel,
     gather: Kernel,
+    collect: Kernel,
     repeat_interleave: Kernel,
 }
 
@@ -55,6 +57,7 @@ impl Kernels {
         Self {
             append: kernel(&append::SOURCE),
             gather: kernel(&gather::SOURCE),
+            collect: kernel(&collect::SOURCE),
             repeat_interleave: kernel(&repeat_interleave::SOURCE),
             layouts,
         }
@@ -77,7 +80,8 @@ pub(crate) struct Source {
 
 /// Every kernel.
 #[cfg(test)]
-const SOURCES: [&Source; 3] = [&append::SOURCE, &gather::SOURCE, &repeat_interleave::SOURCE];
+const SOURCES: [&Source; 4] =
+    [&append::SOURCE, &gather::SOURCE, &repeat_interleave::SOURCE, &collect::SOURCE];
 
 /// A kernel with its variants, each compiled when it is first used.
 #[derive(Debug)]
@@ -212,12 +216,17 @@ pub(crate) struct Dispatch {
 }
 
 impl Dispatch {
-    /// Records the dispatch. Cannot fail.
-    pub(crate) fn record(self, pass: &mut wgpu::ComputePass<'_>, ledger: &Ledger) {
+    /// Records the dispatch, which keeps `leases` until it has run. Cannot fail.
+    pub(crate) fn record(
+        self,
+        pass: &mut wgpu::ComputePass<'_>,
+        ledger: &Ledger,
+        mut leases: Vec<Lease>,
+    ) {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bindings, &[]);
         pass.set_bind_group(1, &self.lists, &[]);
-        let mut leases: Vec<Lease> = self.list_lease.into_iter().collect();
+        leases.extend(self.list_lease);
         match self.params {
             Params::Immediate(bytes) => {
                 pass.set_immediates(0, &bytes);

@@ -1,6 +1,6 @@
 //! `shaders/repeat_interleave.wgsl`: live tokens into fresh buffers, each row as often as asked for.
 
-use super::gather::columns;
+use super::gather::tiles;
 use super::{Dispatch, Kernels, Unit, Variant};
 use crate::error::Result;
 use crate::gpu::Gpu;
@@ -51,7 +51,7 @@ impl Kernels {
         ];
         let bindings =
             self.repeat_interleave.bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole));
-        let groups = columns(gpu, unit, shape.row_bytes, shape.len, shape.heads);
+        let groups = tiles(gpu, unit, shape.row_bytes, shape.len, shape.heads);
         self.repeat_interleave.prepare(
             gpu,
             Variant { unit, ..Variant::default() },

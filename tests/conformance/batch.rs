@@ -28,8 +28,14 @@ fn filled(rig: &mut Rig, batch: usize, is_wrapped: bool) {
     }
 }
 
-fn rigs() -> [(&'static str, Rig); 2] {
+fn rings() -> [(&'static str, Rig); 2] {
     [("dynamic", Rig::dynamic(&gpu())), ("static", Rig::fixed(&gpu(), 11, 4))]
+}
+
+fn rigs() -> Vec<(&'static str, Rig)> {
+    let paged = [("pages of 1", 1), ("pages of 4", 4), ("pages of 16", 16)];
+    let paged = paged.map(|(name, size)| (name, Rig::paged(&gpu(), size)));
+    rings().into_iter().chain(paged).collect()
 }
 
 /// Every selection of 1 to 4 rows out of 3.
@@ -206,7 +212,7 @@ fn what_updates_cost() {
 #[test]
 fn what_changes_of_the_batch_cost() {
     for is_wrapped in [false, true] {
-        for (kind, mut rig) in rigs() {
+        for (kind, mut rig) in rings() {
             filled(&mut rig, 4, is_wrapped);
             let allocated = rig.cache.stats().bytes_allocated;
             for (indices, changed) in [
@@ -247,7 +253,7 @@ fn what_changes_of_the_batch_cost() {
 
 #[test]
 fn what_is_allocated() {
-    for (kind, mut rig) in rigs() {
+    for (kind, mut rig) in rings() {
         filled(&mut rig, 2, false);
         let sizes = |rig: &Rig| -> u64 {
             let views = (0..3).map(|layer| rig.cache.view(layer).unwrap().unwrap());

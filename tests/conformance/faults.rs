@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, StaticKVCache,
-    TensorView, wgpu,
+    CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, PagedKVCache,
+    StaticKVCache, TensorView, wgpu,
 };
 
 use crate::open;
@@ -30,8 +30,11 @@ fn one_token(gpu: &Gpu, cache: &mut dyn KVCache, layer: usize) -> Result<(), Err
 #[test]
 fn a_device_destroyed_between_two_calls() {
     type Make = fn(&Gpu) -> Box<dyn KVCache>;
-    let make: [Make; 2] =
-        [|gpu| Box::new(DynamicKVCache::new(gpu)), |gpu| Box::new(StaticKVCache::new(gpu, 8, 4))];
+    let make: [Make; 3] = [
+        |gpu| Box::new(DynamicKVCache::new(gpu)),
+        |gpu| Box::new(StaticKVCache::new(gpu, 8, 4)),
+        |gpu| Box::new(PagedKVCache::new(gpu)),
+    ];
     for make in make {
         let gpu = mortal_gpu();
         let mut cache = make(&gpu);

@@ -46,6 +46,17 @@ enum Call {
     Reset,
 }
 
+/// The cache that a history runs on.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Dynamic,
+    Static,
+    /// In pages of so many tokens.
+    Paged(usize),
+    /// The same, with the bounds of the static kind.
+    PagedStatic(usize),
+}
+
 /// The shape that a layer gets when it is first written.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
@@ -58,7 +69,7 @@ struct Shape {
 
 #[derive(Clone, Debug)]
 struct History {
-    is_static: bool,
+    kind: Kind,
     shapes: Vec<Shape>,
     calls: Vec<Call>,
 }
@@ -109,8 +120,15 @@ fn call() -> impl Strategy<Value = Call> {
 }
 
 fn history() -> impl Strategy<Value = History> {
-    (any::<bool>(), prop::collection::vec(shape(), LAYERS), prop::collection::vec(call(), 1..14))
-        .prop_map(|(is_static, shapes, calls)| History { is_static, shapes, calls })
+    let page = prop_oneof![Just(1_usize), Just(4), Just(16)];
+    let kind = prop_oneof![
+        2 => Just(Kind::Dynamic),
+        2 => Just(Kind::Static),
+        3 => page.clone().prop_map(Kind::Paged),
+        1 => page.prop_map(Kind::PagedStatic),
+    ];
+    (kind, prop::collection::vec(shape(), LAYERS), prop::collection::vec(call(), 1..14))
+        .prop_map(|(kind, shapes, calls)| History { kind, shapes, calls })
 }
 
 /// Positions of one of the four forms, near the live tokens: duplicates, gaps, and now and then one
@@ -296,8 +314,12 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
 }
 
 fn run(gpu: &Gpu, history: &History) {
-    let mut rig =
-        if history.is_static { Rig::fixed(gpu, BOUND, LAYERS) } else { Rig::dynamic(gpu) };
+    let mut rig = match history.kind {
+        Kind::Dynamic => Rig::dynamic(gpu),
+        Kind::Static => Rig::fixed(gpu, BOUND, LAYERS),
+        Kind::Paged(size) => Rig::paged(gpu, size),
+        Kind::PagedStatic(size) => Rig::paged_fixed(gpu, size, BOUND, LAYERS),
+    };
     for (number, call) in history.calls.iter().enumerate() {
         make(&mut rig, history, call);
         rig.check(&format!("after call {number}, {call:?}"));

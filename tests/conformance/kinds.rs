@@ -1,7 +1,9 @@
 //! What each kind of cache promises of its tokens: growth, windows, roll-back, reset, gaps, bounds.
 
 use wgpu_kvcache::wgpu::Buffer;
-use wgpu_kvcache::{Cache, CachePosition, DType, DynamicKVCache, Error, KVCache, StaticKVCache};
+use wgpu_kvcache::{
+    Cache, CachePosition, DType, DynamicKVCache, Error, KVCache, PagedKVCache, StaticKVCache, Stats,
+};
 
 use crate::gpu;
 use crate::model::Model;
@@ -19,9 +21,21 @@ fn is_wrapped(rig: &Rig, layer: usize) -> bool {
     !rig.cache.view(layer).expect("it exists").expect("it was written").is_contiguous()
 }
 
-/// A dynamic and a static cache with room for `bound` tokens.
-fn both(bound: usize) -> [(&'static str, Rig); 2] {
-    [("dynamic", Rig::dynamic(&gpu())), ("static", Rig::fixed(&gpu(), bound, 4))]
+/// A cache of each kind with room for `bound` tokens.
+fn all(bound: usize) -> [(&'static str, Rig); 5] {
+    let gpu = gpu();
+    [
+        ("dynamic", Rig::dynamic(&gpu)),
+        ("static", Rig::fixed(&gpu, bound, 4)),
+        ("pages of 1", Rig::paged(&gpu, 1)),
+        ("pages of 4", Rig::paged_fixed(&gpu, 4, bound, 4)),
+        ("pages of 16", Rig::paged(&gpu, 16)),
+    ]
+}
+
+/// What a reset leaves as it is.
+fn but_pages(stats: Stats) -> Stats {
+    Stats { pages_used: 0, pages_shared: 0, pages_free: 0, ..stats }
 }
 
 #[test]
@@ -69,7 +83,7 @@ fn a_capacity_given_in_advance_is_never_outgrown() {
 
 #[test]
 fn a_sliding_window_wraps_and_keeps_its_buffers() {
-    for (kind, mut rig) in both(19) {
+    for (kind, mut rig) in all(19) {
         let mut wrapped = 0;
         let mut settled = None;
         for step in 0..120 {
@@ -109,7 +123,7 @@ fn growth_straightens_a_wrapped_layer() {
 
 #[test]
 fn cut_and_written_again() {
-    for (kind, mut rig) in both(24) {
+    for (kind, mut rig) in all(24) {
         for (step, (keep_first, length)) in
             [(true, 5), (false, 4), (true, 3), (false, 0), (true, 0), (false, usize::MAX)]
                 .into_iter()
@@ -139,7 +153,7 @@ fn cut_and_written_again() {
 
 #[test]
 fn a_reset_cache_is_new_but_for_its_memory() {
-    for (kind, mut rig) in both(40) {
+    for (kind, mut rig) in all(40) {
         for layer in 0..3 {
             rig.update(layer, [2, 2, 33, 4], 6, APPEND);
         }
@@ -151,7 +165,7 @@ fn a_reset_cache_is_new_but_for_its_memory() {
             assert!(rig.cache.view(layer).unwrap().is_none());
         }
         rig.select_nothing(kind);
-        assert_eq!(rig.cache.stats(), stats, "{kind}: memory kept, nothing done");
+        assert_eq!(rig.cache.stats(), but_pages(stats), "{kind}: memory kept, nothing done");
         for layer in 0..3 {
             rig.update(layer, [2, 2, 33, 4], 6, APPEND);
             rig.check(kind);
@@ -205,7 +219,7 @@ fn gaps_read_as_zero_over_older_tokens() {
     for dtype in [DType::F32, DType::F16] {
         for (cut, make) in cuts {
             for position in positions {
-                for (kind, mut rig) in both(16) {
+                for (kind, mut rig) in all(16) {
                     let context = format!("{kind}, {dtype}, {cut}, then {position:?}");
                     rig.update_as(dtype, 0, [3, 2, 13, 4], 10, APPEND);
                     rig.crop(12);
@@ -230,8 +244,8 @@ fn far_positions_grow_a_dynamic_cache() {
         CachePosition::PerToken(&[1200, 7]),
         CachePosition::PerRow(&rows),
     ] {
-        for prepared in [false, true] {
-            let mut rig = Rig::dynamic(&gpu());
+        for (prepared, is_paged) in [(false, false), (true, false), (false, true), (true, true)] {
+            let mut rig = if is_paged { Rig::paged(&gpu(), 4) } else { Rig::dynamic(&gpu()) };
             if prepared {
                 rig.update(3, [2, 2, 5, 4], 6, APPEND);
                 rig.crop(4);
@@ -282,6 +296,7 @@ fn caches_behind_one_trait() -> Result<(), Error> {
     let caches: Vec<(Box<dyn KVCache>, Model)> = vec![
         (Box::new(DynamicKVCache::new(&gpu)), Model::dynamic()),
         (Box::new(StaticKVCache::new(&gpu, 8, 1)), Model::fixed(8, 1)),
+        (Box::new(PagedKVCache::new(&gpu)), Model::dynamic().in_pages(16)),
     ];
     for (cache, model) in caches {
         let mut rig = Rig::new(&gpu, cache, model);

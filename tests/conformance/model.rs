@@ -3,7 +3,8 @@
 //! The model knows nothing of element types. A token of one head is a string of bytes, so whatever the
 //! cache holds can be compared with it bit for bit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use wgpu_kvcache::CachePosition;
 
@@ -127,6 +128,66 @@ impl Side {
     }
 }
 
+/// The pages of one layer's rows: a page is a token that the rows which name it hold in common.
+#[derive(Clone, Debug, Default)]
+struct Pages {
+    rows: Vec<Vec<Rc<()>>>,
+    /// Slot of the oldest live token in the first page.
+    start: usize,
+    len: usize,
+}
+
+impl Pages {
+    /// A row that writes into a page which others name gets one of its own, and new ones where it ends.
+    fn write(&mut self, size: usize, positions: &[Vec<usize>], new_len: usize) {
+        let gap: Vec<usize> = (self.len..new_len).collect();
+        for (row, positions) in self.rows.iter_mut().zip(positions) {
+            let touched: BTreeSet<usize> = positions
+                .iter()
+                .chain(&gap)
+                .map(|position| (self.start + position) / size)
+                .collect();
+            for page in touched {
+                match row.get_mut(page) {
+                    Some(named) if Rc::strong_count(named) > 1 => *named = Rc::new(()),
+                    _ => {}
+                }
+            }
+            row.resize_with((self.start + new_len).div_ceil(size), || Rc::new(()));
+        }
+        self.len = new_len;
+    }
+
+    fn truncate(&mut self, size: usize, len: usize) {
+        self.len = self.len.min(len);
+        if self.len == 0 {
+            self.start = 0;
+        }
+        let pages = (self.start + self.len).div_ceil(size);
+        self.rows.iter_mut().for_each(|row| row.truncate(if self.len == 0 { 0 } else { pages }));
+    }
+
+    fn crop(&mut self, size: usize, len: usize) {
+        let dropped = self.len.saturating_sub(len);
+        if dropped == self.len {
+            return self.truncate(size, 0);
+        }
+        self.start += dropped;
+        self.len -= dropped;
+        self.rows.iter_mut().for_each(|row| drop(row.drain(..self.start / size)));
+        self.start %= size;
+    }
+
+    /// Pages in use, and those of them that several rows name.
+    fn counts(&self) -> (usize, usize) {
+        let mut named = BTreeMap::new();
+        for page in self.rows.iter().flatten() {
+            *named.entry(Rc::as_ptr(page)).or_insert(0) += 1;
+        }
+        (named.len(), named.values().filter(|&&count| count > 1).count())
+    }
+}
+
 /// What a cache must hold.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Model {
@@ -134,6 +195,8 @@ pub(crate) struct Model {
     bounds: Option<(usize, usize)>,
     /// K and V of the layers that hold something.
     layers: BTreeMap<usize, [Side; 2]>,
+    /// Tokens of a page, of a paged cache, and the pages of each layer.
+    pages: Option<(usize, BTreeMap<usize, Pages>)>,
 }
 
 impl Model {
@@ -145,6 +208,17 @@ impl Model {
     /// A static cache of `layers` layers of at most `bound` tokens.
     pub(crate) fn fixed(bound: usize, layers: usize) -> Self {
         Self { bounds: Some((bound, layers)), ..Self::default() }
+    }
+
+    /// The same, in pages of `size` tokens.
+    pub(crate) fn in_pages(self, size: usize) -> Self {
+        Self { pages: Some((size, BTreeMap::new())), ..self }
+    }
+
+    /// Pages in use and pages shared, of the layer that uses most.
+    pub(crate) fn pages(&self) -> Option<(usize, usize)> {
+        let (_, layers) = self.pages.as_ref()?;
+        Some(layers.values().map(Pages::counts).max_by_key(|counts| counts.0).unwrap_or_default())
     }
 
     /// The layers that hold something.
@@ -195,6 +269,12 @@ impl Model {
         if self.bounds.is_some_and(|(bound, _)| end > bound) {
             return Err(Refused::Bound);
         }
+        if let Some((size, layers)) = &mut self.pages {
+            let pages = layers
+                .entry(layer)
+                .or_insert_with(|| Pages { rows: vec![Vec::new(); batch], ..Pages::default() });
+            pages.write(*size, &positions, len.max(end));
+        }
         let sides =
             self.layers.entry(layer).or_insert_with(|| [Side::empty(key), Side::empty(value)]);
         sides[0].write(key, &positions, len.max(end));
@@ -206,16 +286,25 @@ impl Model {
         for tokens in self.layers.values_mut().flatten().flat_map(Side::tokens) {
             tokens.drain(..tokens.len().saturating_sub(max_length));
         }
+        if let Some((size, layers)) = &mut self.pages {
+            layers.values_mut().for_each(|pages| pages.crop(*size, max_length));
+        }
     }
 
     pub(crate) fn truncate(&mut self, length: usize) {
         for tokens in self.layers.values_mut().flatten().flat_map(Side::tokens) {
             tokens.truncate(length);
         }
+        if let Some((size, layers)) = &mut self.pages {
+            layers.values_mut().for_each(|pages| pages.truncate(*size, length));
+        }
     }
 
     pub(crate) fn reset(&mut self) {
         self.layers.clear();
+        if let Some((_, layers)) = &mut self.pages {
+            layers.clear();
+        }
     }
 
     pub(crate) fn select(&mut self, indices: &[u32]) -> Result<(), Refused> {
@@ -230,6 +319,9 @@ impl Model {
         for side in self.layers.values_mut().flatten() {
             side.rows = indices.iter().map(|&index| side.rows[index].clone()).collect();
         }
+        for pages in self.pages.iter_mut().flat_map(|(_, layers)| layers.values_mut()) {
+            pages.rows = indices.iter().map(|&index| pages.rows[index].clone()).collect();
+        }
         Ok(())
     }
 
@@ -239,6 +331,9 @@ impl Model {
         }
         for side in self.layers.values_mut().flatten() {
             side.rows = side.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
+        }
+        for pages in self.pages.iter_mut().flat_map(|(_, layers)| layers.values_mut()) {
+            pages.rows = pages.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
         }
         Ok(())
     }

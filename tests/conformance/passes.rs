@@ -10,9 +10,9 @@ use crate::rig::{Rig, upload};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
-/// A dynamic and a static cache whose layers 0 and 1 hold something.
-fn rigs() -> [Rig; 2] {
-    [Rig::dynamic(&gpu()), Rig::fixed(&gpu(), 20, 3)].map(|mut rig| {
+/// A cache of each kind whose layers 0 and 1 hold something.
+fn rigs() -> [Rig; 3] {
+    [Rig::dynamic(&gpu()), Rig::fixed(&gpu(), 20, 3), Rig::paged(&gpu(), 4)].map(|mut rig| {
         rig.update(0, [2, 2, 5, 4], 4, APPEND);
         rig.update(1, [2, 1, 3, 2], 2, APPEND);
         rig
@@ -189,7 +189,7 @@ fn reset_with_a_pass_still_open() {
 /// Another cache of the same device does not mind.
 #[test]
 fn a_dropped_pass_is_the_loss_of_one_cache() {
-    let [mut lost, mut other] = rigs();
+    let [mut lost, mut other, _] = rigs();
     lose(&mut lost, 0);
     other.update(0, [2, 2, 2, 4], 4, APPEND);
     other.check("the other cache");

@@ -90,6 +90,14 @@ pub(crate) fn fixed() -> Rig {
     filled(Rig::fixed(&gpu(), BOUND, 3))
 }
 
+pub(crate) fn paged() -> Rig {
+    filled(Rig::paged(&gpu(), 4))
+}
+
+pub(crate) fn paged_fixed() -> Rig {
+    filled(Rig::paged_fixed(&gpu(), 4, BOUND, 3))
+}
+
 pub(crate) fn noise(dtype: DType, shape: [usize; 4]) -> Tensor {
     upload(&gpu(), dtype, &Block::noise(shape, dtype.size(), 3))
 }
@@ -103,7 +111,7 @@ pub(crate) fn update_refused(
 ) {
     let name = format!("K {}, V {}", described(&key), described(&value));
     let name = format!("{name}, layer {layer}, {position:?}");
-    for make in [dynamic, fixed] {
+    for make in [dynamic, fixed, paged, paged_fixed] {
         refused(
             make,
             &name,
@@ -122,7 +130,11 @@ pub(crate) fn never_taken(
     words: &[&str],
 ) {
     update_refused((key, value), (2, position), due, words);
-    let empty: [fn() -> Rig; 2] = [|| Rig::dynamic(&gpu()), || Rig::fixed(&gpu(), BOUND, 3)];
+    let empty: [fn() -> Rig; 3] = [
+        || Rig::dynamic(&gpu()),
+        || Rig::fixed(&gpu(), BOUND, 3),
+        || Rig::paged_fixed(&gpu(), 16, BOUND, 3),
+    ];
     for make in empty {
         let name = format!("first: K {}, V {}", described(&key), described(&value));
         for layer in [0, 2] {

@@ -7,7 +7,7 @@ use wgpu_kvcache::{BatchChange, CachePosition, DType, Error, KVCache, TensorView
 
 use crate::gpu;
 use crate::model::Block;
-use crate::refusals::{Due, dynamic, fixed, refused, update_refused};
+use crate::refusals::{Due, dynamic, fixed, paged, refused, update_refused};
 use crate::rig::{Rig, upload};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
@@ -110,7 +110,7 @@ fn positions_past_any_memory() {
 
 #[test]
 fn indices_and_counts() {
-    for make in [dynamic, fixed] {
+    for make in [dynamic, fixed, paged] {
         let selections: [(&[u32], Due, &[&str]); 6] = [
             (&[], |error| *error == Error::NoIndices, &["at least one row", "reset()"]),
             (&[3], past_the_batch, &["index 3", "place 0", "0 to 2", "beam indices"]),
@@ -143,8 +143,14 @@ fn indices_and_counts() {
             zero,
             &words,
         );
-        let large: Due =
-            |error| matches!(error, Error::LayerTooLarge { .. } | Error::SizeOverflow { .. });
+        let large: Due = |error| {
+            matches!(
+                error,
+                Error::LayerTooLarge { .. }
+                    | Error::SizeOverflow { .. }
+                    | Error::ListTooLarge { .. }
+            )
+        };
         for repeats in [10_000_000, 1 << 31, 1 << 40, usize::MAX / 3, usize::MAX] {
             let name = format!("{repeats} times");
             let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {
@@ -152,13 +158,13 @@ fn indices_and_counts() {
             };
             refused(make, &name, call, large, &[]);
         }
-        let many = vec![1; 10_000_000];
-        let name = "ten million rows";
+        let many = vec![1; 20_000_000];
+        let name = "twenty million rows";
         refused(make, name, |cache, pass| cache.reorder_cache(pass, &many), large, &[]);
     }
     // Where no layer holds anything there is no batch to be past, but still nothing to do.
     let gpu = gpu();
-    for mut rig in [Rig::dynamic(&gpu), Rig::fixed(&gpu, 4, 2)] {
+    for mut rig in [Rig::dynamic(&gpu), Rig::fixed(&gpu, 4, 2), Rig::paged(&gpu, 4)] {
         gpu.submit_pass("empty", |pass| {
             assert_eq!(rig.cache.reorder_cache(pass, &[]), Err(Error::NoIndices));
             assert_eq!(rig.cache.batch_repeat_interleave(pass, 0), Err(Error::ZeroRepeats));
@@ -175,10 +181,14 @@ fn past_the_batch(error: &Error) -> bool {
 #[test]
 fn one_layer_of_a_smaller_batch() {
     for small in 0..3 {
-        for is_fixed in [false, true] {
+        for kind in 0..3 {
             let make = || {
                 let gpu = gpu();
-                let mut rig = if is_fixed { Rig::fixed(&gpu, 12, 3) } else { Rig::dynamic(&gpu) };
+                let mut rig = match kind {
+                    0 => Rig::dynamic(&gpu),
+                    1 => Rig::fixed(&gpu, 12, 3),
+                    _ => Rig::paged(&gpu, 4),
+                };
                 for layer in 0..2 {
                     let batch = if layer == small { 2 } else { 4 };
                     rig.update(layer, [batch, 2, 7, 4], 6, APPEND);
@@ -251,7 +261,7 @@ fn layers_past_a_static_count() {
 /// Refused calls among valid ones, all in one pass.
 #[test]
 fn refused_calls_leave_no_trace_in_a_pass() {
-    for mut rig in [dynamic(), fixed()] {
+    for mut rig in [dynamic(), fixed(), paged()] {
         let gpu = rig.gpu.clone();
         let (key, value) = rig.noise(DType::F32, [3, 2, 1, 4], 6);
         let (k, v) = (upload(&gpu, DType::F32, &key), upload(&gpu, DType::F32, &value));

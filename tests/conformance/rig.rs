@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use wgpu_kvcache::wgpu::{Buffer, BufferDescriptor, BufferUsages, Features, Limits};
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, StaticKVCache, Stats,
-    Tensor,
+    CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, PagedKVCache,
+    PagedOptions, StaticKVCache, Stats, Tensor,
 };
 
 use crate::model::{Block, Model};
@@ -101,6 +101,25 @@ impl Rig {
         Self::new(gpu, Box::new(cache), Model::fixed(bound, layers))
     }
 
+    /// Pages of `size` tokens, in a pool that grows.
+    pub(crate) fn paged(gpu: &Gpu, size: usize) -> Self {
+        let options = PagedOptions { page_tokens: size, ..PagedOptions::default() };
+        Self::in_pages(gpu, options, Model::dynamic())
+    }
+
+    /// Pages of `size` tokens, for `layers` layers of at most `bound` tokens.
+    pub(crate) fn paged_fixed(gpu: &Gpu, size: usize, bound: usize, layers: usize) -> Self {
+        let (max_tokens, num_layers) = (Some(bound), Some(layers));
+        let options = PagedOptions { page_tokens: size, max_pages: None, max_tokens, num_layers };
+        Self::in_pages(gpu, options, Model::fixed(bound, layers))
+    }
+
+    pub(crate) fn in_pages(gpu: &Gpu, options: PagedOptions, model: Model) -> Self {
+        let cache = PagedKVCache::with_options(gpu, options);
+        let cache = cache.unwrap_or_else(|error| panic!("{error}"));
+        Self::new(gpu, Box::new(cache), model.in_pages(options.page_tokens))
+    }
+
     /// New K of `shape`, and V of the same but `value_dim`: noise, other noise at every call.
     pub(crate) fn noise(
         &mut self,
@@ -134,7 +153,8 @@ impl Rig {
                 assert_eq!([b, h, d], [shape[0], shape[1], shape[3]]);
                 assert_eq!(view.value_shape(), [b, h, len, value_dim]);
                 assert_eq!((view.len(), view.dtype()), (len, dtype));
-                assert!(view.len() <= view.capacity() && view.start() < view.capacity());
+                assert!(view.start() < view.capacity());
+                assert!(view.len() <= view.capacity() || view.page_table().is_some());
                 Ok::<usize, Error>(len)
             })
             .unwrap_or_else(|error| panic!("layer {layer}, {shape:?}, {position:?}: {error}"));
@@ -200,6 +220,12 @@ impl Rig {
 
     /// Every layer holds what the model holds, and says the same of itself.
     pub(crate) fn check(&self, context: &str) {
+        if let Some((used, shared)) = self.model.pages() {
+            let stats = self.cache.stats();
+            let counts = (stats.pages_used, stats.pages_shared);
+            assert_eq!(counts, (used as u64, shared as u64), "{context}: pages used and shared");
+            assert!(stats.peak_pages_used >= stats.pages_used, "{context}: peak of pages");
+        }
         for layer in self.model.layers() {
             let context = format!("{context}, layer {layer}");
             let expected = self.model.get(layer);
@@ -211,7 +237,12 @@ impl Rig {
                 assert_eq!(view.value_shape(), value.shape, "{context}: view of V");
             }
             let wraps = view.start() + view.len() > view.capacity();
-            assert_eq!(view.is_contiguous(), !wraps, "{context}: contiguity");
+            assert_eq!(view.page_table().is_some(), self.model.pages().is_some(), "{context}");
+            assert_eq!(
+                view.is_contiguous(),
+                !wraps && view.page_table().is_none(),
+                "{context}: contiguity"
+            );
             let got = self.cache.get(layer).unwrap_or_else(|error| panic!("{context}: {error}"));
             compare(got, expected, &context);
         }

@@ -2,7 +2,7 @@
 
 use wgpu_kvcache::{
     CachePosition, DynamicKVCache, EncoderDecoderCache, Error, Gpu, HostTensor, KVCache, LayerView,
-    StaticKVCache, Tensor, TensorView,
+    PagedKVCache, StaticKVCache, Tensor, TensorView,
 };
 
 use crate::gpu;
@@ -56,5 +56,6 @@ fn two_caches_of_one_device_serve_two_threads() {
     std::thread::scope(|scope| {
         scope.spawn(|| decode(&gpu, Box::new(DynamicKVCache::new(&gpu)), 0));
         scope.spawn(|| decode(&gpu, Box::new(StaticKVCache::new(&gpu, 300, 1)), 30_000));
+        scope.spawn(|| decode(&gpu, Box::new(PagedKVCache::new(&gpu)), 60_000));
     });
 }

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use serde::Deserialize;
-use wgpu_kvcache::{CachePosition, DynamicKVCache, Element, Error, Gpu, KVCache, StaticKVCache};
+use wgpu_kvcache::{
+    CachePosition, DynamicKVCache, Element, Error, Gpu, KVCache, PagedKVCache, PagedOptions,
+    StaticKVCache,
+};
 
 use crate::gpu;
 use crate::rig::same_bits;
@@ -162,16 +165,30 @@ fn step<E: Number>(
     Ok(())
 }
 
-fn replay<E: Number>(gpu: &Gpu, trace: &Trace, name: &str) {
-    let mut cache: Box<dyn KVCache> = match (trace.cache.kind.as_str(), trace.cache.max_cache_len) {
+/// The cache that a trace was recorded on, then paged ones with the same bounds.
+fn caches(gpu: &Gpu, trace: &Trace, name: &str) -> Vec<Box<dyn KVCache>> {
+    let bound = trace.cache.max_cache_len;
+    let recorded: Box<dyn KVCache> = match (trace.cache.kind.as_str(), trace.cache.max_cache_len) {
         ("dynamic", None) => Box::new(DynamicKVCache::new(gpu)),
         ("static", Some(bound)) => Box::new(StaticKVCache::new(gpu, bound, trace.cache.num_layers)),
         (kind, bound) => panic!("{name}: no cache of kind {kind} with bound {bound:?}"),
     };
-    for (number, Step { op, error }) in trace.steps.iter().enumerate() {
-        let context = format!("{name}, {}, step {number}", E::DTYPE);
-        let result = step::<E>(gpu, cache.as_mut(), op, &context);
-        assert_eq!(result.is_err(), *error, "{context}: answered {result:?}");
+    let paged = [1, 4, 16].map(|page_tokens| {
+        let num_layers = bound.map(|_| trace.cache.num_layers);
+        let options = PagedOptions { page_tokens, max_pages: None, max_tokens: bound, num_layers };
+        let cache = PagedKVCache::with_options(gpu, options).expect("a power of two");
+        Box::new(cache) as Box<dyn KVCache>
+    });
+    [recorded].into_iter().chain(paged).collect()
+}
+
+fn replay<E: Number>(gpu: &Gpu, trace: &Trace, name: &str) {
+    for (kind, mut cache) in caches(gpu, trace, name).into_iter().enumerate() {
+        for (number, Step { op, error }) in trace.steps.iter().enumerate() {
+            let context = format!("{name}, {}, cache {kind}, step {number}", E::DTYPE);
+            let result = step::<E>(gpu, cache.as_mut(), op, &context);
+            assert_eq!(result.is_err(), *error, "{context}: answered {result:?}");
+        }
     }
 }
 

@@ -1,0 +1,64 @@
+// Copies the live tokens of K and V of a few batch rows out of their pages, straight: [rows, H, len, D].
+//
+// For reading back. A thread owns four units (16 bytes, or a word) of a (batch, head) row. The text of the
+// layout is joined: it says where a token lies.
+//
+// group 0, binding 0: key_cache      [slot, D of K], slots as the layout numbers them
+// group 0, binding 1: value_cache    [slot, D of V]
+// group 0, binding 2: key_target     [rows, H, len, D of K]
+// group 0, binding 3: value_target   [rows, H, len, D of V]
+// group 1, binding 0: lists          the table of pages
+// group 2, binding 0: params         a uniform, or immediate data where the device has it
+
+alias Unit = vec4<u32>;
+
+struct Params {
+    kv: KvLayout,
+    // Units of a head.
+    key_units: u32,
+    value_units: u32,
+    // The first batch row, and B times H of all of them.
+    first: u32,
+    rows: u32,
+}
+
+@group(0) @binding(0) var<storage, read> key_cache: array<Unit>;
+@group(0) @binding(1) var<storage, read> value_cache: array<Unit>;
+@group(0) @binding(2) var<storage, read_write> key_target: array<Unit>;
+@group(0) @binding(3) var<storage, read_write> value_target: array<Unit>;
+@group(1) @binding(0) var<storage, read> lists: array<u32>;
+@group(2) @binding(0) var<uniform> params: Params;
+
+const WORKGROUP: u32 = 256u;
+// Units of a workgroup: a thread's four are a workgroup apart, so that neighbours read neighbours.
+const TILE: u32 = 1024u;
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(local_invocation_index) local: u32,
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+) {
+    let key_live = params.kv.len * params.key_units;
+    let value_live = params.kv.len * params.value_units;
+    // More rows or units than workgroups: each workgroup takes several.
+    for (var row = group.y; row < params.rows; row += groups.y) {
+        let b = params.first + row / params.kv.heads;
+        let h = row % params.kv.heads;
+        for (var i = group.x * TILE + local; i < max(key_live, value_live); i += next(i, groups.x)) {
+            if i < key_live {
+                let slot = kv_slot(params.kv, b, h, i / params.key_units);
+                key_target[row * key_live + i] = key_cache[slot * params.key_units + i % params.key_units];
+            }
+            if i < value_live {
+                let slot = kv_slot(params.kv, b, h, i / params.value_units);
+                value_target[row * value_live + i] = value_cache[slot * params.value_units + i % params.value_units];
+            }
+        }
+    }
+}
+
+// From one unit of a thread to its next: within the tile, then to the workgroup's next tile.
+fn next(i: u32, groups: u32) -> u32 {
+    return select(WORKGROUP, groups * TILE - TILE + WORKGROUP, i % TILE >= TILE - WORKGROUP);
+}

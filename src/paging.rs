@@ -1,0 +1,433 @@
+//! Tokens in pages that rows share: one table for all layers that advance together.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::arena::{Lease, Placed};
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::kernels::{CopyShape, GatherShape, MOST_MOVES};
+use crate::layer::{Held, NewTokens, PageCounts, Place, Room, Staged};
+use crate::pages::{OutOfPages, PageMap};
+use crate::plan::{self, MoveList};
+use crate::position::Order;
+use crate::store::{Shape, Store, binding_limit};
+use crate::view::{LayerView, PageTable};
+
+/// Changes that are remembered: enough for an engine that runs a few steps of a layer before the next.
+const REMEMBERED: usize = 4;
+
+/// What a paged cache decides about its layers, and the latest changes of its tables.
+///
+/// A table is a value that never changes, and a change of it is worked out once: the next layer with the
+/// same table and the same change finds it here. So layers that advance together share one table, on the
+/// host and on the GPU, and a layer that goes its own way simply has another.
+#[derive(Debug)]
+pub(crate) struct Paging {
+    /// Tokens of a page: a power of two.
+    page_tokens: usize,
+    most_pages: Option<usize>,
+    most_tokens: Option<usize>,
+    /// The table of a layer that was never written.
+    empty: Option<Arc<Table>>,
+    /// The latest last. They also keep tables of late in place, which passes recorded before may read.
+    steps: VecDeque<Step>,
+}
+
+/// The pages of a layer's rows, on the host and on the GPU.
+#[derive(Debug)]
+struct Table {
+    map: PageMap,
+    /// `None` where no row ever had a page.
+    placed: Option<PlacedTable>,
+}
+
+#[derive(Clone, Debug)]
+struct PlacedTable {
+    placed: Placed,
+    /// Word of row 0's first page, and from one row to the next.
+    at: u32,
+    stride: u32,
+}
+
+/// A change of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Change {
+    Write { order: Order, count: usize, new_len: usize },
+    Select(Vec<u32>),
+    Crop(usize),
+    Truncate(usize),
+}
+
+/// A change that was made of a table, and what it takes.
+#[derive(Clone, Debug)]
+struct Step {
+    from: Arc<Table>,
+    change: Change,
+    to: Arc<Table>,
+    /// Pages to copy first.
+    copies: Arc<[MoveList]>,
+    /// Word of the list of positions, behind the table.
+    list_at: u32,
+}
+
+impl Paging {
+    pub(crate) fn new(
+        page_tokens: usize,
+        most_pages: Option<usize>,
+        most_tokens: Option<usize>,
+    ) -> Self {
+        Self { page_tokens, most_pages, most_tokens, empty: None, steps: VecDeque::new() }
+    }
+
+    fn empty(&mut self, batch: usize) -> Arc<Table> {
+        if let Some(empty) = self.empty.as_ref().filter(|empty| empty.map.batch() == batch) {
+            return Arc::clone(empty);
+        }
+        let map = PageMap::new(self.page_tokens, batch);
+        Arc::clone(self.empty.insert(Arc::new(Table { map, placed: None })))
+    }
+
+    /// Makes `change` of the table `from`, or finds that it was made.
+    fn step(&mut self, gpu: &Gpu, from: &Arc<Table>, change: Change) -> Result<Step> {
+        if let Some(step) = self.made(from, &change) {
+            return Ok(step);
+        }
+        let mut map = from.map.clone();
+        let mut placed = from.placed.clone();
+        let mut copies = Vec::new();
+        let mut list_at = 0;
+        match &change {
+            Change::Write { order, count, new_len } => {
+                let most = self.most_pages.unwrap_or(usize::MAX);
+                let copied = map
+                    .write(order, *count, *new_len, most)
+                    .map_err(|out| self.out_of_pages(&from.map, out))?;
+                copies = plan::list_copies(&copied, MOST_MOVES);
+                let is_same = copied.is_empty() && map.row_pages() == from.map.row_pages();
+                if !is_same || order.list().is_some() || placed.is_none() {
+                    (placed, list_at) = place(gpu, &map, order.list().unwrap_or(&[]))?;
+                }
+            }
+            Change::Select(rows) => {
+                map.select(rows);
+                if map.row_pages() > 0 {
+                    (placed, _) = place(gpu, &map, &[])?;
+                }
+            }
+            Change::Crop(_) | Change::Truncate(_) => cut(&mut map, &mut placed, &change),
+        }
+        let to = Arc::new(Table { map, placed });
+        Ok(self.remember(Step {
+            from: Arc::clone(from),
+            change,
+            to,
+            copies: copies.into(),
+            list_at,
+        }))
+    }
+
+    /// As [`Self::step`], for a change that only gives tokens up, which cannot fail.
+    fn cut(&mut self, from: &Arc<Table>, change: Change) -> Arc<Table> {
+        if let Some(step) = self.made(from, &change) {
+            return step.to;
+        }
+        let mut map = from.map.clone();
+        let mut placed = from.placed.clone();
+        cut(&mut map, &mut placed, &change);
+        let to = Arc::new(Table { map, placed });
+        let step = Step { from: Arc::clone(from), change, to, copies: Arc::new([]), list_at: 0 };
+        self.remember(step).to
+    }
+
+    fn made(&self, from: &Arc<Table>, change: &Change) -> Option<Step> {
+        let is_it = |step: &&Step| Arc::ptr_eq(&step.from, from) && step.change == *change;
+        self.steps.iter().rev().find(is_it).cloned()
+    }
+
+    fn remember(&mut self, step: Step) -> Step {
+        if self.steps.len() == REMEMBERED {
+            self.steps.pop_front();
+        }
+        self.steps.push_back(step.clone());
+        step
+    }
+
+    fn out_of_pages(&self, map: &PageMap, out: OutOfPages) -> Error {
+        Error::OutOfPages {
+            used: map.used(),
+            shared: map.shared(),
+            wanted: out.wanted,
+            limit: self.most_pages.unwrap_or(usize::MAX),
+            page_tokens: self.page_tokens,
+        }
+    }
+
+    /// Pages for a pool that has `pool` of them and needs `needed`, where `fits` can be bound.
+    fn grown(&self, pool: usize, needed: usize, fits: usize) -> usize {
+        match self.most_pages {
+            // Made at once, so that the buffers never change.
+            Some(most) => most.min(fits),
+            None => plan::grown_capacity(pool, needed, fits).unwrap_or(needed),
+        }
+    }
+}
+
+/// Tokens given up: the GPU's table stays as it is, and is entered further on.
+fn cut(map: &mut PageMap, placed: &mut Option<PlacedTable>, change: &Change) {
+    match *change {
+        Change::Crop(len) => {
+            let dropped = map.crop(len);
+            if let Some(placed) = placed.as_mut().filter(|_| map.row_pages() > 0) {
+                placed.at += narrow(dropped);
+            }
+        }
+        Change::Truncate(len) => map.truncate(len),
+        Change::Write { .. } | Change::Select(_) => {}
+    }
+}
+
+/// Puts a table, and a list behind it, where kernels read them.
+fn place(gpu: &Gpu, map: &PageMap, list: &[u32]) -> Result<(Option<PlacedTable>, u32)> {
+    let mut words = map.table();
+    let table_words =
+        u32::try_from(words.len()).map_err(|_| Error::SizeOverflow { what: "table" })?;
+    words.extend(list);
+    let placed = gpu.place(&words)?;
+    let at = placed.offset / 4;
+    let stride = narrow(map.row_pages());
+    Ok((Some(PlacedTable { placed, at, stride }), at + table_words))
+}
+
+/// What a layer holds, and where.
+#[derive(Clone, Debug)]
+pub(crate) struct Paged {
+    shape: Shape,
+    /// Pages that the buffers have room for.
+    pool: usize,
+    table: Arc<Table>,
+}
+
+impl Paged {
+    fn lease(&self) -> Option<Lease> {
+        self.table.placed.as_ref().map(|table| Arc::clone(&table.placed.lease))
+    }
+}
+
+impl Held for Paged {
+    type Policy = Paging;
+
+    fn bound(paging: &Paging) -> Option<usize> {
+        paging.most_tokens
+    }
+
+    fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn len(&self) -> usize {
+        self.table.map.len()
+    }
+
+    fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a> {
+        let map = &self.table.map;
+        let table = self.table.placed.as_ref().expect("a layer that was written has a table");
+        LayerView {
+            key: &store.key,
+            value: &store.value,
+            dtype: self.shape.dtype,
+            batch: self.shape.batch,
+            heads: self.shape.heads,
+            key_dim: self.shape.key_dim,
+            value_dim: self.shape.value_dim,
+            start: map.start(),
+            len: map.len(),
+            capacity: map.page_tokens(),
+            pages: Some(PageTable { placed: &table.placed, at: table.at, stride: table.stride }),
+        }
+    }
+
+    fn crop(&mut self, paging: &mut Paging, max_length: usize) {
+        self.table = paging.cut(&self.table, Change::Crop(max_length));
+    }
+
+    fn truncate(&mut self, paging: &mut Paging, length: usize) {
+        self.table = paging.cut(&self.table, Change::Truncate(length));
+    }
+
+    fn pages(&self) -> PageCounts {
+        let map = &self.table.map;
+        PageCounts {
+            used: map.used() as u64,
+            shared: map.shared() as u64,
+            free: (self.pool - map.used()) as u64,
+        }
+    }
+
+    fn stage_room(
+        place: Place<'_, Self>,
+        paging: &mut Paging,
+        shape: Shape,
+        tokens: NewTokens<'_>,
+    ) -> Result<Room<Self>> {
+        let Place { gpu, layer, store, held } = place;
+        let size = paging.page_tokens;
+        let from = held.map_or_else(|| paging.empty(shape.batch), |held| Arc::clone(&held.table));
+        let fits = shape.tokens_in(1, [binding_limit(gpu.limits()); 2]) / size;
+        check_length(gpu, layer, paging, &from.map, shape, tokens.new_len, fits)?;
+
+        let order = tokens.order();
+        let change =
+            Change::Write { order: order.clone(), count: tokens.count, new_len: tokens.new_len };
+        let step = paging.step(gpu, &from, change)?;
+        let needed = step.to.map.pool_pages();
+        if needed > fits {
+            return Err(pool_too_large(gpu, layer, shape, [tokens.new_len, needed, fits, size]));
+        }
+
+        let mut room = Room {
+            store: None,
+            held: Self { shape, pool: pool_of(store, held, shape, size), table: step.to },
+            order,
+            dispatches: Vec::new(),
+            moved: 0,
+            lists: None,
+            leases: Vec::new(),
+        };
+        if needed > room.held.pool {
+            room.grow(gpu, layer, store, &from.map, paging.grown(room.held.pool, needed, fits))?;
+        }
+        let target = room.store.as_ref().or(store).expect("a pool that holds what is needed");
+        for moves in step.copies.iter() {
+            let copy = GatherShape {
+                row_bytes: shape.row_bytes(),
+                heads: shape.heads,
+                start: 0,
+                len: size,
+                capacity: size,
+                moves,
+            };
+            room.dispatches.push(gpu.kernels().gather(gpu, target.gather_bindings(gpu), &copy)?);
+            room.moved += shape.bytes(moves.written, size)?.iter().sum::<u64>();
+        }
+        let table = room.held.table.placed.as_ref().expect("a table that was written is placed");
+        // What was recorded before may read the old table.
+        let old = from.placed.as_ref().map(|old| &old.placed.lease);
+        room.leases = old
+            .filter(|old| !Arc::ptr_eq(old, &table.placed.lease))
+            .map(Arc::clone)
+            .into_iter()
+            .collect();
+        room.lists = Some((table.placed.clone(), step.list_at));
+        Ok(room)
+    }
+
+    fn stage_batch(
+        &self,
+        gpu: &Gpu,
+        _layer: usize,
+        _store: &Store,
+        paging: &mut Paging,
+        map: &[u32],
+    ) -> Result<Staged<Self>> {
+        let bytes = (map.len() as u64).saturating_mul(4 * self.table.map.row_pages() as u64);
+        let limit = binding_limit(gpu.limits());
+        if bytes > limit {
+            return Err(Error::ListTooLarge { bytes, limit });
+        }
+        let step = paging.step(gpu, &self.table, Change::Select(map.to_vec()))?;
+        let shape = Shape { batch: map.len(), ..self.shape };
+        let held = Self { shape, pool: self.pool, table: step.to };
+        // Views of the old table may be read by what is recorded before this, of the new one after it.
+        let leases = [self.lease(), held.lease()].into_iter().flatten().collect();
+        Ok(Staged { leases, ..Staged::unmoved(held) })
+    }
+}
+
+impl Room<Paged> {
+    /// Puts a pool of `pages` pages in place of the layer's, and copies what is in use.
+    fn grow(
+        &mut self,
+        gpu: &Gpu,
+        layer: usize,
+        old: Option<&Store>,
+        used: &PageMap,
+        pages: usize,
+    ) -> Result<()> {
+        let (shape, size) = (self.held.shape, used.page_tokens());
+        let new = Store::new(gpu, layer, shape.bytes(pages, size)?)?;
+        let prefix = used.used_prefix();
+        if let Some(old) = old.filter(|_| prefix > 0) {
+            // Pages keep their numbers: the pool's first pages are one row of one long head.
+            let page_slots = shape.heads * size;
+            let copies = &plan::list_copies(&[(0, 0)], MOST_MOVES)[0];
+            let copy = CopyShape {
+                row_bytes: shape.row_bytes(),
+                heads: 1,
+                start: 0,
+                len: prefix * page_slots,
+                old_capacity: self.held.pool * page_slots,
+                new_capacity: pages * page_slots,
+                copies,
+            };
+            let buffers = [old.buffers(), new.buffers()];
+            self.dispatches.push(gpu.kernels().copy_rows(gpu, buffers, &copy)?);
+            self.moved += shape.bytes(prefix, size)?.iter().sum::<u64>();
+        }
+        self.held.pool = pages;
+        self.store = Some(new);
+        Ok(())
+    }
+}
+
+/// Pages that a layer's memory has room for.
+fn pool_of(store: Option<&Store>, held: Option<&Paged>, shape: Shape, size: usize) -> usize {
+    match (store, held) {
+        (_, Some(held)) => held.pool,
+        (Some(store), None) => shape.tokens_in(1, store.bytes()) / size,
+        (None, None) => 0,
+    }
+}
+
+/// Refuses a length that has no chance, before anything as long as it is made.
+fn check_length(
+    gpu: &Gpu,
+    layer: usize,
+    paging: &Paging,
+    map: &PageMap,
+    shape: Shape,
+    new_len: usize,
+    fits: usize,
+) -> Result<()> {
+    let most = paging.most_pages.unwrap_or(usize::MAX);
+    map.check_length(new_len, most).map_err(|out| paging.out_of_pages(map, out))?;
+    map.check_length(new_len, fits).map_err(|out| {
+        let needed = map.used().saturating_add(out.wanted);
+        pool_too_large(gpu, layer, shape, [new_len, needed, fits, paging.page_tokens])
+    })
+}
+
+/// A pool that needs more pages than can be bound at once.
+fn pool_too_large(
+    gpu: &Gpu,
+    layer: usize,
+    shape: Shape,
+    [tokens, needed, fits, page_tokens]: [usize; 4],
+) -> Error {
+    Error::LayerTooLarge {
+        layer,
+        needed: shape.bytes(needed, page_tokens).map_or(u64::MAX, |[key, value]| key.max(value)),
+        limit: binding_limit(gpu.limits()),
+        tokens,
+        fits: fits / shape.batch * page_tokens,
+        batch: shape.batch,
+        heads: shape.heads,
+        head_dim: shape.key_dim.max(shape.value_dim),
+        dtype: shape.dtype,
+    }
+}
+
+/// Page numbers and words of a table are checked to fit 32 bits where the table is placed.
+fn narrow(count: usize) -> u32 {
+    u32::try_from(count).expect("a table is placed in 32-bit words")
+}
