@@ -31,6 +31,9 @@ struct Params {
     rows: u32,
     // Positions that each row visits.
     entries: u32,
+    // Workgroups along a head, and along the positions.
+    unit_tiles: u32,
+    token_tiles: u32,
     // A plain run: positions from `first` on, of which the first `zeros` become zero.
     first: u32,
     zeros: u32,
@@ -64,13 +67,15 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let unit = group.x * tile_units + local.x;
-    let entry = group.y * tile_tokens * TOKENS_PER_THREAD + local.y;
-    // More rows than workgroups: each workgroup takes several.
-    let step = groups.z * tile_rows;
-    for (var row = group.z * tile_rows + local.z; row < params.rows; row += step) {
-        write_row(row, unit, entry + vec4(0u, 1u, 2u, 3u) * tile_tokens);
+    let number = group.x + groups.x * (group.y + groups.y * group.z);
+    let unit = number % params.unit_tiles * tile_units + local.x;
+    let token_tile = number / params.unit_tiles % params.token_tiles;
+    let row = number / params.unit_tiles / params.token_tiles * tile_rows + local.z;
+    if row >= params.rows {
+        return;
     }
+    let entry = token_tile * tile_tokens * TOKENS_PER_THREAD + local.y;
+    write_row(row, unit, entry + vec4(0u, 1u, 2u, 3u) * tile_tokens);
 }
 
 // Writes one unit of four tokens of a row.
@@ -97,45 +102,66 @@ fn write_row(row: u32, unit: u32, entry: vec4<u32>) {
         kv_slot(params.kv, b, h, position.w),
     );
     if unit < params.key_units {
-        let source = params.key;
-        let at = source.offset + b * source.stride_b + h * source.stride_h + token * source.stride_t + unit;
-        let x = select(key_source[at.x], Unit(), is_zero.x);
-        let y = select(key_source[at.y], Unit(), is_zero.y);
-        let z = select(key_source[at.z], Unit(), is_zero.z);
-        let w = select(key_source[at.w], Unit(), is_zero.w);
-        let to = slot * params.key_units + unit;
-        if is_written.x {
-            key_cache[to.x] = x;
-        }
-        if is_written.y {
-            key_cache[to.y] = y;
-        }
-        if is_written.z {
-            key_cache[to.z] = z;
-        }
-        if is_written.w {
-            key_cache[to.w] = w;
-        }
+        let at = first_unit(params.key, b, h) + token * params.key.stride_t + unit;
+        write_keys(at, slot * params.key_units + unit, is_zero, is_written);
     }
     if unit < params.value_units {
-        let source = params.value;
-        let at = source.offset + b * source.stride_b + h * source.stride_h + token * source.stride_t + unit;
-        let x = select(value_source[at.x], Unit(), is_zero.x);
-        let y = select(value_source[at.y], Unit(), is_zero.y);
-        let z = select(value_source[at.z], Unit(), is_zero.z);
-        let w = select(value_source[at.w], Unit(), is_zero.w);
-        let to = slot * params.value_units + unit;
-        if is_written.x {
-            value_cache[to.x] = x;
-        }
-        if is_written.y {
-            value_cache[to.y] = y;
-        }
-        if is_written.z {
-            value_cache[to.z] = z;
-        }
-        if is_written.w {
-            value_cache[to.w] = w;
-        }
+        let at = first_unit(params.value, b, h) + token * params.value.stride_t + unit;
+        write_values(at, slot * params.value_units + unit, is_zero, is_written);
+    }
+}
+
+// Where the first token of a row lies in a source.
+fn first_unit(source: Source, b: u32, h: u32) -> u32 {
+    return source.offset + b * source.stride_b + h * source.stride_h;
+}
+
+fn write_keys(at: vec4<u32>, to: vec4<u32>, is_zero: vec4<bool>, is_written: vec4<bool>) {
+    let x = select(key_source[at.x], Unit(), is_zero.x);
+    var y = Unit();
+    var z = Unit();
+    var w = Unit();
+    // A decode step has one token.
+    if params.entries > 1u {
+        y = select(key_source[at.y], Unit(), is_zero.y);
+        z = select(key_source[at.z], Unit(), is_zero.z);
+        w = select(key_source[at.w], Unit(), is_zero.w);
+    }
+    if is_written.x {
+        key_cache[to.x] = x;
+    }
+    if is_written.y {
+        key_cache[to.y] = y;
+    }
+    if is_written.z {
+        key_cache[to.z] = z;
+    }
+    if is_written.w {
+        key_cache[to.w] = w;
+    }
+}
+
+fn write_values(at: vec4<u32>, to: vec4<u32>, is_zero: vec4<bool>, is_written: vec4<bool>) {
+    let x = select(value_source[at.x], Unit(), is_zero.x);
+    var y = Unit();
+    var z = Unit();
+    var w = Unit();
+    // A decode step has one token.
+    if params.entries > 1u {
+        y = select(value_source[at.y], Unit(), is_zero.y);
+        z = select(value_source[at.z], Unit(), is_zero.z);
+        w = select(value_source[at.w], Unit(), is_zero.w);
+    }
+    if is_written.x {
+        value_cache[to.x] = x;
+    }
+    if is_written.y {
+        value_cache[to.y] = y;
+    }
+    if is_written.z {
+        value_cache[to.z] = z;
+    }
+    if is_written.w {
+        value_cache[to.w] = w;
     }
 }

@@ -20,6 +20,8 @@ struct Params {
     // The first batch row, and B times H of all of them.
     first: u32,
     rows: u32,
+    // Workgroups of a row.
+    tiles: u32,
 }
 
 @group(0) @binding(0) var<storage, read> key_cache: array<Unit>;
@@ -39,26 +41,24 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
+    let number = group.x + groups.x * (group.y + groups.y * group.z);
+    let row = number / params.tiles;
+    if row >= params.rows {
+        return;
+    }
+    let b = params.first + row / params.kv.heads;
+    let h = row % params.kv.heads;
     let key_live = params.kv.len * params.key_units;
     let value_live = params.kv.len * params.value_units;
-    // More rows or units than workgroups: each workgroup takes several.
-    for (var row = group.y; row < params.rows; row += groups.y) {
-        let b = params.first + row / params.kv.heads;
-        let h = row % params.kv.heads;
-        for (var i = group.x * TILE + local; i < max(key_live, value_live); i += next(i, groups.x)) {
-            if i < key_live {
-                let slot = kv_slot(params.kv, b, h, i / params.key_units);
-                key_target[row * key_live + i] = key_cache[slot * params.key_units + i % params.key_units];
-            }
-            if i < value_live {
-                let slot = kv_slot(params.kv, b, h, i / params.value_units);
-                value_target[row * value_live + i] = value_cache[slot * params.value_units + i % params.value_units];
-            }
+    for (var part = 0u; part < TILE; part += WORKGROUP) {
+        let i = number % params.tiles * TILE + part + local;
+        if i < key_live {
+            let slot = kv_slot(params.kv, b, h, i / params.key_units);
+            key_target[row * key_live + i] = key_cache[slot * params.key_units + i % params.key_units];
+        }
+        if i < value_live {
+            let slot = kv_slot(params.kv, b, h, i / params.value_units);
+            value_target[row * value_live + i] = value_cache[slot * params.value_units + i % params.value_units];
         }
     }
-}
-
-// From one unit of a thread to its next: within the tile, then to the workgroup's next tile.
-fn next(i: u32, groups: u32) -> u32 {
-    return select(WORKGROUP, groups * TILE - TILE + WORKGROUP, i % TILE >= TILE - WORKGROUP);
 }

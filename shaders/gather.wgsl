@@ -17,6 +17,8 @@ struct Params {
     key_units: u32,
     value_units: u32,
     heads: u32,
+    // Workgroups of a head.
+    tiles: u32,
     // The ring: token t lies at slot (start + t) mod capacity; only live slots are touched.
     start: u32,
     len: u32,
@@ -58,14 +60,14 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let live = params.len * max(params.key_units, params.value_units);
-    // More heads or columns than workgroups: each workgroup takes several.
-    for (var h = group.y; h < params.heads; h += groups.y) {
-        for (var tile = group.x * TILE; tile < live; tile += groups.x * TILE) {
-            move_keys(columns(h, tile + local, params.key_units));
-            move_values(columns(h, tile + local, params.value_units));
-        }
+    let number = group.x + groups.x * (group.y + groups.y * group.z);
+    let h = number / params.tiles;
+    if h >= params.heads {
+        return;
     }
+    let first = number % params.tiles * TILE + local;
+    move_keys(columns(h, first, params.key_units));
+    move_values(columns(h, first, params.value_units));
 }
 
 struct Four {

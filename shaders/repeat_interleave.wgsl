@@ -19,6 +19,8 @@ struct Params {
     key_units: u32,
     value_units: u32,
     heads: u32,
+    // Workgroups of a head.
+    tiles: u32,
     // The old ring: token t lies at slot (start + t) mod old_capacity.
     start: u32,
     len: u32,
@@ -71,14 +73,14 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let live = params.len * max(params.key_units, params.value_units);
-    // More heads or columns than workgroups: each workgroup takes several.
-    for (var h = group.y; h < params.heads; h += groups.y) {
-        for (var tile = group.x * TILE; tile < live; tile += groups.x * TILE) {
-            copy_keys(columns(h, tile + local, params.key_units));
-            copy_values(columns(h, tile + local, params.value_units));
-        }
+    let number = group.x + groups.x * (group.y + groups.y * group.z);
+    let h = number / params.tiles;
+    if h >= params.heads {
+        return;
     }
+    let first = number % params.tiles * TILE + local;
+    copy_keys(columns(h, first, params.key_units));
+    copy_values(columns(h, first, params.value_units));
 }
 
 fn copy_keys(c: Columns) {

@@ -300,6 +300,32 @@ pub enum Error {
         limit: u64,
     },
 
+    /// Attention over a view that does not fit the query or the output.
+    #[error(
+        "{reason}: query {query:?}, output {output:?}, K {key:?}, V {value:?} (B, H, T, D); hand in tensors that fit the view, after the update that adds the new tokens"
+    )]
+    AttentionShape {
+        /// What does not fit.
+        reason: &'static str,
+        /// Shape of the query, (B, Hq, Tq, D).
+        query: [usize; 4],
+        /// Shape of the output, (B, Hq, Tq, D).
+        output: [usize; 4],
+        /// Shape of the live K, (B, H, T, D).
+        key: [usize; 4],
+        /// Shape of the live V, (B, H, T, D).
+        value: [usize; 4],
+    },
+
+    /// The output of attention lies in a buffer that it reads.
+    #[error(
+        "the output of attention lies in the buffer of {what}, which cannot be read and written in one dispatch; give the output a buffer of its own"
+    )]
+    OutputIsRead {
+        /// Which input.
+        what: &'static str,
+    },
+
     /// A product of sizes does not fit the types that carry it.
     #[error("the {what} is too large to count; split the work into smaller pieces")]
     SizeOverflow {
@@ -309,14 +335,14 @@ pub enum Error {
 
     /// A dispatch would need more workgroups than the device starts.
     #[error(
-        "{what} needs {needed} workgroups in one dimension, more than the device's {limit}; use fewer batch rows or heads"
+        "{what} needs {needed} workgroups, more than a dispatch of this device holds ({limit} in each dimension); use fewer batch rows, heads or tokens at once"
     )]
     TooManyWorkgroups {
         /// Which kernel.
         what: &'static str,
         /// Workgroups needed.
         needed: u64,
-        /// The device's limit.
+        /// The device's limit, in one dimension.
         limit: u32,
     },
 

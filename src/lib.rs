@@ -30,6 +30,7 @@
 //!   needed.
 
 mod arena;
+mod attention;
 mod cache;
 mod dtype;
 mod dynamic;
@@ -53,6 +54,7 @@ mod static_cache;
 mod store;
 mod view;
 
+pub use attention::{Attention, AttentionOptions};
 pub use cache::{BatchChange, Cache, GetFuture, KVCache, Stats};
 pub use dtype::{DType, Element, UnknownDType};
 pub use dynamic::DynamicKVCache;

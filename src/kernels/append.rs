@@ -14,6 +14,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     writes: &[false, false, true, true],
     constants: &["tile_units", "tile_tokens", "tile_rows", "has_list"],
     layouts: &[Layout::Wrapped, Layout::Paged],
+    dtypes: &[],
 };
 
 /// As in the shader.
@@ -71,7 +72,13 @@ impl Kernels {
             }
         }
         let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
-        params.extend([units[0], units[1], rows, entries]);
+        let tile = tile(units[0].max(units[1]), entries);
+        let unit_tiles = units[0].max(units[1]).div_ceil(tile[0]);
+        let token_tiles = entries.div_ceil(tile[1] * TOKENS_PER_THREAD);
+        let groups = u64::from(unit_tiles)
+            .saturating_mul(u64::from(token_tiles))
+            .saturating_mul(u64::from(rows.div_ceil(tile[2])));
+        params.extend([units[0], units[1], rows, entries, unit_tiles, token_tiles]);
         let (list, list_at) = shape.lists.unzip();
         params.extend(match shape.order {
             Order::Run { first, zeros } => [*first, *zeros, 0, 0],
@@ -80,21 +87,13 @@ impl Kernels {
             }
         });
 
-        let tile = tile(units[0].max(units[1]), entries);
-        let groups = [
-            u64::from(units[0].max(units[1]).div_ceil(tile[0])),
-            u64::from(entries.div_ceil(tile[1] * TOKENS_PER_THREAD)),
-            // A workgroup takes several rows where there are more than a dispatch starts.
-            u64::from(
-                rows.div_ceil(tile[2]).min(gpu.limits().max_compute_workgroups_per_dimension),
-            ),
-        ];
         let layout = if view.pages.is_some() { Layout::Paged } else { Layout::Wrapped };
         let has_list = u32::from(matches!(shape.order, Order::List { .. }));
         let variant = Variant {
             unit,
             layout: Some(layout),
             constants: [tile[0], tile[1], tile[2], has_list],
+            ..Variant::default()
         };
         self.append.prepare(gpu, variant, bindings, list.cloned(), &params, groups)
     }

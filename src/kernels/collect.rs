@@ -15,6 +15,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     writes: &[false, false, true, true],
     constants: &[],
     layouts: &[Layout::Paged],
+    dtypes: &[],
 };
 
 impl Kernels {
@@ -30,17 +31,19 @@ impl Kernels {
         let row_bytes = [view.key_dim, view.value_dim].map(|dim| dim as u64 * size);
         let unit = Unit::for_rows(row_bytes);
         let all = rows.len() * view.heads;
+        let tiles = tiles(unit, row_bytes, view.len)?;
         let mut params = view.layout_words().to_vec();
         params.extend([
             unit.count(row_bytes[0])?,
             unit.count(row_bytes[1])?,
             super::narrow(rows.start)?,
             super::narrow(all)?,
+            tiles,
         ]);
         let [key, value] = targets;
         let bindings =
             self.collect.bind(gpu, &[view.key, view.value, key, value].map(super::whole));
-        let groups = tiles(gpu, unit, row_bytes, view.len, all);
+        let groups = u64::from(tiles) * all as u64;
         let variant = Variant { unit, layout: Some(Layout::Paged), ..Variant::default() };
         let table = view.pages.map(|pages| pages.placed.clone());
         self.collect.prepare(gpu, variant, bindings, table, &params, groups)

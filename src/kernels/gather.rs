@@ -11,6 +11,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     writes: &[true, true],
     constants: &[],
     layouts: &[],
+    dtypes: &[],
 };
 
 /// The live part of a layer whose rows move.
@@ -45,10 +46,12 @@ impl Kernels {
         let unit = Unit::for_rows(shape.row_bytes);
         let list = gpu.place(&shape.moves.words)?;
         let [key, value] = shape.row_bytes;
+        let tiles = tiles(unit, shape.row_bytes, shape.len)?;
         let params = [
             unit.count(key)?,
             unit.count(value)?,
             super::narrow(shape.heads)?,
+            tiles,
             super::narrow(shape.start)?,
             super::narrow(shape.len)?,
             super::narrow(shape.capacity)?,
@@ -56,35 +59,21 @@ impl Kernels {
             shape.moves.cycles,
             list.offset / 4,
         ];
-        let groups = tiles(gpu, unit, shape.row_bytes, shape.len, shape.heads);
         self.gather.prepare(
             gpu,
             Variant { unit, ..Variant::default() },
             bindings,
             Some(list),
             &params,
-            groups,
+            u64::from(tiles) * shape.heads as u64,
         )
     }
 }
 
-/// Columns of a thread, as in the shaders.
-const COLUMNS_PER_THREAD: u32 = 4;
-
-/// Workgroups for a kernel whose threads take a few units of the live tokens of a head; a workgroup takes
-/// several tiles or heads where there are more than a dispatch starts workgroups.
-pub(super) fn tiles(
-    gpu: &Gpu,
-    unit: Unit,
-    row_bytes: [u64; 2],
-    len: usize,
-    heads: usize,
-) -> [u64; 3] {
-    let units = row_bytes[0].max(row_bytes[1]) / unit.bytes() * len as u64;
-    let most = u64::from(gpu.limits().max_compute_workgroups_per_dimension);
-    [
-        units.div_ceil(u64::from(WORKGROUP * COLUMNS_PER_THREAD)).min(most),
-        (heads as u64).min(most),
-        1,
-    ]
+/// Workgroups for the live tokens of a head, for kernels whose threads take four units.
+pub(super) fn tiles(unit: Unit, row_bytes: [u64; 2], len: usize) -> Result<u32> {
+    let live = unit.count(row_bytes[0].max(row_bytes[1]))?;
+    let units = u64::from(live).saturating_mul(len as u64);
+    let tiles = units.div_ceil(u64::from(4 * WORKGROUP));
+    u32::try_from(tiles).map_err(|_| crate::Error::SizeOverflow { what: "layer" })
 }

@@ -1,6 +1,7 @@
 //! The kernels, a file each, and what they share: variants, parameters, and a dispatch ready to record.
 
 mod append;
+mod attention;
 mod collect;
 mod gather;
 mod repeat_interleave;
@@ -10,12 +11,14 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 pub(crate) use append::AppendShape;
+pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS};
 pub(crate) use gather::GatherShape;
 pub(crate) use repeat_interleave::CopyShape;
 pub(crate) use variant::Unit;
 use variant::{ParamsPath, Variant};
 
 use crate::arena::{Layouts, Lease, PARAMS_BYTES, Placed};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::{DeviceHandle, Gpu};
 use crate::layout::Layout;
@@ -34,6 +37,8 @@ pub(crate) const MOST_MOVES: usize = 8192;
 pub(crate) struct Kernels {
     pub(crate) layouts: Layouts,
     append: Kernel,
+    attention: Kernel,
+    attention_combine: Kernel,
     gather: Kernel,
     collect: Kernel,
     repeat_interleave: Kernel,
@@ -56,6 +61,8 @@ impl Kernels {
         let kernel = |source: &'static Source| Kernel::new(device, &layouts, path, source);
         Self {
             append: kernel(&append::SOURCE),
+            attention: kernel(&attention::SOURCE),
+            attention_combine: kernel(&attention::COMBINE),
             gather: kernel(&gather::SOURCE),
             collect: kernel(&collect::SOURCE),
             repeat_interleave: kernel(&repeat_interleave::SOURCE),
@@ -76,12 +83,21 @@ pub(crate) struct Source {
     /// The layouts that it is joined with; none where it knows its own. For the tests.
     #[cfg_attr(not(test), expect(dead_code, reason = "tells the tests which variants there are"))]
     layouts: &'static [Layout],
+    /// The element types that it is joined with; none where it moves bits.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tells the tests which variants there are"))]
+    dtypes: &'static [DType],
 }
 
 /// Every kernel.
 #[cfg(test)]
-const SOURCES: [&Source; 4] =
-    [&append::SOURCE, &gather::SOURCE, &repeat_interleave::SOURCE, &collect::SOURCE];
+const SOURCES: [&Source; 6] = [
+    &append::SOURCE,
+    &attention::SOURCE,
+    &attention::COMBINE,
+    &gather::SOURCE,
+    &repeat_interleave::SOURCE,
+    &collect::SOURCE,
+];
 
 /// A kernel with its variants, each compiled when it is first used.
 #[derive(Debug)]
@@ -160,7 +176,7 @@ impl Kernel {
         })
     }
 
-    /// Makes a dispatch ready: everything that can fail happens here, so that recording cannot.
+    /// Makes a dispatch of numbered workgroups ready.
     fn prepare(
         &self,
         gpu: &Gpu,
@@ -168,11 +184,29 @@ impl Kernel {
         bindings: wgpu::BindGroup,
         list: Option<Placed>,
         params: &[u32],
-        workgroups: [u64; 3],
+        workgroups: u64,
     ) -> Result<Dispatch> {
         let limit = gpu.limits().max_compute_workgroups_per_dimension;
-        let mut checked = [0_u32; 3];
-        for (checked, needed) in checked.iter_mut().zip(workgroups) {
+        let Some(sides) = grid(workgroups, limit) else {
+            let (what, needed) = (self.source.label, workgroups);
+            return Err(Error::TooManyWorkgroups { what, needed, limit });
+        };
+        self.prepare_sides(gpu, variant, bindings, list, params, sides.map(u64::from))
+    }
+
+    /// Makes a dispatch ready: everything that can fail happens here, so that recording cannot.
+    fn prepare_sides(
+        &self,
+        gpu: &Gpu,
+        variant: Variant,
+        bindings: wgpu::BindGroup,
+        list: Option<Placed>,
+        params: &[u32],
+        sides: [u64; 3],
+    ) -> Result<Dispatch> {
+        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        let mut workgroups = [0_u32; 3];
+        for (checked, needed) in workgroups.iter_mut().zip(sides) {
             *checked = u32::try_from(needed)
                 .ok()
                 .filter(|&needed| needed <= limit)
@@ -192,7 +226,7 @@ impl Kernel {
             lists,
             list_lease,
             params,
-            workgroups: checked,
+            workgroups,
         })
     }
 }
@@ -277,6 +311,19 @@ fn bind_layout(
         .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(label), entries })
 }
 
+/// Spreads workgroups, which a kernel numbers in 32 bits, over three dimensions; a few more where that does
+/// not come out even. `None` where they are too many.
+fn grid(workgroups: u64, limit: u32) -> Option<[u32; 3]> {
+    let total = u32::try_from(workgroups).ok()?;
+    let x = total.clamp(1, limit);
+    let rest = total.div_ceil(x);
+    let y = rest.clamp(1, limit);
+    let z = rest.div_ceil(y).max(1);
+    // The last number, of those that are too many, must not begin again at zero.
+    let numbered = u64::from(x) * u64::from(y) * u64::from(z) <= u64::from(u32::MAX);
+    (z <= limit && numbered).then_some([x, y, z])
+}
+
 /// A count that a kernel is told, in 32 bits.
 fn narrow(count: usize) -> Result<u32> {
     u32::try_from(count).map_err(|_| Error::SizeOverflow { what: "layer" })
@@ -285,4 +332,26 @@ fn narrow(count: usize) -> Result<u32> {
 /// The whole of a cache buffer, as a binding.
 fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
     buffer.as_entire_buffer_binding()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::grid;
+
+    #[test]
+    fn a_grid_holds_what_is_asked_for_within_its_limit() {
+        for limit in [1, 2, 3, 7, 65_535] {
+            for total in (0..=70).chain([65_535, 65_536, 65_537, 1 << 20, (1 << 31) + 1]) {
+                match grid(total, limit) {
+                    Some(sides) => {
+                        let held: u64 = sides.iter().map(|&side| u64::from(side)).product();
+                        assert!(held >= total && sides.iter().all(|&n| (1..=limit).contains(&n)));
+                        assert!(held <= u64::from(u32::MAX));
+                    }
+                    None => assert!(total > u64::from(limit).pow(3)),
+                }
+            }
+        }
+        assert_eq!(grid(1 << 32, 65_535), None);
+    }
 }

@@ -12,6 +12,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     writes: &[false, false, true, true],
     constants: &[],
     layouts: &[],
+    dtypes: &[],
 };
 
 /// The live part of a layer that is copied, and the ring that it goes to.
@@ -38,10 +39,12 @@ impl Kernels {
         let unit = Unit::for_rows(shape.row_bytes);
         let list = gpu.place(&shape.copies.words)?;
         let [key, value] = shape.row_bytes;
+        let tiles = tiles(unit, shape.row_bytes, shape.len)?;
         let params = [
             unit.count(key)?,
             unit.count(value)?,
             super::narrow(shape.heads)?,
+            tiles,
             super::narrow(shape.start)?,
             super::narrow(shape.len)?,
             super::narrow(shape.old_capacity)?,
@@ -51,7 +54,7 @@ impl Kernels {
         ];
         let bindings =
             self.repeat_interleave.bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole));
-        let groups = tiles(gpu, unit, shape.row_bytes, shape.len, shape.heads);
+        let groups = u64::from(tiles) * shape.heads as u64;
         self.repeat_interleave.prepare(
             gpu,
             Variant { unit, ..Variant::default() },

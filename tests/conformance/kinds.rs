@@ -2,12 +2,12 @@
 
 use wgpu_kvcache::wgpu::Buffer;
 use wgpu_kvcache::{
-    Cache, CachePosition, DType, DynamicKVCache, Error, KVCache, PagedKVCache, StaticKVCache, Stats,
+    Cache, CachePosition, DType, DynamicKVCache, Error, KVCache, PagedKVCache, StaticKVCache,
 };
 
 use crate::gpu;
 use crate::model::Model;
-use crate::rig::{Rig, compare};
+use crate::rig::{Rig, but_pages, compare};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -31,11 +31,6 @@ fn all(bound: usize) -> [(&'static str, Rig); 5] {
         ("pages of 4", Rig::paged_fixed(&gpu, 4, bound, 4)),
         ("pages of 16", Rig::paged(&gpu, 16)),
     ]
-}
-
-/// What a reset leaves as it is.
-fn but_pages(stats: Stats) -> Stats {
-    Stats { pages_used: 0, pages_shared: 0, pages_free: 0, ..stats }
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod histories;
 mod inputs;
 mod kinds;
 mod model;
+mod pages;
 mod passes;
 mod refusals;
 mod refused_calls;

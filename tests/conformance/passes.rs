@@ -6,7 +6,7 @@ use wgpu_kvcache::{BatchChange, Cache, CachePosition, DType, Error, KVCache, Ten
 
 use crate::gpu;
 use crate::model::Block;
-use crate::rig::{Rig, upload};
+use crate::rig::{Rig, but_pages, upload};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -125,7 +125,7 @@ fn a_dropped_pass_is_noticed_until_reset() {
                     let error = pollster::block_on(rig.cache.get_async(layer));
                     assert!(matches!(error, Err(Error::PassDropped { .. })), "{way}: {error:?}");
                 }
-                assert_eq!(rig.cache.stats(), stats, "way {way}");
+                assert_eq!(but_pages(rig.cache.stats()), but_pages(stats), "way {way}");
                 rig.cache.crop(3);
                 rig.cache.truncate(2);
             }

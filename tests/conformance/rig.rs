@@ -79,6 +79,11 @@ pub(crate) fn compare(
     }
 }
 
+/// What cutting tokens off, or a reset, leaves as it is.
+pub(crate) fn but_pages(stats: Stats) -> Stats {
+    Stats { pages_used: 0, pages_shared: 0, pages_free: 0, ..stats }
+}
+
 /// A cache and its model.
 pub(crate) struct Rig {
     pub(crate) gpu: Gpu,

@@ -1,0 +1,308 @@
+//! Attention over a layer's view: softmax(q·Kᵀ·scale)·V.
+
+use std::collections::HashMap;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::kernels::{AttentionShape, MOST_DIM, ROWS};
+use crate::ledger::Ledger;
+use crate::view::{LayerView, Source, TensorView};
+
+/// Calls between two looks at which bind groups are still in use, and how many calls a bind group may go
+/// unused. A step of a model has fewer layers.
+const UNUSED: u64 = 512;
+
+/// Attention of new tokens over any [`LayerView`]: contiguous, wrapped or paged, read where it lies.
+///
+/// For q [B, Hq, Tq, D], with Hq a multiple of the view's H (grouped queries), it records
+/// softmax(q·Kᵀ·scale)·V into the caller's pass: one dispatch, or two where the tokens are split. K and V
+/// are f32, f16 or bf16; q, the output and all sums are f32. The highest score is taken off before the
+/// exponential, so any finite scores give finite weights (online softmax: Milakov and Gimelshein, 2018).
+/// Where the new tokens are few, the live ones are split over workgroups and put together afterwards, so
+/// that a long cache fills a GPU (flash-decoding: Dao et al., 2023).
+///
+/// One `Attention` serves all layers and caches of a device. It keeps the bind groups of late, which keeps
+/// their buffers alive for some hundred calls, and a scratch buffer for splits: in a steady loop a call
+/// creates nothing.
+///
+/// # Examples
+///
+/// ```
+/// use wgpu_kvcache::{Attention, CachePosition, DynamicKVCache, Gpu, KVCache};
+///
+/// # fn main() -> Result<(), wgpu_kvcache::Error> {
+/// let gpu = Gpu::headless()?;
+/// let mut cache = DynamicKVCache::new(&gpu);
+/// let mut attention = Attention::new(&gpu);
+/// let key = gpu.upload(&[0.0_f32; 2 * 5 * 4], &[1, 2, 5, 4])?;
+/// let value = gpu.upload(&[1.0_f32; 2 * 5 * 4], &[1, 2, 5, 4])?;
+/// let query = gpu.upload(&[0.0_f32; 6 * 5 * 4], &[1, 6, 5, 4])?; // three query heads a K/V head
+/// let output = gpu.upload(&[0.0_f32; 6 * 5 * 4], &[1, 6, 5, 4])?;
+/// gpu.submit_pass("layer 0", |pass| {
+///     let view = cache.update(pass, &key.view(), &value.view(), 0, CachePosition::Append)?;
+///     attention.record(pass, &query.view(), &view, &output.view(), Default::default())
+/// })
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Attention {
+    gpu: Gpu,
+    /// Bind groups by what they bind, with the call that last used them.
+    bound: HashMap<Bound, (wgpu::BindGroup, u64)>,
+    calls: u64,
+    /// Partial results of splits.
+    scratch: Option<wgpu::Buffer>,
+    /// Holds what recorded calls read in place.
+    ledger: Ledger,
+}
+
+/// How [`Attention::record`] weighs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionOptions {
+    /// What scores are multiplied by; `None` for 1/√D.
+    pub scale: Option<f32>,
+    /// Whether a new token sees only the tokens before it and itself, the last Tq live tokens being the
+    /// new ones. If not, all new tokens see all live ones, as in cross-attention.
+    pub is_causal: bool,
+}
+
+impl Default for AttentionOptions {
+    /// Causal, with a scale of 1/√D.
+    fn default() -> Self {
+        Self { scale: None, is_causal: true }
+    }
+}
+
+/// What a bind group binds.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Bound {
+    buffers: Vec<wgpu::Buffer>,
+    windows: [(u64, u64); 2],
+}
+
+impl Attention {
+    /// Compiles nothing yet: a kernel is compiled when it is first used.
+    pub fn new(gpu: &Gpu) -> Self {
+        Self {
+            gpu: gpu.clone(),
+            bound: HashMap::new(),
+            calls: 0,
+            scratch: None,
+            ledger: Ledger::default(),
+        }
+    }
+
+    /// Records attention of `query` over `view` into `output`.
+    ///
+    /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], both f32 with any strides: a
+    /// [`TensorView::bthd`] serves a projection that comes in or goes on as (B, T, H, D). `output` must not
+    /// lie in a buffer that is read. Elements of `output` that its strides skip are left alone.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::AttentionShape`] where the shapes do not fit the view, where the view holds no token,
+    ///   or, if causal, fewer tokens than there are queries, and where D is more than 256.
+    /// - [`Error::WrongDType`] where q or the output is not f32; [`Error::OutputIsRead`].
+    /// - Views that a kernel cannot read, as for [`KVCache::update`](crate::KVCache::update).
+    /// - [`Error::TooManyWorkgroups`] and [`Error::OutOfMemory`].
+    pub fn record(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        query: &TensorView<'_>,
+        view: &LayerView<'_>,
+        output: &TensorView<'_>,
+        options: AttentionOptions,
+    ) -> Result<()> {
+        let gpu = self.gpu.clone();
+        let (group, tokens) = check_shapes(query, view, output, options)?;
+        let from = query.source("query", gpu.limits())?;
+        let to = output.source("output", gpu.limits())?;
+        check_alias(query, view, output)?;
+        self.forget_unused();
+
+        let rows = group * tokens;
+        let (split, splits) = self.splits(view, rows);
+        let scale = options.scale.unwrap_or_else(|| default_scale(view.key_dim));
+        let shape = AttentionShape {
+            view,
+            query: &from,
+            output: &to,
+            group,
+            tokens,
+            split,
+            splits,
+            scale,
+            is_causal: options.is_causal,
+        };
+        let mut dispatches = Vec::with_capacity(2);
+        if splits == 1 {
+            let bindings = self.bind(query, &from, view, output.buffer, to.window);
+            dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
+        } else {
+            let floats = splits * view.batch * view.heads * rows * (view.value_dim + 2);
+            let scratch = self.scratch(4 * floats as u64)?;
+            let bindings = self.bind(query, &from, view, &scratch, (0, scratch.size()));
+            dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
+            let bindings = self.bind_combine(&scratch, output, &to);
+            dispatches.push(gpu.kernels().attention_combine(&gpu, bindings, &shape)?);
+        }
+        for dispatch in dispatches {
+            dispatch.record(pass, &self.ledger, Vec::new());
+        }
+        Ok(())
+    }
+
+    /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
+    /// to be worth putting together.
+    fn splits(&self, view: &LayerView<'_>, rows: usize) -> (usize, usize) {
+        let is_cpu = self.gpu.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
+        let (wanted, least) = if is_cpu { (16, 1024) } else { (512, 256) };
+        let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
+        let splits = wanted_splits(workgroups, wanted, view.len, least);
+        let split = view.len.div_ceil(splits);
+        (split, view.len.div_ceil(split))
+    }
+
+    fn bind(
+        &mut self,
+        query: &TensorView<'_>,
+        from: &Source,
+        view: &LayerView<'_>,
+        result: &wgpu::Buffer,
+        window: (u64, u64),
+    ) -> wgpu::BindGroup {
+        let buffers = [query.buffer, view.key, view.value, result].map(Clone::clone).to_vec();
+        let gpu = self.gpu.clone();
+        self.kept(Bound { buffers, windows: [from.window, window] }, || {
+            let query = binding(query.buffer, from.window);
+            gpu.kernels().bind_attention(&gpu, query, view, binding(result, window))
+        })
+    }
+
+    fn bind_combine(
+        &mut self,
+        scratch: &wgpu::Buffer,
+        output: &TensorView<'_>,
+        to: &Source,
+    ) -> wgpu::BindGroup {
+        let buffers = vec![scratch.clone(), output.buffer.clone()];
+        let gpu = self.gpu.clone();
+        self.kept(Bound { buffers, windows: [(0, scratch.size()), to.window] }, || {
+            let output = binding(output.buffer, to.window);
+            gpu.kernels().bind_attention_combine(&gpu, scratch, output)
+        })
+    }
+
+    fn kept(&mut self, bound: Bound, bind: impl FnOnce() -> wgpu::BindGroup) -> wgpu::BindGroup {
+        let (bindings, last_used) = self.bound.entry(bound).or_insert_with(|| (bind(), 0));
+        *last_used = self.calls;
+        bindings.clone()
+    }
+
+    /// Lets go of bind groups of which the buffers are probably gone, as after a cache has grown.
+    fn forget_unused(&mut self) {
+        self.calls += 1;
+        if self.calls.is_multiple_of(UNUSED) {
+            let calls = self.calls;
+            self.bound.retain(|_, (_, last_used)| *last_used + UNUSED > calls);
+        }
+    }
+
+    fn scratch(&mut self, bytes: u64) -> Result<wgpu::Buffer> {
+        if let Some(scratch) = self.scratch.as_ref().filter(|scratch| scratch.size() >= bytes) {
+            return Ok(scratch.clone());
+        }
+        let bytes = bytes.max(64 << 10).next_multiple_of(256);
+        let usage = wgpu::BufferUsages::STORAGE;
+        let scratch = self.gpu.create_buffer("kvcache attention splits", bytes, usage)?;
+        Ok(self.scratch.insert(scratch).clone())
+    }
+}
+
+/// How often the tokens are split.
+fn wanted_splits(workgroups: usize, wanted: usize, len: usize, least: usize) -> usize {
+    (wanted / workgroups.max(1)).min(len / least).clamp(1, 64)
+}
+
+/// 1/√D.
+fn default_scale(dim: usize) -> f32 {
+    let dim = u16::try_from(dim).expect("the head was checked to have at most 256 elements");
+    1.0 / f32::from(dim).sqrt()
+}
+
+/// Query heads of a K/V head, and new tokens.
+fn check_shapes(
+    query: &TensorView<'_>,
+    view: &LayerView<'_>,
+    output: &TensorView<'_>,
+    options: AttentionOptions,
+) -> Result<(usize, usize)> {
+    for (what, tensor) in [("query", query), ("output", output)] {
+        if tensor.dtype != DType::F32 {
+            return Err(Error::WrongDType { what, expected: DType::F32, got: tensor.dtype });
+        }
+    }
+    let [batch, heads, tokens, dim] = query.shape;
+    let refused = |reason| Error::AttentionShape {
+        reason,
+        query: query.shape,
+        output: output.shape,
+        key: view.key_shape(),
+        value: view.value_shape(),
+    };
+    if batch != view.batch {
+        return Err(refused("the query and the cache differ in batch rows"));
+    }
+    if heads % view.heads != 0 {
+        return Err(refused("the query's heads are no multiple of the cache's"));
+    }
+    if dim != view.key_dim {
+        return Err(refused("the query and K differ in head_dim"));
+    }
+    if output.shape != [batch, heads, tokens, view.value_dim] {
+        return Err(refused("the output must be (B, Hq, Tq, D of V)"));
+    }
+    if view.key_dim.max(view.value_dim) > MOST_DIM {
+        return Err(refused("head_dim is more than the 256 that the kernel holds"));
+    }
+    if view.len == 0 {
+        return Err(refused("the cache holds no token to attend to"));
+    }
+    if options.is_causal && tokens > view.len {
+        return Err(refused("causal attention needs every new token in the cache first"));
+    }
+    Ok((heads / view.heads, tokens))
+}
+
+/// One dispatch cannot read and write a buffer through two bindings.
+fn check_alias(
+    query: &TensorView<'_>,
+    view: &LayerView<'_>,
+    output: &TensorView<'_>,
+) -> Result<()> {
+    for (what, buffer) in [("query", query.buffer), ("K", view.key), ("V", view.value)] {
+        if output.buffer == buffer {
+            return Err(Error::OutputIsRead { what });
+        }
+    }
+    Ok(())
+}
+
+fn binding(buffer: &wgpu::Buffer, (offset, bytes): (u64, u64)) -> wgpu::BufferBinding<'_> {
+    wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wanted_splits;
+
+    #[test]
+    fn splits_fill_the_device_and_are_worth_it() {
+        assert_eq!(wanted_splits(32, 512, 4096, 256), 16);
+        assert_eq!(wanted_splits(1, 512, 8192, 256), 32);
+        assert_eq!(wanted_splits(1, 512, 300, 256), 1);
+        assert_eq!(wanted_splits(600, 512, 8192, 256), 1);
+        assert_eq!(wanted_splits(0, 512, 1, 256), 1);
+    }
+}

@@ -1,0 +1,139 @@
+//! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
+
+use super::{Dispatch, Kernels, Unit, Variant};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::gpu::Gpu;
+use crate::layout::Layout;
+use crate::view::{LayerView, Source};
+
+pub(super) const SOURCE: super::Source = super::Source {
+    label: "kvcache attention",
+    wgsl: include_str!("../../shaders/attention.wgsl"),
+    writes: &[false, false, false, true],
+    constants: &[],
+    layouts: &Layout::ALL,
+    dtypes: &[DType::F32, DType::F16, DType::BF16],
+};
+
+pub(super) const COMBINE: super::Source = super::Source {
+    label: "kvcache attention combine",
+    wgsl: include_str!("../../shaders/attention_combine.wgsl"),
+    writes: &[false, true],
+    constants: &[],
+    layouts: &[],
+    dtypes: &[],
+};
+
+/// Query rows of a workgroup, as in the shader.
+pub(crate) const ROWS: usize = 4;
+/// Quads of elements that a thread holds at most, as in the shader.
+const QUADS_PER_THREAD: usize = 4;
+/// Threads along a head at most: what leaves four lanes or more for each part of a sum.
+const MOST_SLICES: usize = 16;
+/// Elements a head at most.
+pub(crate) const MOST_DIM: usize = 4 * QUADS_PER_THREAD * MOST_SLICES;
+
+/// What attention reads and writes, and how it is split.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionShape<'a> {
+    pub(crate) view: &'a LayerView<'a>,
+    /// q and the output, [B, Hq, Tq, D].
+    pub(crate) query: &'a Source,
+    pub(crate) output: &'a Source,
+    /// Query heads of a K/V head.
+    pub(crate) group: usize,
+    /// New tokens of a batch row.
+    pub(crate) tokens: usize,
+    /// Tokens of a split, and how many splits there are.
+    pub(crate) split: usize,
+    pub(crate) splits: usize,
+    pub(crate) scale: f32,
+    pub(crate) is_causal: bool,
+}
+
+impl Kernels {
+    /// Binds q, a layer's buffers and the result for any number of calls.
+    pub(crate) fn bind_attention(
+        &self,
+        gpu: &Gpu,
+        query: wgpu::BufferBinding<'_>,
+        view: &LayerView<'_>,
+        result: wgpu::BufferBinding<'_>,
+    ) -> wgpu::BindGroup {
+        let bindings = [query, super::whole(view.key), super::whole(view.value), result];
+        self.attention.bind(gpu, &bindings)
+    }
+
+    /// Binds partial results and the output for any number of calls.
+    pub(crate) fn bind_attention_combine(
+        &self,
+        gpu: &Gpu,
+        partial: &wgpu::Buffer,
+        output: wgpu::BufferBinding<'_>,
+    ) -> wgpu::BindGroup {
+        self.attention_combine.bind(gpu, &[super::whole(partial), output])
+    }
+
+    pub(crate) fn attention(
+        &self,
+        gpu: &Gpu,
+        bindings: wgpu::BindGroup,
+        shape: &AttentionShape<'_>,
+    ) -> Result<Dispatch> {
+        let view = shape.view;
+        let dims = [view.key_dim, view.value_dim];
+        let unit = if dims.iter().all(|dim| dim % 4 == 0) { Unit::Vector } else { Unit::Word };
+        let unit_bytes = match unit {
+            Unit::Vector => 4 * view.dtype.size(),
+            Unit::Word => 4,
+        };
+        let quads = dims.map(|dim| dim.div_ceil(4));
+        let slices = quads[0].max(quads[1]).div_ceil(QUADS_PER_THREAD).next_power_of_two();
+        let mut params = view.layout_words().to_vec();
+        params.extend(rows(shape.query)?);
+        params.extend(rows(shape.output)?);
+        for count in dims.map(|dim| dim * view.dtype.size() / unit_bytes).into_iter().chain(quads) {
+            params.push(super::narrow(count)?);
+        }
+        for count in [shape.group, shape.tokens, slices, shape.split, shape.splits, view.batch] {
+            params.push(super::narrow(count)?);
+        }
+        params.extend([shape.scale.to_bits(), u32::from(shape.is_causal)]);
+        let variant = Variant {
+            unit,
+            layout: Some(view.layout()),
+            dtype: Some(view.dtype),
+            ..Variant::default()
+        };
+        let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
+        let groups = [tiles, view.batch * view.heads, shape.splits].map(|side| side as u64);
+        let table = view.pages.map(|pages| pages.placed.clone());
+        self.attention.prepare_sides(gpu, variant, bindings, table, &params, groups)
+    }
+
+    pub(crate) fn attention_combine(
+        &self,
+        gpu: &Gpu,
+        bindings: wgpu::BindGroup,
+        shape: &AttentionShape<'_>,
+    ) -> Result<Dispatch> {
+        let view = shape.view;
+        let all = view.batch * view.heads * shape.group * shape.tokens;
+        let mut params = rows(shape.output)?.to_vec();
+        for count in [view.value_dim, view.heads, shape.group, shape.tokens, shape.splits, all] {
+            params.push(super::narrow(count)?);
+        }
+        let limit = u64::from(gpu.limits().max_compute_workgroups_per_dimension);
+        let groups = [(all as u64).min(limit), 1, 1];
+        let variant = Variant::default();
+        self.attention_combine.prepare_sides(gpu, variant, bindings, None, &params, groups)
+    }
+}
+
+/// A checked view of f32 as a kernel reads it: offset and strides along (B, H, T), in elements.
+fn rows(source: &Source) -> Result<[u32; 4]> {
+    let count = |bytes: u64| Unit::Word.count(bytes);
+    let [b, h, t] = source.strides;
+    Ok([count(source.offset)?, count(b)?, count(h)?, count(t)?])
+}

@@ -1,0 +1,210 @@
+//! What only pages promise: rows share them, a change of the batch moves nothing, and what is given back
+//! is used again.
+
+use wgpu_kvcache::{CachePosition, DType, Error, Layout, PagedKVCache, PagedOptions};
+
+use crate::gpu;
+use crate::model::{Block, Model};
+use crate::rig::{Rig, upload};
+
+const APPEND: CachePosition<'_> = CachePosition::Append;
+
+fn pages_used(rig: &Rig) -> u64 {
+    rig.cache.stats().pages_used
+}
+
+/// Eight beams over a long prompt, which change places at every step.
+#[test]
+fn beams_cost_what_they_differ_in() {
+    let layers = 3;
+    let mut one = Rig::paged(&gpu(), 16);
+    let mut beams = Rig::paged(&gpu(), 16);
+    let mut rings = Rig::dynamic(&gpu());
+    for layer in 0..layers {
+        one.update(layer, [1, 2, 528, 4], 4, APPEND);
+        for rig in [&mut beams, &mut rings] {
+            rig.update(layer, [1, 2, 512, 4], 4, APPEND);
+        }
+    }
+    assert_eq!(pages_used(&one), 33);
+    let parents: [&[u32]; 4] =
+        [&[0; 8], &[0, 0, 1, 1, 5, 5, 2, 7], &[7, 6, 5, 4, 3, 2, 1, 0], &[3, 3, 3, 3, 3, 3, 3, 4]];
+    for step in 0..16 {
+        for rig in [&mut beams, &mut rings] {
+            if step == 0 {
+                rig.repeat_interleave(8);
+            } else {
+                rig.select(parents[step % 4]);
+            }
+            for layer in 0..layers {
+                rig.update(layer, [8, 2, 1, 4], 4, APPEND);
+            }
+        }
+        beams.check(&format!("step {step}"));
+    }
+    let peak = beams.cache.stats().peak_pages_used;
+    assert!(4 * peak <= 5 * pages_used(&one), "{peak} pages for eight beams");
+    // The same in rows of their own: as much for each beam.
+    let bytes = |rig: &Rig| (0..layers).map(|layer| 8 * rig.model.row_bytes(layer)).sum::<usize>();
+    assert!(rings.cache.stats().bytes_allocated >= bytes(&rings) as u64);
+}
+
+#[test]
+fn a_change_of_the_batch_moves_nothing_and_a_write_only_shared_pages() {
+    for layers in [1, 4] {
+        let mut rig = Rig::paged(&gpu(), 4);
+        for layer in 0..layers {
+            rig.update(layer, [2, 3, 10, 4], 6, APPEND);
+        }
+        // A page of all heads, K and V.
+        let (token, page) = (3 * (4 + 6) * 4, 4 * 3 * (4 + 6) * 4);
+        for (map, copied) in [
+            (&[1, 0][..], 0),
+            (&[0, 0, 0, 1], 2),
+            (&[3, 2, 1, 0], 0),
+            (&[0, 1, 1, 1, 1], 3),
+            (&[4], 0),
+        ] {
+            let before = rig.cache.stats();
+            rig.select(map);
+            assert_eq!(rig.since(before), (0, 0), "{map:?}");
+            assert_eq!(rig.cache.stats().bytes_allocated, before.bytes_allocated, "{map:?}");
+            rig.check(&format!("{map:?}"));
+            // The last page is partly filled: all but one of the rows that share it get a copy, in one
+            // dispatch a layer.
+            let before = rig.cache.stats();
+            for layer in 0..layers {
+                rig.update(layer, [map.len(), 3, 1, 4], 6, APPEND);
+            }
+            rig.check(&format!("{map:?}, then a token"));
+            rig.truncate(10);
+            let dispatches = layers * (1 + usize::from(copied > 0));
+            let moved = layers * (copied * page + map.len() * token);
+            assert_eq!(rig.since(before), (dispatches as u64, moved as u64), "{map:?}");
+        }
+    }
+}
+
+/// Layers that do the same have one table, whatever was done before; a layer that differs has its own.
+#[test]
+fn layers_that_advance_together_share_one_table() {
+    let mut rig = Rig::paged(&gpu(), 4);
+    let tables = |rig: &Rig| -> Vec<_> {
+        let views = (0..4).map(|layer| rig.cache.view(layer).unwrap().unwrap());
+        views.map(|view| (view.page_table().cloned(), view.layout_words())).collect()
+    };
+    for step in 0..40 {
+        for layer in 0..4 {
+            rig.update(layer, [2, 1, 1 + step % 3, 2], 2, APPEND);
+        }
+        match step % 5 {
+            0 => rig.select(&[1, 0]),
+            1 => rig.truncate(20),
+            2 => rig.crop(17),
+            3 => rig.select(&[0, 0]),
+            _ => {}
+        }
+        let tables = tables(&rig);
+        assert!(tables.iter().all(|table| *table == tables[0]), "step {step}: {tables:?}");
+    }
+    rig.check("together");
+    rig.update(2, [2, 1, 9, 2], 2, APPEND);
+    let tables = tables(&rig);
+    assert_ne!(tables[2].1, tables[0].1);
+    assert_eq!(tables[1], tables[3]);
+    for layer in 0..4 {
+        rig.update(layer, [2, 1, 2, 2], 2, APPEND);
+    }
+    rig.check("one ahead");
+}
+
+#[test]
+fn pages_given_back_are_used_again() {
+    for size in [1, 4, 16] {
+        let mut rig = Rig::paged(&gpu(), size);
+        let mut settled = 0;
+        for step in 0..60 {
+            for layer in 0..2 {
+                rig.update(layer, [3, 2, 7, 4], 4, APPEND);
+            }
+            match step % 3 {
+                0 => rig.crop(25),
+                1 => rig.truncate(20),
+                _ => rig.select(&[2, 2, 0]),
+            }
+            if step == 10 {
+                settled = rig.cache.stats().bytes_allocated;
+            }
+        }
+        rig.check(&format!("pages of {size}"));
+        assert_eq!(rig.cache.stats().bytes_allocated, settled, "pages of {size}");
+        rig.crop(0);
+        assert_eq!((pages_used(&rig), rig.cache.stats().pages_shared), (0, 0));
+        rig.update(0, [3, 2, 1, 4], 4, CachePosition::At(9));
+        rig.check("after all were given back");
+    }
+}
+
+/// A pool of so many pages: it is made at once, and an update that needs more is refused.
+#[test]
+fn a_bounded_pool() {
+    let options = PagedOptions { page_tokens: 4, max_pages: Some(7), ..PagedOptions::default() };
+    let mut rig = Rig::in_pages(&gpu(), options, Model::dynamic());
+    rig.update(0, [2, 2, 6, 4], 6, APPEND);
+    let stats = rig.cache.stats();
+    let page = 4 * 2 * (4 + 6) * 4;
+    assert_eq!((stats.pages_used, stats.pages_free, stats.bytes_allocated), (4, 3, 7 * page));
+    rig.select(&[0, 0, 0, 1, 1]);
+    let block = Block::noise([5, 2, 1, 4], 4, 1);
+    let value = Block::noise([5, 2, 1, 6], 4, 2);
+    let (k, v) = (upload(&gpu(), DType::F32, &block), upload(&gpu(), DType::F32, &value));
+    let (gpu, before) = (gpu(), rig.cache.stats());
+    for _ in 0..2 {
+        // Rows 0 to 2 share two pages, and rows 3 and 4 two others: three rows need a page of their own.
+        rig.truncate(6);
+        let mut refused = |position| {
+            gpu.submit_pass("refused", |pass| {
+                rig.cache.update(pass, &k.view(), &v.view(), 0, position).map(|_| ())
+            })
+        };
+        let error = refused(CachePosition::At(8)).expect_err("five new pages behind the last");
+        let due = Error::OutOfPages { used: 4, shared: 4, wanted: 5, limit: 7, page_tokens: 4 };
+        assert_eq!(error, due);
+        for word in ["5 more pages of 4 tokens", "4 in use", "4 of them shared", "made for 7"] {
+            assert!(error.to_string().contains(word), "'{word}' is not in '{error}'");
+        }
+        let error = refused(CachePosition::At(u32::MAX / 2)).expect_err("far too many");
+        assert!(matches!(error, Error::OutOfPages { limit: 7, .. }), "{error:?}");
+        assert_eq!(rig.cache.stats(), before);
+        rig.check("after what was refused");
+    }
+    rig.update(0, [5, 2, 1, 4], 6, APPEND);
+    rig.check("full");
+    let full = rig.cache.stats();
+    assert_eq!((full.pages_used, full.pages_free, full.bytes_allocated), (7, 0, 7 * page));
+    // The last page of each row has a slot left, and no row shares it.
+    rig.update(0, [5, 2, 1, 4], 6, APPEND);
+    rig.crop(4);
+    assert_eq!(pages_used(&rig), 5);
+    rig.select(&[0, 2]);
+    rig.update(0, [2, 2, 8, 4], 6, APPEND);
+    rig.check("given back and used again");
+}
+
+#[test]
+fn a_page_is_a_power_of_two() {
+    for page_tokens in [0, 3, 12, usize::MAX] {
+        let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+        let error = PagedKVCache::with_options(&gpu(), options).expect_err("no power of two");
+        assert_eq!(error, Error::PageSize { page_tokens });
+        assert!(error.to_string().contains("power of two"), "{error}");
+    }
+    for page_tokens in [1, 2, 64, 1 << 20] {
+        let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+        let mut rig = Rig::in_pages(&gpu(), options, Model::dynamic());
+        rig.update(0, [1, 1, 3, 2], 2, APPEND);
+        rig.check(&format!("pages of {page_tokens}"));
+        let view = rig.cache.view(0).expect("it exists").expect("it was written");
+        assert_eq!((view.layout(), view.capacity()), (Layout::Paged, page_tokens));
+    }
+}
