@@ -1,6 +1,7 @@
 //! Everything that runs on a GPU and needs no model, in one binary, so that the kernels are compiled
 //! once.
 
+mod attention;
 mod batch;
 mod encoder_decoder;
 mod faults;
