@@ -4,12 +4,15 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use wgpu_kvcache::{Cache, DynamicKVCache, Gpu, KVCache, StaticKVCache, wgpu};
+use wgpu_kvcache::{
+    Attention, AttentionOptions, Cache, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache,
+    StaticKVCache, TensorView, wgpu,
+};
 
 mod support;
 use support::{
-    BATCH, COPY, DIM, HEADS, Inputs, LAYERS, Plain, TOUCH, fill, finish, gpu, pass, random_buffer,
-    update,
+    BATCH, COPY, DIM, HEADS, Inputs, LAYERS, Plain, SUM, TOUCH, concat::ConcatCache, fill, finish,
+    gpu, pass, random_buffer, update,
 };
 
 const LENGTHS: [usize; 3] = [128, 1024, 4096];
@@ -51,6 +54,16 @@ fn limit(criterion: &mut Criterion) {
         group.bench_function(id, |bencher| bencher.iter(|| read_back(&gpu, &source, bytes)));
     }
 
+    // What attention over 4096 tokens reads of one layer.
+    let bytes = live_bytes(1, BATCH, 4096);
+    group.throughput(Throughput::Bytes(bytes));
+    let groups = u32::try_from(bytes / 16 / 4096).expect("few groups");
+    let sums = random_buffer(&gpu, 1 << 20);
+    let sum = Plain::new(&gpu, SUM, &[&source, &sums], groups);
+    group.bench_function("read_sum", |bencher| {
+        bencher.iter(|| pass(&gpu, |pass| sum.record(pass)));
+    });
+
     let words: Vec<_> = (0..LAYERS).map(|_| random_buffer(&gpu, 4)).collect();
     let touches: Vec<_> = words.iter().map(|word| Plain::new(&gpu, TOUCH, &[word], 1)).collect();
     group.throughput(Throughput::Elements(1));
@@ -85,9 +98,12 @@ fn step(criterion: &mut Criterion) {
         let room = 2 * tokens;
         let dynamic = DynamicKVCache::with_capacity(&gpu, room);
         let fixed = StaticKVCache::new(&gpu, room, LAYERS);
-        for (kind, mut cache) in
-            [("dynamic", Box::new(dynamic) as Box<dyn KVCache>), ("static", Box::new(fixed))]
-        {
+        let paged = PagedKVCache::new(&gpu);
+        for (kind, mut cache) in [
+            ("dynamic", Box::new(dynamic) as Box<dyn KVCache>),
+            ("static", Box::new(fixed)),
+            ("paged", Box::new(paged)),
+        ] {
             fill(&gpu, cache.as_mut(), BATCH, tokens, LAYERS);
             group.bench_function(BenchmarkId::new(kind, tokens), |bencher| {
                 bencher.iter(|| {
@@ -189,6 +205,78 @@ fn reorder(criterion: &mut Criterion) {
             }
         }
     }
+
+    // Pages: the reorder, and the step after it, in one pass.
+    let tokens = 4096;
+    let mut cache = PagedKVCache::new(&gpu);
+    fill(&gpu, &mut cache, BATCH, tokens, LAYERS);
+    let one = Inputs::new(&gpu, BATCH, 1);
+    group.throughput(Throughput::Elements(1));
+    group.bench_function(BenchmarkId::new("paged", tokens), |bencher| {
+        bencher.iter(|| {
+            cache.truncate(tokens);
+            pass(&gpu, |pass| {
+                cache.reorder_cache(pass, &[1, 2, 3, 0]).expect("rows that exist");
+                update(pass, &mut cache, &one.bhtd(), LAYERS);
+            });
+        });
+    });
+}
+
+/// One query a row over 4096 tokens of one layer, four query heads a K/V head.
+fn attention(criterion: &mut Criterion) {
+    let gpu = gpu();
+    let mut group = criterion.benchmark_group("attention");
+    group.sample_size(20);
+    let tokens = 4096;
+    let shape = [BATCH, 4 * HEADS, 1, DIM];
+    let floats = (BATCH * 4 * HEADS * DIM * 4) as u64;
+    let (query, output) = (random_buffer(&gpu, floats), random_buffer(&gpu, floats));
+    let [query, output] = [&query, &output]
+        .map(|buffer| TensorView::new(buffer, DType::F32, &shape).expect("a shape"));
+    for (name, mut cache) in [
+        ("contiguous", Box::new(DynamicKVCache::new(&gpu)) as Box<dyn KVCache>),
+        ("paged", Box::new(PagedKVCache::new(&gpu))),
+    ] {
+        fill(&gpu, cache.as_mut(), BATCH, tokens, 1);
+        let mut attention = Attention::new(&gpu);
+        group.throughput(Throughput::Bytes(live_bytes(1, BATCH, tokens)));
+        group.bench_function(BenchmarkId::new(name, tokens), |bencher| {
+            bencher.iter(|| {
+                let view = cache.view(0).expect("it exists").expect("it was written");
+                pass(&gpu, |pass| {
+                    let options = AttentionOptions::default();
+                    attention
+                        .record(pass, &query, &view, &output, options)
+                        .expect("shapes that fit");
+                });
+            });
+        });
+    }
+}
+
+/// The baseline: a cache that copies old and new into fresh buffers at every step.
+fn concat(criterion: &mut Criterion) {
+    let gpu = gpu();
+    let mut group = criterion.benchmark_group("concat");
+    group.sample_size(10).warm_up_time(Duration::from_secs(1));
+    let one = Inputs::new(&gpu, BATCH, 1);
+    for tokens in LENGTHS {
+        let mut cache = ConcatCache::new(&gpu, LAYERS, BATCH, HEADS, DIM);
+        group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
+            bencher.iter_custom(|times| {
+                let mut total = Duration::ZERO;
+                for _ in 0..times {
+                    cache.fill(tokens);
+                    finish(&gpu);
+                    let start = Instant::now();
+                    pass(&gpu, |pass| cache.step(pass, &one.key, &one.value));
+                    total += start.elapsed();
+                }
+                total
+            });
+        });
+    }
 }
 
 /// One row becomes four. The buffers for four rows exist and have been touched.
@@ -250,5 +338,17 @@ fn truncate_crop(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, limit, step, grow, prefill, reorder, repeat, get, truncate_crop);
+criterion_group!(
+    benches,
+    limit,
+    step,
+    concat,
+    grow,
+    prefill,
+    reorder,
+    attention,
+    repeat,
+    get,
+    truncate_crop
+);
 criterion_main!(benches);

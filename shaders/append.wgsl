@@ -56,6 +56,8 @@ override tile_tokens: u32 = 1u;
 override tile_rows: u32 = 16u;
 // Whether positions come as a list.
 override has_list: bool = false;
+// Whether there is one position only, as in a decode step.
+override is_single: bool = false;
 
 const TOKENS_PER_THREAD: u32 = 4u;
 const ZERO: u32 = 0xffffffffu;
@@ -121,8 +123,7 @@ fn write_keys(at: vec4<u32>, to: vec4<u32>, is_zero: vec4<bool>, is_written: vec
     var y = Unit();
     var z = Unit();
     var w = Unit();
-    // A decode step has one token.
-    if params.entries > 1u {
+    if !is_single {
         y = select(key_source[at.y], Unit(), is_zero.y);
         z = select(key_source[at.z], Unit(), is_zero.z);
         w = select(key_source[at.w], Unit(), is_zero.w);
@@ -146,8 +147,7 @@ fn write_values(at: vec4<u32>, to: vec4<u32>, is_zero: vec4<bool>, is_written: v
     var y = Unit();
     var z = Unit();
     var w = Unit();
-    // A decode step has one token.
-    if params.entries > 1u {
+    if !is_single {
         y = select(value_source[at.y], Unit(), is_zero.y);
         z = select(value_source[at.z], Unit(), is_zero.z);
         w = select(value_source[at.w], Unit(), is_zero.w);

@@ -113,8 +113,13 @@ fn main(
         workgroupBarrier();
         // All slices of a lane add up the same numbers in the same order.
         var score = mat4x4<f32>();
-        for (var i = lane * params.slices; i < (lane + 1u) * params.slices; i++) {
+        var i = lane * params.slices;
+        loop {
             score += mat4x4(told[i], told[i + THREADS], told[i + 2u * THREADS], told[i + 3u * THREADS]);
+            i++;
+            continuing {
+                break if i == (lane + 1u) * params.slices;
+            }
         }
         let ends = min(seen, vec4(end));
         let s0 = select(vec4(LOWEST), score[0], vec4(token.x) < ends);

@@ -23,16 +23,21 @@ struct Params {
     start: u32,
     len: u32,
     capacity: u32,
-    // The moves and where they lie in `lists`.
-    copies: u32,
-    cycles: u32,
+    // Where the moves lie in `lists`, and in them where the cycles begin and all of it ends.
     list_at: u32,
+    cycles_at: u32,
+    list_end: u32,
 }
 
 @group(0) @binding(0) var<storage, read_write> key_cache: array<Unit>;
 @group(0) @binding(1) var<storage, read_write> value_cache: array<Unit>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
+
+// Which moves there are, so that a kernel runs no others. Loops end at their end, never before it: a
+// software adapter runs a body that all threads have left once more, with nothing to do.
+override has_copies: bool = true;
+override has_cycles: bool = true;
 
 const WORKGROUP: u32 = 256u;
 // Columns of a workgroup: a thread's four are a workgroup apart, so that neighbours read neighbours.
@@ -79,25 +84,47 @@ struct Four {
 
 fn move_keys(c: Columns) {
     var next = params.list_at;
-    for (var i = 0u; i < params.copies; i++) {
-        let held = load_keys(c, lists[next]);
-        let end = next + 2u + lists[next + 1u];
-        for (next += 2u; next < end; next++) {
-            store_keys(c, lists[next], held);
+    if has_copies {
+        let end = params.list_at + params.cycles_at;
+        loop {
+            let held = load_keys(c, lists[next]);
+            let last = next + 1u + lists[next + 1u];
+            next++;
+            loop {
+                next++;
+                store_keys(c, lists[next], held);
+                continuing {
+                    break if next == last;
+                }
+            }
+            next++;
+            continuing {
+                break if next == end;
+            }
         }
     }
-    for (var i = 0u; i < params.cycles; i++) {
-        let last = next + lists[next];
-        next++;
-        var to = lists[next];
-        let held = load_keys(c, to);
-        for (; next < last; next++) {
-            let source = lists[next + 1u];
-            store_keys(c, to, load_keys(c, source));
-            to = source;
+    if has_cycles {
+        let end = params.list_at + params.list_end;
+        loop {
+            let last = next + lists[next];
+            next++;
+            var to = lists[next];
+            let held = load_keys(c, to);
+            loop {
+                next++;
+                let source = lists[next];
+                store_keys(c, to, load_keys(c, source));
+                to = source;
+                continuing {
+                    break if next == last;
+                }
+            }
+            store_keys(c, to, held);
+            next++;
+            continuing {
+                break if next == end;
+            }
         }
-        store_keys(c, to, held);
-        next++;
     }
 }
 
@@ -124,25 +151,47 @@ fn store_keys(c: Columns, row: u32, units: Four) {
 
 fn move_values(c: Columns) {
     var next = params.list_at;
-    for (var i = 0u; i < params.copies; i++) {
-        let held = load_values(c, lists[next]);
-        let end = next + 2u + lists[next + 1u];
-        for (next += 2u; next < end; next++) {
-            store_values(c, lists[next], held);
+    if has_copies {
+        let end = params.list_at + params.cycles_at;
+        loop {
+            let held = load_values(c, lists[next]);
+            let last = next + 1u + lists[next + 1u];
+            next++;
+            loop {
+                next++;
+                store_values(c, lists[next], held);
+                continuing {
+                    break if next == last;
+                }
+            }
+            next++;
+            continuing {
+                break if next == end;
+            }
         }
     }
-    for (var i = 0u; i < params.cycles; i++) {
-        let last = next + lists[next];
-        next++;
-        var to = lists[next];
-        let held = load_values(c, to);
-        for (; next < last; next++) {
-            let source = lists[next + 1u];
-            store_values(c, to, load_values(c, source));
-            to = source;
+    if has_cycles {
+        let end = params.list_at + params.list_end;
+        loop {
+            let last = next + lists[next];
+            next++;
+            var to = lists[next];
+            let held = load_values(c, to);
+            loop {
+                next++;
+                let source = lists[next];
+                store_values(c, to, load_values(c, source));
+                to = source;
+                continuing {
+                    break if next == last;
+                }
+            }
+            store_values(c, to, held);
+            next++;
+            continuing {
+                break if next == end;
+            }
         }
-        store_values(c, to, held);
-        next++;
     }
 }
 

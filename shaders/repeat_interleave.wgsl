@@ -26,9 +26,9 @@ struct Params {
     len: u32,
     old_capacity: u32,
     new_capacity: u32,
-    // The copies and where they lie in `lists`.
-    copies: u32,
+    // Where the copies lie in `lists`, and how long the list is.
     list_at: u32,
+    list_end: u32,
 }
 
 @group(0) @binding(0) var<storage, read> key_source: array<Unit>;
@@ -85,14 +85,17 @@ fn main(
 
 fn copy_keys(c: Columns) {
     var next = params.list_at;
-    for (var i = 0u; i < params.copies; i++) {
-        let from_row = c.source + lists[next] * c.source_stride;
-        let x = key_source[from_row.x];
-        let y = key_source[from_row.y];
-        let z = key_source[from_row.z];
-        let w = key_source[from_row.w];
-        let end = next + 2u + lists[next + 1u];
-        for (next += 2u; next < end; next++) {
+    // At least one copy of at least one row: a loop that ends at its end wastes no round.
+    loop {
+        let source = c.source + lists[next] * c.source_stride;
+        let x = key_source[source.x];
+        let y = key_source[source.y];
+        let z = key_source[source.z];
+        let w = key_source[source.w];
+        let last = next + 1u + lists[next + 1u];
+        next++;
+        loop {
+            next++;
             let at = c.fresh + lists[next] * c.fresh_stride;
             if c.is_live.x {
                 key_cache[at.x] = x;
@@ -106,20 +109,30 @@ fn copy_keys(c: Columns) {
             if c.is_live.w {
                 key_cache[at.w] = w;
             }
+            continuing {
+                break if next == last;
+            }
+        }
+        next++;
+        continuing {
+            break if next == params.list_at + params.list_end;
         }
     }
 }
 
 fn copy_values(c: Columns) {
     var next = params.list_at;
-    for (var i = 0u; i < params.copies; i++) {
-        let from_row = c.source + lists[next] * c.source_stride;
-        let x = value_source[from_row.x];
-        let y = value_source[from_row.y];
-        let z = value_source[from_row.z];
-        let w = value_source[from_row.w];
-        let end = next + 2u + lists[next + 1u];
-        for (next += 2u; next < end; next++) {
+    // At least one copy of at least one row: a loop that ends at its end wastes no round.
+    loop {
+        let source = c.source + lists[next] * c.source_stride;
+        let x = value_source[source.x];
+        let y = value_source[source.y];
+        let z = value_source[source.z];
+        let w = value_source[source.w];
+        let last = next + 1u + lists[next + 1u];
+        next++;
+        loop {
+            next++;
             let at = c.fresh + lists[next] * c.fresh_stride;
             if c.is_live.x {
                 value_cache[at.x] = x;
@@ -133,6 +146,13 @@ fn copy_values(c: Columns) {
             if c.is_live.w {
                 value_cache[at.w] = w;
             }
+            continuing {
+                break if next == last;
+            }
+        }
+        next++;
+        continuing {
+            break if next == params.list_at + params.list_end;
         }
     }
 }

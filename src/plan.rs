@@ -9,14 +9,15 @@ use std::ops::Range;
 /// what the first one held.
 ///
 /// ```text
-/// copies: 1, cycles: 1        from 3 to 0, 5    rows 1, 2, 4 change places
-///                            | 3  2   0  5 |   | 3   1  2  4 |
+///   from 3 to 0, 5    rows 1, 2, 4 change places
+///  | 3  2   0  5 |   | 3   1  2  4 |
+///                     cycles_at
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct MoveList {
     pub(crate) words: Vec<u32>,
-    pub(crate) copies: u32,
-    pub(crate) cycles: u32,
+    /// Words of the copies: where the cycles begin.
+    pub(crate) cycles_at: usize,
     /// Rows that are written.
     pub(crate) written: usize,
 }
@@ -30,10 +31,10 @@ impl MoveList {
             _ => {
                 *last = Some((from, self.words.len() + 1));
                 self.words.extend([from, 1]);
-                self.copies += 1;
             }
         }
         self.words.push(to);
+        self.cycles_at = self.words.len();
         self.written += 1;
     }
 
@@ -41,7 +42,6 @@ impl MoveList {
     fn cycle(&mut self, rows: &[u32]) {
         self.words.push(narrow(rows.len()));
         self.words.extend(rows);
-        self.cycles += 1;
         self.written += rows.len();
     }
 }
@@ -183,26 +183,23 @@ mod tests {
 
     /// What a thread does with a column.
     fn run(moves: &MoveList, rows: &mut [u32]) {
-        let mut words = moves.words.iter().map(|&word| word as usize);
-        let mut next = || words.next().expect("the list is as long as it says");
-        for _ in 0..moves.copies {
-            let value = rows[next()];
-            for _ in 0..next() {
-                rows[next()] = value;
-            }
+        let words: Vec<usize> = moves.words.iter().map(|&word| word as usize).collect();
+        let mut at = 0;
+        while at < moves.cycles_at {
+            let (value, count) = (rows[words[at]], words[at + 1]);
+            assert!(count > 0, "a kernel copies to one row at least");
+            words[at + 2..][..count].iter().for_each(|&to| rows[to] = value);
+            at += 2 + count;
         }
-        for _ in 0..moves.cycles {
-            let left = next() - 1;
-            let mut to = next();
-            let held = rows[to];
-            for _ in 0..left {
-                let from = next();
-                rows[to] = rows[from];
-                to = from;
-            }
-            rows[to] = held;
+        assert_eq!(at, moves.cycles_at, "the copies end where the cycles begin");
+        while at < words.len() {
+            let cycle = &words[at + 1..][..words[at]];
+            assert!(cycle.len() > 1, "a kernel turns two rows at least");
+            let held = rows[cycle[0]];
+            cycle.windows(2).for_each(|pair| rows[pair[0]] = rows[pair[1]]);
+            rows[cycle[cycle.len() - 1]] = held;
+            at += 1 + cycle.len();
         }
-        assert_eq!(words.next(), None, "the list says all that it holds");
     }
 
     /// Every map of up to 6 rows onto up to 6.
@@ -242,7 +239,7 @@ mod tests {
                         let mut rows: Vec<u32> = (0..old).map(|r| 100 + r).collect();
                         rows.resize((old + new) as usize, 0);
                         for list in &lists {
-                            assert!(list.written <= most && list.cycles == 0);
+                            assert!(list.written <= most && list.cycles_at == list.words.len());
                             let mut shifted = list.clone();
                             shift_targets(&mut shifted, old);
                             run(&shifted, &mut rows);
@@ -253,7 +250,8 @@ mod tests {
                             let mut sources = map.clone();
                             sources.sort_unstable();
                             sources.dedup();
-                            assert_eq!(lists[0].copies as usize, sources.len());
+                            let heads = lists[0].words.len() - map.len();
+                            assert_eq!(heads, 2 * sources.len());
                         }
                     }
                 }
@@ -263,7 +261,7 @@ mod tests {
 
     fn shift_targets(list: &mut MoveList, by: u32) {
         let mut at = 0;
-        for _ in 0..list.copies {
+        while at < list.cycles_at {
             let count = list.words[at + 1] as usize;
             list.words[at + 2..at + 2 + count].iter_mut().for_each(|to| *to += by);
             at += 2 + count;

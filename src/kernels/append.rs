@@ -12,7 +12,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../shaders/append.wgsl"),
     writes: &[false, false, true, true],
-    constants: &["tile_units", "tile_tokens", "tile_rows", "has_list"],
+    constants: &["tile_units", "tile_tokens", "tile_rows", "has_list", "is_single"],
     layouts: &[Layout::Wrapped, Layout::Paged],
     dtypes: &[],
 };
@@ -92,7 +92,7 @@ impl Kernels {
         let variant = Variant {
             unit,
             layout: Some(layout),
-            constants: [tile[0], tile[1], tile[2], has_list],
+            constants: [tile[0], tile[1], tile[2], has_list, u32::from(entries == 1)],
             ..Variant::default()
         };
         self.append.prepare(gpu, variant, bindings, list.cloned(), &params, groups)

@@ -9,7 +9,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache gather",
     wgsl: include_str!("../../shaders/gather.wgsl"),
     writes: &[true, true],
-    constants: &[],
+    constants: &["has_copies", "has_cycles"],
     layouts: &[],
     dtypes: &[],
 };
@@ -55,13 +55,17 @@ impl Kernels {
             super::narrow(shape.start)?,
             super::narrow(shape.len)?,
             super::narrow(shape.capacity)?,
-            shape.moves.copies,
-            shape.moves.cycles,
             list.offset / 4,
+            super::narrow(shape.moves.cycles_at)?,
+            super::narrow(shape.moves.words.len())?,
         ];
+        let has_copies = u32::from(shape.moves.cycles_at > 0);
+        let has_cycles = u32::from(shape.moves.cycles_at < shape.moves.words.len());
+        let constants = [has_copies, has_cycles, 0, 0, 0];
+        let variant = Variant { unit, constants, ..Variant::default() };
         self.gather.prepare(
             gpu,
-            Variant { unit, ..Variant::default() },
+            variant,
             bindings,
             Some(list),
             &params,

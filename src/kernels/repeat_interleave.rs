@@ -49,8 +49,8 @@ impl Kernels {
             super::narrow(shape.len)?,
             super::narrow(shape.old_capacity)?,
             super::narrow(shape.new_capacity)?,
-            shape.copies.copies,
             list.offset / 4,
+            super::narrow(shape.copies.words.len())?,
         ];
         let bindings =
             self.repeat_interleave.bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole));
