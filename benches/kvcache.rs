@@ -58,7 +58,7 @@ fn limit(criterion: &mut Criterion) {
     let bytes = live_bytes(1, BATCH, 4096);
     group.throughput(Throughput::Bytes(bytes));
     let groups = u32::try_from(bytes / 16 / 4096).expect("few groups");
-    let sums = random_buffer(&gpu, 1 << 20);
+    let sums = random_buffer(&gpu, bytes / 16);
     let sum = Plain::new(&gpu, SUM, &[&source, &sums], groups);
     group.bench_function("read_sum", |bencher| {
         bencher.iter(|| pass(&gpu, |pass| sum.record(pass)));

@@ -2,7 +2,7 @@
 //
 // A workgroup takes four query rows that share a K/V head, and one split of the live tokens. Its threads
 // lie side by side along the head (slices) and along the tokens (lanes): a thread holds up to four quads
-// of elements of each of the four rows, and meets every lanes-th token. Each lane keeps a softmax of its
+// of elements of each of the four rows, or eight, and meets every lanes-th token. Each lane keeps a softmax of its
 // own, relative to the highest score so far (Milakov and Gimelshein, 2018); at the end the lanes are put
 // together, and the splits by attention_combine.wgsl (flash-decoding: Dao et al., 2023).
 //
@@ -53,6 +53,10 @@ struct Params {
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
+// Whether a thread holds eight quads. A GPU has no registers for as many, but a software adapter has no
+// registers at all, and pays for what its threads tell each other.
+override is_wide: bool = false;
+
 const THREADS: u32 = 128u;
 const ROWS: u32 = 4u;
 const LOWEST: f32 = -3.0e38;
@@ -86,9 +90,22 @@ fn main(
     let q1 = query_quads(b, h, row, quad.y);
     let q2 = query_quads(b, h, row, quad.z);
     let q3 = query_quads(b, h, row, quad.w);
+    let far = quad + 4u * params.slices;
+    var q4 = mat4x4<f32>();
+    var q5 = mat4x4<f32>();
+    var q6 = mat4x4<f32>();
+    var q7 = mat4x4<f32>();
+    if is_wide {
+        q4 = query_quads(b, h, row, far.x);
+        q5 = query_quads(b, h, row, far.y);
+        q6 = query_quads(b, h, row, far.z);
+        q7 = query_quads(b, h, row, far.w);
+    }
     // What lies past the head is read as its last quad: its q is zero, and its sum is not written.
     let key_at = min(quad, vec4(params.key_quads - 1u));
+    let key_far = min(far, vec4(params.key_quads - 1u));
     let value_at = min(quad, vec4(params.value_quads - 1u));
+    let value_far = min(far, vec4(params.value_quads - 1u));
 
     var highest = vec4(LOWEST);
     var total = vec4(0.0);
@@ -96,6 +113,10 @@ fn main(
     var sum1 = mat4x4<f32>();
     var sum2 = mat4x4<f32>();
     var sum3 = mat4x4<f32>();
+    var sum4 = mat4x4<f32>();
+    var sum5 = mat4x4<f32>();
+    var sum6 = mat4x4<f32>();
+    var sum7 = mat4x4<f32>();
     for (var first = begin; first < end; first += 4u * lanes) {
         let token = first + lane + vec4(0u, 1u, 2u, 3u) * lanes;
         let held = min(token, vec4(end - 1u));
@@ -105,27 +126,31 @@ fn main(
             kv_slot(params.kv, b, h, held.z),
             kv_slot(params.kv, b, h, held.w),
         );
+        var part = scores(slot, key_at, q0, q1, q2, q3);
+        if is_wide {
+            part += scores(slot, key_far, q4, q5, q6, q7);
+        }
         workgroupBarrier();
-        told[local] = scores(slot.x, key_at, q0, q1, q2, q3);
-        told[local + THREADS] = scores(slot.y, key_at, q0, q1, q2, q3);
-        told[local + 2u * THREADS] = scores(slot.z, key_at, q0, q1, q2, q3);
-        told[local + 3u * THREADS] = scores(slot.w, key_at, q0, q1, q2, q3);
+        told[local] = part[0];
+        told[local + THREADS] = part[1];
+        told[local + 2u * THREADS] = part[2];
+        told[local + 3u * THREADS] = part[3];
         workgroupBarrier();
         // All slices of a lane add up the same numbers in the same order.
-        var score = mat4x4<f32>();
+        var sums = mat4x4<f32>();
         var i = lane * params.slices;
         loop {
-            score += mat4x4(told[i], told[i + THREADS], told[i + 2u * THREADS], told[i + 3u * THREADS]);
+            sums += mat4x4(told[i], told[i + THREADS], told[i + 2u * THREADS], told[i + 3u * THREADS]);
             i++;
             continuing {
                 break if i == (lane + 1u) * params.slices;
             }
         }
         let ends = min(seen, vec4(end));
-        let s0 = select(vec4(LOWEST), score[0], vec4(token.x) < ends);
-        let s1 = select(vec4(LOWEST), score[1], vec4(token.y) < ends);
-        let s2 = select(vec4(LOWEST), score[2], vec4(token.z) < ends);
-        let s3 = select(vec4(LOWEST), score[3], vec4(token.w) < ends);
+        let s0 = select(vec4(LOWEST), sums[0], vec4(token.x) < ends);
+        let s1 = select(vec4(LOWEST), sums[1], vec4(token.y) < ends);
+        let s2 = select(vec4(LOWEST), sums[2], vec4(token.z) < ends);
+        let s3 = select(vec4(LOWEST), sums[3], vec4(token.w) < ends);
         let before = highest;
         highest = max(max(highest, max(s0, s1)), max(s2, s3));
         let fade = exp(before - highest);
@@ -140,6 +165,12 @@ fn main(
         sum1 = scaled(sum1, fade) + values(slot, value_at.y) * weights;
         sum2 = scaled(sum2, fade) + values(slot, value_at.z) * weights;
         sum3 = scaled(sum3, fade) + values(slot, value_at.w) * weights;
+        if is_wide {
+            sum4 = scaled(sum4, fade) + values(slot, value_far.x) * weights;
+            sum5 = scaled(sum5, fade) + values(slot, value_far.y) * weights;
+            sum6 = scaled(sum6, fade) + values(slot, value_far.z) * weights;
+            sum7 = scaled(sum7, fade) + values(slot, value_far.w) * weights;
+        }
     }
 
     // The lanes put together, relative to the highest score of all.
@@ -159,6 +190,20 @@ fn main(
     }
     if 3u * params.slices < params.value_quads {
         write_quads(local, group, row, 3u, scaled(sum3, fade), all_highest, all_total);
+    }
+    if is_wide {
+        if 4u * params.slices < params.value_quads {
+            write_quads(local, group, row, 4u, scaled(sum4, fade), all_highest, all_total);
+        }
+        if 5u * params.slices < params.value_quads {
+            write_quads(local, group, row, 5u, scaled(sum5, fade), all_highest, all_total);
+        }
+        if 6u * params.slices < params.value_quads {
+            write_quads(local, group, row, 6u, scaled(sum6, fade), all_highest, all_total);
+        }
+        if 7u * params.slices < params.value_quads {
+            write_quads(local, group, row, 7u, scaled(sum7, fade), all_highest, all_total);
+        }
     }
 }
 
@@ -186,8 +231,24 @@ fn place(lie: Rows, b: u32, h: u32, row: u32) -> u32 {
     return lie.offset + b * lie.stride_b + head * lie.stride_h + (row / params.group) * lie.stride_t;
 }
 
-// This thread's part of the scores of a token, for four rows.
+// Four quads' part of the scores of four tokens, a token a column; rows as they lie in q.
 fn scores(
+    slot: vec4<u32>,
+    quad: vec4<u32>,
+    q0: mat4x4<f32>,
+    q1: mat4x4<f32>,
+    q2: mat4x4<f32>,
+    q3: mat4x4<f32>,
+) -> mat4x4<f32> {
+    return mat4x4(
+        score(slot.x, quad, q0, q1, q2, q3),
+        score(slot.y, quad, q0, q1, q2, q3),
+        score(slot.z, quad, q0, q1, q2, q3),
+        score(slot.w, quad, q0, q1, q2, q3),
+    );
+}
+
+fn score(
     slot: u32,
     quad: vec4<u32>,
     q0: mat4x4<f32>,

@@ -156,8 +156,7 @@ impl Attention {
     /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
     /// to be worth putting together.
     fn splits(&self, view: &LayerView<'_>, rows: usize) -> (usize, usize) {
-        let is_cpu = self.gpu.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
-        let (wanted, least) = if is_cpu { (16, 1024) } else { (512, 256) };
+        let (wanted, least) = if self.gpu.is_cpu() { (16, 1024) } else { (512, 256) };
         let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
         let splits = wanted_splits(workgroups, wanted, view.len, least);
         let split = view.len.div_ceil(splits);

@@ -67,7 +67,8 @@ impl Gpu {
     ///
     /// [`Error::OutOfMemory`] or [`Error::Device`] where the device cannot make two buffers of 64 KiB.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
-        let handle = DeviceHandle { limits: device.limits(), device, queue };
+        let is_cpu = device.adapter_info().device_type == wgpu::DeviceType::Cpu;
+        let handle = DeviceHandle { limits: device.limits(), is_cpu, device, queue };
         let kernels = Kernels::new(&handle);
         let arena = Mutex::new(Arena::new(&handle, &kernels.layouts)?);
         Ok(Self(Arc::new(Inner { handle, kernels, arena })))
@@ -192,6 +193,11 @@ impl Gpu {
         Ok(Tensor { buffer, dtype: E::DTYPE, shape: four })
     }
 
+    /// Whether the adapter runs kernels in software.
+    pub(crate) fn is_cpu(&self) -> bool {
+        self.0.handle.is_cpu
+    }
+
     pub(crate) fn limits(&self) -> &wgpu::Limits {
         &self.0.handle.limits
     }
@@ -255,6 +261,7 @@ pub(crate) struct DeviceHandle {
     pub(crate) queue: wgpu::Queue,
     /// The limits that the device was made with, which it enforces.
     pub(crate) limits: wgpu::Limits,
+    pub(crate) is_cpu: bool,
 }
 
 impl DeviceHandle {

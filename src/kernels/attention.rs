@@ -11,7 +11,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",
     wgsl: include_str!("../../shaders/attention.wgsl"),
     writes: &[false, false, false, true],
-    constants: &[],
+    constants: &["is_wide"],
     layouts: &Layout::ALL,
     dtypes: &[DType::F32, DType::F16, DType::BF16],
 };
@@ -27,12 +27,12 @@ pub(super) const COMBINE: super::Source = super::Source {
 
 /// Query rows of a workgroup, as in the shader.
 pub(crate) const ROWS: usize = 4;
-/// Quads of elements that a thread holds at most, as in the shader.
-const QUADS_PER_THREAD: usize = 4;
+/// Quads of elements that a thread holds at most, as in the shader: narrow, and wide.
+const QUADS_PER_THREAD: [usize; 2] = [4, 8];
 /// Threads along a head at most: what leaves four lanes or more for each part of a sum.
 const MOST_SLICES: usize = 16;
 /// Elements a head at most.
-pub(crate) const MOST_DIM: usize = 4 * QUADS_PER_THREAD * MOST_SLICES;
+pub(crate) const MOST_DIM: usize = 4 * QUADS_PER_THREAD[0] * MOST_SLICES;
 
 /// What attention reads and writes, and how it is split.
 #[derive(Clone, Copy, Debug)]
@@ -89,7 +89,9 @@ impl Kernels {
             Unit::Word => 4,
         };
         let quads = dims.map(|dim| dim.div_ceil(4));
-        let slices = quads[0].max(quads[1]).div_ceil(QUADS_PER_THREAD).next_power_of_two();
+        let is_wide = gpu.is_cpu();
+        let most = QUADS_PER_THREAD[usize::from(is_wide)];
+        let slices = quads[0].max(quads[1]).div_ceil(most).next_power_of_two();
         let mut params = view.layout_words().to_vec();
         params.extend(rows(shape.query)?);
         params.extend(rows(shape.output)?);
@@ -104,7 +106,7 @@ impl Kernels {
             unit,
             layout: Some(view.layout()),
             dtype: Some(view.dtype),
-            ..Variant::default()
+            constants: [u32::from(is_wide), 0, 0, 0, 0],
         };
         let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
         let groups = [tiles, view.batch * view.heads, shape.splits].map(|side| side as u64);

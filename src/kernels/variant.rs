@@ -99,6 +99,8 @@ impl Variant {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     fn some_or_none<T: Copy>(all: &[T]) -> Vec<Option<T>> {
@@ -147,6 +149,48 @@ mod tests {
                 .filter(|(_, it)| matches!(it.space, naga::AddressSpace::Storage { .. }))
                 .count();
             assert!(storage <= 8, "{name}: {storage} storage buffers");
+        }
+    }
+
+    /// Chrome's compiler, `tint`, takes every form that a browser can be given: it is parsed, and written as
+    /// SPIR-V, MSL and HLSL where the build of `tint` at hand has these writers. On machines without the
+    /// program there is nothing to ask; a line on stderr says which of it all was done.
+    #[test]
+    fn every_variant_passes_tint_where_it_is_at_hand() {
+        let tell = |line: &str| {
+            // Straight to the terminal: the test harness holds back what a passing test prints.
+            std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("a stderr");
+        };
+        if Command::new("tint").arg("--help").output().is_err() {
+            return tell("tint is not at hand: shaders are validated by naga alone\n");
+        }
+        let folder = std::env::temp_dir().join(format!("kvcache-tint-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder for temporary files");
+        let file = folder.join("shader.wgsl");
+        let mut missing = Vec::new();
+        let forms = all().into_iter().filter(|(_, _, path)| *path == ParamsPath::Uniform);
+        for (name, text, _) in forms {
+            std::fs::write(&file, &text).expect("a writable folder");
+            for format in ["wgsl", "spirv", "msl", "hlsl"] {
+                if missing.contains(&format) {
+                    continue;
+                }
+                let mut tint = Command::new("tint");
+                tint.args(["--format", format, "--output-name"]).arg(folder.join("out")).arg(&file);
+                let answer = tint.output().expect("tint runs");
+                let said = String::from_utf8_lossy(&answer.stderr).into_owned()
+                    + &String::from_utf8_lossy(&answer.stdout);
+                if said.contains("not enabled") || said.contains("invalid value") {
+                    missing.push(format);
+                    continue;
+                }
+                assert!(answer.status.success(), "{name}, to {format}: {said}");
+            }
+        }
+        std::fs::remove_dir_all(&folder).expect("the folder made above");
+        assert!(!missing.contains(&"wgsl"), "tint parses and writes WGSL");
+        if !missing.is_empty() {
+            tell(&format!("this build of tint does not write {}\n", missing.join(", ")));
         }
     }
 
