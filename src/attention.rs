@@ -246,9 +246,8 @@ fn check_shapes(
     let refused = |reason| Error::AttentionShape {
         reason,
         query: query.shape,
-        output: output.shape,
-        key: view.key_shape(),
-        value: view.value_shape(),
+        what: "K",
+        other: view.key_shape(),
     };
     if batch != view.batch {
         return Err(refused("the query and the cache differ in batch rows"));
@@ -260,7 +259,12 @@ fn check_shapes(
         return Err(refused("the query and K differ in head_dim"));
     }
     if output.shape != [batch, heads, tokens, view.value_dim] {
-        return Err(refused("the output must be (B, Hq, Tq, D of V)"));
+        return Err(Error::AttentionShape {
+            reason: "the output must be (B, Hq, Tq, D of V)",
+            query: query.shape,
+            what: "output",
+            other: output.shape,
+        });
     }
     if view.key_dim.max(view.value_dim) > MOST_DIM {
         return Err(refused("head_dim is more than the 256 that the kernel holds"));

@@ -54,15 +54,17 @@ pub trait Cache {
     /// Makes new batch row `i` of every layer the old row `indices[i]`. The batch may shrink, grow and
     /// repeat rows. Layers that were never written stay so.
     ///
-    /// Within the rows that a layer has memory for, the rows move in place, without scratch memory, and
+    /// In a ring ([`DynamicKVCache`](crate::DynamicKVCache), [`StaticKVCache`](crate::StaticKVCache)),
+    /// within the rows that a layer has memory for, the rows move in place, without scratch memory, and
     /// rows that stay cost nothing. A larger batch goes into new buffers, and so does a change that moves
-    /// more than 8,192 rows.
+    /// more than 8,192 rows. In a [`PagedKVCache`](crate::PagedKVCache) nothing moves.
     ///
     /// # Errors
     ///
     /// [`Error::NoIndices`], [`Error::IndexOutOfRange`]; where the batch grows also
-    /// [`Error::LayerTooLarge`] and [`Error::OutOfMemory`].
+    /// [`Error::LayerTooLarge`] and [`Error::OutOfMemory`]; for very many rows [`Error::ListTooLarge`].
     ///
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
     /// [`Error::NoIndices`]: crate::Error::NoIndices
     /// [`Error::IndexOutOfRange`]: crate::Error::IndexOutOfRange
     /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
@@ -84,7 +86,7 @@ pub trait Cache {
     }
 
     /// Repeats each batch row of every layer `repeats` times in a row: [a, b] becomes [a, a, b, b] for
-    /// 2. Copies live tokens only.
+    /// 2. Copies live tokens only, and in pages none.
     ///
     /// # Errors
     ///
@@ -126,8 +128,9 @@ pub trait KVCache: Cache {
     /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
     ///   [`Error::SequenceTooLong`].
     /// - A layer past a static cache's count: [`Error::LayerOutOfRange`].
-    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfMemory`].
+    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::OutOfMemory`].
     ///
+    /// [`Error::OutOfPages`]: crate::Error::OutOfPages
     /// [`Error::KeyValueShape`]: crate::Error::KeyValueShape
     /// [`Error::LayerShape`]: crate::Error::LayerShape
     /// [`Error::WrongDType`]: crate::Error::WrongDType

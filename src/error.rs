@@ -302,19 +302,17 @@ pub enum Error {
 
     /// Attention over a view that does not fit the query or the output.
     #[error(
-        "{reason}: query {query:?}, output {output:?}, K {key:?}, V {value:?} (B, H, T, D); hand in tensors that fit the view, after the update that adds the new tokens"
+        "{reason}: query {query:?}, {what} {other:?} (B, H, T, D); hand in tensors that fit the view, after the update that adds the new tokens"
     )]
     AttentionShape {
         /// What does not fit.
         reason: &'static str,
         /// Shape of the query, (B, Hq, Tq, D).
         query: [usize; 4],
-        /// Shape of the output, (B, Hq, Tq, D).
-        output: [usize; 4],
-        /// Shape of the live K, (B, H, T, D).
-        key: [usize; 4],
-        /// Shape of the live V, (B, H, T, D).
-        value: [usize; 4],
+        /// What the query does not fit: the output, or the live K.
+        what: &'static str,
+        /// Its shape, (B, H, T, D).
+        other: [usize; 4],
     },
 
     /// The output of attention lies in a buffer that it reads.

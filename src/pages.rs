@@ -7,7 +7,7 @@ use crate::position::{Order, SKIP};
 ///
 /// Token t of row b is slot `start + t` of the row's pages, in order. Rows may name the same page, and
 /// such a page is never written: a row that writes into it gets a copy first. That is how vLLM's
-/// PagedAttention (Kwon et al., 2023) shares prompts and beams.
+/// `PagedAttention` (Kwon et al., 2023) shares prompts and beams.
 ///
 /// ```text
 /// pages of 4 tokens, start 1, len 6, two rows that share their first page

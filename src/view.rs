@@ -249,8 +249,12 @@ impl Tensor {
 
 /// A layer's K and V as they lie on the GPU, for an attention kernel to read in place.
 ///
-/// K and V are one storage buffer each, [B, H, capacity, D] with D fastest. Live token `t` (0 is the
-/// oldest) of row `b` and head `h` lies at slot `(start + t) mod capacity`:
+/// [`layout`](Self::layout) says how they lie, and its text how a shader finds a token. Of a paged view, K
+/// and V are pools of pages, [page, H, capacity, D] with a page's tokens as capacity, and
+/// [`page_table`](Self::page_table) names the pages of each row; `start` is the slot of the oldest token in
+/// the first of them, the same for every row. Of any other view, K and V are one storage buffer each, [B, H,
+/// capacity, D] with D fastest. Live token `t` (0 is the oldest) of row `b` and head `h` lies at slot
+/// `(start + t) mod capacity`:
 ///
 /// ```text
 /// element = b * strides[0] + h * strides[1] + ((start + t) % capacity) * strides[2] + d
@@ -321,12 +325,12 @@ impl<'a> LayerView<'a> {
         [self.batch, self.heads, self.len, self.value_dim]
     }
 
-    /// Strides of K in elements, for (B, H, slot, D).
+    /// Strides of K in elements, for (B, H, slot, D); of a paged view for (page, H, slot, D).
     pub fn key_strides(&self) -> [usize; 4] {
         strides(self.heads, self.capacity, self.key_dim)
     }
 
-    /// Strides of V in elements, for (B, H, slot, D).
+    /// Strides of V in elements, for (B, H, slot, D); of a paged view for (page, H, slot, D).
     pub fn value_strides(&self) -> [usize; 4] {
         strides(self.heads, self.capacity, self.value_dim)
     }
@@ -346,7 +350,7 @@ impl<'a> LayerView<'a> {
         self.len == 0
     }
 
-    /// Slots of each row and head, in tokens.
+    /// Slots of each row and head, in tokens; of a paged view, of each page and head.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -373,7 +377,8 @@ impl<'a> LayerView<'a> {
     /// The eight words of `struct KvLayout` in [`Layout::wgsl`]: `heads`, `key_dim`, `value_dim`, `len`,
     /// `start`, `capacity`, `table`, `table_stride`. For a uniform or immediate data, at every step anew.
     pub fn layout_words(&self) -> [u32; 8] {
-        let word = |count: usize| u32::try_from(count).expect("a layer fits 32-bit counts");
+        // A layer that can be bound has no count that does not fit.
+        let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let (table, table_stride) =
             self.pages.map_or((0, 0), |PageTable { at, stride, .. }| (at, stride));
         [
@@ -389,7 +394,8 @@ impl<'a> LayerView<'a> {
     }
 
     /// The buffer that the page table lies in; `None` where the layout is not [`Layout::Paged`]. Bind it
-    /// whole, read-only, as `array<u32>`: `layout_words` says where the table begins.
+    /// whole, read-only, as `array<u32>`: `layout_words` says where the table begins. It stays as it is until
+    /// what was recorded up to the cache's next update has run; take it from a fresh view at every step.
     pub fn page_table(&self) -> Option<&'a wgpu::Buffer> {
         self.pages.map(|pages| &pages.placed.buffer)
     }

@@ -22,8 +22,9 @@ pub(crate) fn random_buffer(gpu: &Gpu, bytes: u64) -> wgpu::Buffer {
             state ^= state << 13;
             state ^= state >> 17;
             state ^= state << 5;
-            // Finite as f32, whatever the type: no slow path is taken for NaN.
-            state & 0x3fff_ffff
+            // Between 0.5 and 2 as f32, of either sign: a processor takes no slow path for NaN, or for what
+            // is too small to be normal.
+            0x3f00_0000 | (state & 0x80ff_ffff)
         })
         .collect();
     let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {

@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Gpu, KVCache, StaticKVCache, Tensor, TensorView, wgpu,
+    CachePosition, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache, Tensor,
+    TensorView, wgpu,
 };
 
 #[path = "../../benches/support/concat.rs"]
@@ -33,6 +34,11 @@ pub(crate) const KINDS: &[Kind] = &[
         make: |gpu, shape, room| {
             Ours::boxed(gpu, shape, Box::new(StaticKVCache::new(gpu, room, shape.layers)))
         },
+    },
+    Kind {
+        name: "PagedKVCache",
+        colour: (204, 121, 167),
+        make: |gpu, shape, _| Ours::boxed(gpu, shape, Box::new(PagedKVCache::new(gpu))),
     },
     Kind {
         name: "concatenating cache",
