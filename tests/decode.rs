@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::Deserialize;
-use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, StaticKVCache};
+use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache};
 
 use llama::{Engine, GgufFile, Model, Options, Settings, Tokenizer};
 
@@ -72,6 +72,7 @@ fn loaded() -> MutexGuard<'static, Loaded> {
 enum Kind {
     Dynamic,
     Static,
+    Paged,
 }
 
 impl Loaded {
@@ -86,6 +87,7 @@ impl Loaded {
             Kind::Static => {
                 Box::new(StaticKVCache::new(&self.gpu, max_tokens, self.model.config.layers))
             }
+            Kind::Paged => Box::new(PagedKVCache::new(&self.gpu)),
         }
     }
 
@@ -161,20 +163,36 @@ fn a_bf16_cache_goes_through_the_whole_engine() {
 }
 
 #[test]
+fn greedy_ids_with_a_paged_cache() {
+    let loaded = loaded();
+    // The longest text crosses into the most pages.
+    let case = reference().into_iter().max_by_key(|case| case.greedy.len()).expect("a case");
+    let ids = loaded.greedy(&case, Kind::Paged, DType::F32);
+    assert_eq!(ids, case.greedy, "{}", case.prompt);
+}
+
+#[test]
 fn the_best_of_four_beams_and_its_score() {
     let loaded = loaded();
     for case in reference() {
         let tokens = case.beams[0].len();
         let room = case.prompt_ids.len() + tokens;
         let mut engine = loaded.engine(DType::F32, room, 4);
-        let mut cache = loaded.cache(Kind::Dynamic, room);
-        let settings = loaded.settings(tokens);
-        let generation =
-            llama::beam_search(&mut engine, cache.as_mut(), &case.prompt_ids, 4, settings)
-                .expect("a generation");
-        assert_eq!(generation.beams[0], case.beams[0], "{}", case.prompt);
-        let difference = (generation.scores[0] - case.beam_scores[0]).abs();
-        assert!(difference <= 0.01, "{}: the score is off by {difference}", case.prompt);
+        // One kind moves its rows, the other shares and copies pages.
+        for kind in [Kind::Dynamic, Kind::Paged] {
+            let mut cache = loaded.cache(kind, room);
+            let settings = loaded.settings(tokens);
+            let generation =
+                llama::beam_search(&mut engine, cache.as_mut(), &case.prompt_ids, 4, settings)
+                    .expect("a generation");
+            assert_eq!(generation.beams[0], case.beams[0], "{kind:?}, {}", case.prompt);
+            let difference = (generation.scores[0] - case.beam_scores[0]).abs();
+            assert!(
+                difference <= 0.01,
+                "{kind:?}, {}: the score is off by {difference}",
+                case.prompt
+            );
+        }
     }
 }
 
@@ -258,7 +276,7 @@ fn bad_input_gets_an_error_of_its_own() {
         (&["--model", &other], 1, &["gpt99", "llama"]),
         (&["--model", "/nowhere.gguf"], 1, &["/nowhere.gguf"]),
         (&["--model", &cut, "--frobnicate"], 2, &["--frobnicate", "--help"]),
-        (&["--model", &cut, "--cache", "elastic"], 2, &["elastic", "dynamic", "static"]),
+        (&["--model", &cut, "--cache", "elastic"], 2, &["elastic", "dynamic", "static", "paged"]),
         (&["--model", &cut, "--dtype", "f64"], 2, &["f64", "bf16"]),
         (&["--model", &cut, "--beams", "0"], 2, &["--beams"]),
         (&["--model", &cut, "--max-new-tokens", "-3"], 2, &["-3"]),

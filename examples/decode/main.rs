@@ -18,7 +18,7 @@ use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, StaticKVCache};
+use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache};
 
 use llama::{Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer};
 
@@ -62,6 +62,8 @@ enum CacheKind {
     Dynamic,
     /// Made at once for the prompt and all new tokens.
     Static,
+    /// In pages that beams share; grows with the text.
+    Paged,
 }
 
 /// What `--json` prints.
@@ -119,11 +121,15 @@ fn run(arguments: &Arguments) -> Result<()> {
     let model = load(&gpu, &mut file)?;
     let options = Options { dtype: arguments.dtype, max_tokens, max_batch: arguments.beams };
     let mut engine = Engine::new(&gpu, &model, options)?;
-    engine.warm_up()?;
-    let mut cache: Box<dyn KVCache> = match arguments.cache {
-        CacheKind::Dynamic => Box::new(DynamicKVCache::new(&gpu)),
-        CacheKind::Static => Box::new(StaticKVCache::new(&gpu, max_tokens, config.layers)),
+    let make_cache = || -> Box<dyn KVCache> {
+        match arguments.cache {
+            CacheKind::Dynamic => Box::new(DynamicKVCache::new(&gpu)),
+            CacheKind::Static => Box::new(StaticKVCache::new(&gpu, max_tokens, config.layers)),
+            CacheKind::Paged => Box::new(PagedKVCache::new(&gpu)),
+        }
     };
+    engine.warm_up(make_cache())?;
+    let mut cache = make_cache();
 
     let generation = generate(arguments, &mut engine, cache.as_mut(), &tokenizer, &prompt)?;
     let ids = generation.beams.first().map_or(&[][..], Vec::as_slice);

@@ -29,8 +29,6 @@ pub(crate) struct Buffers {
     /// Two slots of parameters: for the layers, whose rows are all new tokens, and for the head,
     /// whose rows are the batch rows.
     pub(crate) stage: wgpu::Buffer,
-    /// A slot of parameters for each layer's attention.
-    pub(crate) layers: wgpu::Buffer,
     /// Token ids: `[rows]`.
     pub(crate) tokens: wgpu::Buffer,
     /// Cosines and sines of each position: `[max_tokens, head_dim / 2, 2]`.
@@ -91,7 +89,7 @@ impl Buffers {
     ///
     /// Where a buffer would be larger than the device binds at once.
     pub(crate) fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
-        let Config { layers, width, heads, kv_heads, head_dim, feed_forward, vocabulary, .. } =
+        let Config { width, heads, kv_heads, head_dim, feed_forward, vocabulary, .. } =
             model.config;
         let storage = wgpu::BufferUsages::STORAGE;
         let room = options.max_tokens.min(PROMPT_ROWS).max(options.max_batch);
@@ -106,12 +104,6 @@ impl Buffers {
         Ok(Self {
             room,
             stage: buffer(gpu, "stage", 2 * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
-            layers: buffer(
-                gpu,
-                "layer parameters",
-                layers * SLOT,
-                wgpu::BufferUsages::UNIFORM | written,
-            )?,
             tokens: buffer(gpu, "tokens", 4 * rows, storage | written)?,
             turns: gpu.device().create_buffer_init(&BufferInitDescriptor {
                 label: Some("rope turns"),
@@ -160,9 +152,23 @@ impl Buffers {
         ))
     }
 
-    /// The parameters of one layer's attention.
-    pub(crate) fn layer_slot(&self, layer: usize) -> wgpu::BufferBinding<'_> {
-        slot(&self.layers, layer)
+    /// The queries of a step as attention takes them, and where it leaves what the heads read.
+    /// Both are in the order of the projections, so again `bthd` says it all.
+    ///
+    /// # Errors
+    ///
+    /// Where an extent is zero.
+    pub(crate) fn query_and_mixed(
+        &self,
+        config: &Config,
+        batch: usize,
+        count: usize,
+    ) -> Result<(TensorView<'_>, TensorView<'_>)> {
+        let shape = [batch, count, config.heads, config.head_dim];
+        Ok((
+            TensorView::bthd(&self.query, DType::F32, &shape)?,
+            TensorView::bthd(&self.mixed, DType::F32, &shape)?,
+        ))
     }
 }
 
@@ -217,7 +223,7 @@ impl Groups {
 }
 
 /// All of a buffer.
-pub(crate) fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
+fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
     buffer.as_entire_buffer_binding()
 }
 

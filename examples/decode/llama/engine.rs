@@ -6,17 +6,18 @@
 //!    `reorder_cache`.
 //! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the
 //!    tokens that the layer holds. It returns a view of where the layer's tokens lie now.
-//! 3. The attention kernel binds the view's buffers and reads the tokens in place.
+//! 3. `Attention::record` attends to that view in place, whatever kind of cache returned it: the
+//!    engine never asks how the tokens lie.
 //!
-//! The cache records its dispatches into the same pass as the model's own kernels, so that a whole
-//! step is one submission, and all that comes back to the host is its result.
+//! The library records its dispatches into the same pass as the model's own kernels, so that a
+//! whole step is one submission, and all that comes back to the host is its result.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use wgpu_kvcache::{CachePosition, DType, DynamicKVCache, Gpu, KVCache, LayerView, wgpu};
+use wgpu_kvcache::{Attention, AttentionOptions, CachePosition, DType, Gpu, KVCache, wgpu};
 
-use super::buffers::{Buffers, Groups, SLOT, whole};
+use super::buffers::{Buffers, Groups, SLOT};
 use super::kernels::Kernels;
 use super::model::{Config, Model};
 
@@ -64,16 +65,8 @@ pub(crate) struct Engine {
     kernels: Kernels,
     buffers: Buffers,
     groups: Groups,
-    views: Views,
-}
-
-/// What the attention kernel is told of the cache: which buffers to bind, and where the tokens lie
-/// in them.
-struct Views {
-    /// A layer each: the bind group over its buffers in the cache, and those buffers.
-    groups: Vec<Option<(wgpu::Buffer, wgpu::Buffer, wgpu::BindGroup)>>,
-    /// A [`SLOT`] of parameters for each layer, gathered while a step is recorded.
-    parameters: Vec<u8>,
+    /// One for all layers: it keeps the bind groups over their buffers in the cache.
+    attention: Attention,
 }
 
 impl Engine {
@@ -103,7 +96,7 @@ impl Engine {
             kernels,
             buffers,
             groups,
-            views: Views { groups: vec![None; model.config.layers], parameters: Vec::new() },
+            attention: Attention::new(gpu),
         })
     }
 
@@ -112,19 +105,22 @@ impl Engine {
         &self.model.config
     }
 
-    /// Runs every shape of step once on a cache of its own. Drivers finish compiling a pipeline
-    /// when it first runs, which is then not counted as work on the first prompt.
+    /// Runs every shape of step once. Drivers finish compiling a pipeline when it first runs, which
+    /// is then not counted as work on the first prompt. `cache` is one of the kind that follows, as
+    /// kinds differ in their pipelines; its memory is given back.
     ///
     /// # Errors
     ///
     /// As for [`Self::next_tokens`].
-    pub(crate) fn warm_up(&mut self) -> Result<()> {
+    pub(crate) fn warm_up(&mut self, mut cache: Box<dyn KVCache>) -> Result<()> {
         for tokens in [8, 3, 1] {
-            let mut cache = DynamicKVCache::new(&self.gpu);
             if tokens <= self.options.max_tokens {
-                self.next_tokens(&mut cache, &vec![0; tokens], 1, None)?;
+                self.next_tokens(cache.as_mut(), &vec![0; tokens], 1, None)?;
+                cache.reset();
             }
         }
+        // Its bind groups hold on to the cache's buffers; the pipelines stay with the `Gpu`.
+        self.attention = Attention::new(&self.gpu);
         Ok(())
     }
 
@@ -275,7 +271,6 @@ impl Engine {
                 bytemuck::cast_slice(&stage),
             );
         }
-        self.views.parameters.clear();
         let mut encoder = self.encoder("step");
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
             label: Some("step"),
@@ -283,7 +278,6 @@ impl Engine {
         });
         self.record(&mut pass, cache, batch, count, rows, ending)?;
         drop(pass);
-        queue.write_buffer(&self.buffers.layers, 0, &self.views.parameters);
 
         let result = match ending {
             Ending::Cache => None,
@@ -313,13 +307,13 @@ impl Engine {
             Rows::Reorder(parents) => cache.reorder_cache(pass, parents)?,
         }
 
-        let Self { gpu, model, options, kernels, buffers, groups, views } = self;
+        let Self { model, options, kernels, buffers, groups, attention, .. } = self;
         let Config { width, heads, kv_heads, head_dim, feed_forward, .. } = model.config;
         let new = size(batch * count)?;
         let quads_of_width = size(width / 4)?;
         let quads_of_feed_forward = size(feed_forward / 4)?;
         let pairs_of_heads = size((heads + 2 * kv_heads) * head_dim / 2)?;
-        let heads = size(heads)?;
+        let (query, mixed) = buffers.query_and_mixed(&model.config, batch, count)?;
 
         kernels.embed.dispatch(pass, &groups.embed, quads_of_width.div_ceil(64), new);
         for (layer, (weights, bound)) in model.layers.iter().zip(&groups.layers).enumerate() {
@@ -330,9 +324,7 @@ impl Engine {
             let (key, value) =
                 buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
             let view = cache.update(pass, &key, &value, layer, CachePosition::Append)?;
-            views.note(&view, count)?;
-            let attention = views.bind(gpu, kernels, buffers, layer, &view);
-            kernels.attention.dispatch(pass, attention, new, heads);
+            attention.record(pass, &query, &view, &mixed, AttentionOptions::default())?;
 
             kernels.matmul_add.dispatch(
                 pass,
@@ -376,58 +368,6 @@ impl Engine {
         let result = bytemuck::cast_slice(&readback.get_mapped_range()?).to_vec();
         self.buffers.readback.unmap();
         Ok(result)
-    }
-}
-
-impl Views {
-    /// Notes what the attention kernel must know about where a layer's tokens lie: `Layer` in
-    /// `attention.wgsl`.
-    fn note(&mut self, view: &LayerView<'_>, count: usize) -> Result<()> {
-        let [key_b, key_h, key_t, _] = view.key_strides();
-        let [value_b, value_h, value_t, _] = view.value_strides();
-        let end = self.parameters.len() + SLOT;
-        #[rustfmt::skip]
-        let words = [
-            view.start(), view.capacity(), view.len(), count,
-            key_b, key_h, key_t, 0,
-            value_b, value_h, value_t, 0,
-        ];
-        for word in words {
-            self.parameters.extend(size(word)?.to_le_bytes());
-        }
-        self.parameters.resize(end, 0);
-        Ok(())
-    }
-
-    /// The bind group over a layer's buffers in the cache. It is made anew only when the cache has
-    /// moved the layer to other buffers, which it does as it grows.
-    fn bind(
-        &mut self,
-        gpu: &Gpu,
-        kernels: &Kernels,
-        buffers: &Buffers,
-        layer: usize,
-        view: &LayerView<'_>,
-    ) -> &wgpu::BindGroup {
-        let bound = &mut self.groups[layer];
-        if bound.as_ref().is_some_and(|(key, value, _)| key != view.key() || value != view.value())
-        {
-            *bound = None;
-        }
-        let (_, _, group) = bound.get_or_insert_with(|| {
-            let group = kernels.attention.bind(
-                gpu,
-                &[
-                    buffers.layer_slot(layer),
-                    whole(&buffers.query),
-                    whole(view.key()),
-                    whole(view.value()),
-                    whole(&buffers.mixed),
-                ],
-            );
-            (view.key().clone(), view.value().clone(), group)
-        });
-        group
     }
 }
 

@@ -1,5 +1,5 @@
-//! The compute pipelines, one a file in `../shaders/`, with the model's dimensions as pipeline
-//! constants.
+//! The model's own compute pipelines, one a file in `../shaders/`, with its dimensions as pipeline
+//! constants. Attention is not among them: it is the library's.
 
 use anyhow::Result;
 use wgpu_kvcache::{DType, Gpu, wgpu};
@@ -99,8 +99,6 @@ pub(crate) struct Kernels {
     pub(crate) matmul_add: MatMul,
     /// Rotary positions, and K and V in the cache's type.
     pub(crate) rope: Kernel,
-    /// Attention over the cache.
-    pub(crate) attention: Kernel,
     /// The feed-forward activation.
     pub(crate) swiglu: Kernel,
     /// The token with the highest logit.
@@ -154,13 +152,6 @@ impl Kernels {
                 include_str!("../shaders/rope.wgsl"),
                 &[Uniform, Read, Read, Write, Write, Write],
                 &[heads, kv_heads, ("PAIRS", size(config.head_dim / 2)?), dtype],
-            ),
-            attention: kernel(
-                gpu,
-                "attention",
-                include_str!("../shaders/attention.wgsl"),
-                &[Uniform, Read, Read, Read, Write],
-                &[heads, kv_heads, ("QUADS", size(config.head_dim / 4)?), dtype],
             ),
             swiglu: kernel(
                 gpu,

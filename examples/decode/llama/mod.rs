@@ -8,7 +8,7 @@
 //! - `model.rs`: checks that the file is a Llama model that the kernels serve, and uploads its
 //!   weights.
 //! - `tokenizer.rs`: text to token ids and back, from the file's own vocabulary.
-//! - `kernels.rs`: the compute pipelines over `../shaders/`.
+//! - `kernels.rs`: the compute pipelines over `../shaders/`, which are all but attention.
 //! - `buffers.rs`: working memory and bind groups, made once.
 //! - `engine.rs`: one step of the model, one compute pass.
 //! - `generate.rs`: the greedy loop and beam search.
