@@ -59,10 +59,17 @@ impl Kernels {
             super::narrow(shape.moves.cycles_at)?,
             super::narrow(shape.moves.words.len())?,
         ];
-        let has_copies = u32::from(shape.moves.cycles_at > 0);
-        let has_cycles = u32::from(shape.moves.cycles_at < shape.moves.words.len());
-        let constants = [has_copies, has_cycles, 0, 0, 0];
-        let variant = Variant { unit, constants, ..Variant::default() };
+        let variant = |has_copies: bool, has_cycles: bool| Variant {
+            unit,
+            constants: [u32::from(has_copies), u32::from(has_cycles), 0, 0, 0],
+            ..Variant::default()
+        };
+        // All three at once: a beam search should not compile one in its midst.
+        for (has_copies, has_cycles) in [(true, false), (false, true), (true, true)] {
+            self.gather.pipeline(gpu, variant(has_copies, has_cycles));
+        }
+        let has_cycles = shape.moves.cycles_at < shape.moves.words.len();
+        let variant = variant(shape.moves.cycles_at > 0, has_cycles);
         self.gather.prepare(
             gpu,
             variant,
