@@ -6,6 +6,7 @@
 #
 # WGPU_BACKEND=vulkan|gl|... picks the backend, KV_DEVICE=best|immediates|baseline what is asked of the
 # adapter, KV_HISTORIES=N the number of random histories, KV_TRACES=FOLDER further traces to replay.
+# On GL pass "-- --test-threads=1": wgpu gives up on a context that another thread holds for long.
 # KV_FUZZ_CASES=N sets how many damaged model files are tried, KV_FUZZ_SECONDS=N how long.
 #
 # KV_DEVICE=noop runs tests/conformance on wgpu's backend without a driver: all but the contents of
