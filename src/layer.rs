@@ -40,6 +40,11 @@ pub(crate) trait Held: Debug + Sized {
         PageCounts::default()
     }
 
+    /// Pages in use alone, which takes no counting.
+    fn pages_used(&self) -> u64 {
+        0
+    }
+
     /// Finds the room for new tokens: in the memory at hand, in what a reset has left, or in new memory
     /// that the live tokens are copied to.
     fn stage_room(
@@ -176,6 +181,10 @@ impl<L: Held> Layer<L> {
     /// Buffers and bytes that the layer has allocated.
     pub(crate) fn memory(&self) -> (u64, u64) {
         self.store.as_ref().map_or((0, 0), |store| (2, store.bytes().iter().sum()))
+    }
+
+    pub(crate) fn pages_used(&self) -> u64 {
+        self.held.as_ref().map_or(0, L::pages_used)
     }
 
     pub(crate) fn pages(&self) -> PageCounts {

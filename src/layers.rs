@@ -119,7 +119,7 @@ impl<L: Held> Layers<L> {
         let effect = layer.commit(staged, pass, &self.ledger);
         self.dispatches += effect.dispatches;
         self.bytes_moved += effect.moved;
-        self.peak_pages_used = self.peak_pages_used.max(layer.pages().used);
+        self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
         Ok(layer.view().expect("a layer that was just written has a view"))
     }
 

@@ -11,6 +11,7 @@ use crate::layer::{Held, NewTokens, PageCounts, Place, Room, Staged};
 use crate::pages::{OutOfPages, PageMap};
 use crate::plan::{self, MoveList};
 use crate::position::Order;
+use crate::ring::LEAST_TOKENS;
 use crate::store::{Shape, Store, binding_limit};
 use crate::view::{LayerView, PageTable};
 
@@ -168,7 +169,10 @@ impl Paging {
         match self.most_pages {
             // Made at once, so that the buffers never change.
             Some(most) => most.min(fits),
-            None => plan::grown_capacity(pool, needed, fits).unwrap_or(needed),
+            None => {
+                let least = LEAST_TOKENS.div_ceil(self.page_tokens);
+                plan::grown_capacity(pool, needed, fits, least).unwrap_or(needed)
+            }
         }
     }
 }
@@ -262,6 +266,10 @@ impl Held for Paged {
             shared: map.shared() as u64,
             free: (self.pool - map.used()) as u64,
         }
+    }
+
+    fn pages_used(&self) -> u64 {
+        self.table.map.used() as u64
     }
 
     fn stage_room(

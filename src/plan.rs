@@ -154,17 +154,21 @@ pub(crate) fn live_slots(
     (start..start + first, 0..len - first)
 }
 
-/// The capacity, in tokens, for a layer that holds `capacity` now and has to hold `needed`.
+/// The capacity, in tokens or pages, for a layer that has room for `capacity` now and has to hold
+/// `needed`; `least` at the first time, so that a few steps fit.
 ///
 /// Doubles, so that a token is copied at most twice on average however long the row gets; stops at
 /// `limit`, the most that the device can bind. `None` where even that is too little.
-pub(crate) fn grown_capacity(capacity: usize, needed: usize, limit: usize) -> Option<usize> {
-    /// A first allocation this small still leaves room for a few steps.
-    const LEAST: usize = 64;
+pub(crate) fn grown_capacity(
+    capacity: usize,
+    needed: usize,
+    limit: usize,
+    least: usize,
+) -> Option<usize> {
     if needed > limit {
         return None;
     }
-    let doubled = capacity.saturating_mul(2).max(LEAST);
+    let doubled = capacity.saturating_mul(2).max(least);
     let roomy = needed.checked_next_power_of_two().unwrap_or(needed);
     Some(if capacity >= needed { capacity } else { doubled.max(roomy).min(limit) })
 }
@@ -291,17 +295,18 @@ mod tests {
 
     #[test]
     fn growth_doubles_stops_at_the_limit_and_never_shrinks() {
-        assert_eq!(grown_capacity(0, 1, 1000), Some(64));
-        assert_eq!(grown_capacity(64, 65, 1000), Some(128));
-        assert_eq!(grown_capacity(64, 500, 1000), Some(512));
-        assert_eq!(grown_capacity(600, 601, 1000), Some(1000));
-        assert_eq!(grown_capacity(0, 3, 3), Some(3));
-        assert_eq!(grown_capacity(3, 4, 3), None);
-        assert_eq!(grown_capacity(100, 7, 1000), Some(100));
+        assert_eq!(grown_capacity(0, 1, 1000, 64), Some(64));
+        assert_eq!(grown_capacity(64, 65, 1000, 64), Some(128));
+        assert_eq!(grown_capacity(64, 500, 1000, 64), Some(512));
+        assert_eq!(grown_capacity(600, 601, 1000, 64), Some(1000));
+        assert_eq!(grown_capacity(0, 3, 3, 64), Some(3));
+        assert_eq!(grown_capacity(3, 4, 3, 64), None);
+        assert_eq!(grown_capacity(100, 7, 1000, 64), Some(100));
+        assert_eq!(grown_capacity(0, 3, 1000, 1), Some(4));
         for capacity in 0..=12 {
             for needed in 1..=12 {
                 for limit in 1..=12 {
-                    match grown_capacity(capacity, needed, limit) {
+                    match grown_capacity(capacity, needed, limit, 64) {
                         Some(grown) => {
                             assert!(grown >= needed && grown >= capacity.min(grown));
                             assert!(grown <= limit.max(capacity));

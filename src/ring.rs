@@ -26,6 +26,9 @@ impl Growth {
     }
 }
 
+/// Tokens of a first allocation: small, and still room for a few steps.
+pub(crate) const LEAST_TOKENS: usize = 64;
+
 /// What a layer holds, and where.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ring {
@@ -252,7 +255,7 @@ fn capacity_for(
         Growth::Static { tokens } => (tokens, (tokens <= fits).then_some(tokens)),
         Growth::Dynamic { tokens } => {
             let needed = needed.max(if capacity == 0 { tokens } else { 0 });
-            (needed, plan::grown_capacity(capacity, needed, fits))
+            (needed, plan::grown_capacity(capacity, needed, fits, LEAST_TOKENS))
         }
     };
     grown.ok_or_else(|| Error::LayerTooLarge {

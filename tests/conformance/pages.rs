@@ -122,7 +122,6 @@ fn layers_that_advance_together_share_one_table() {
 fn pages_given_back_are_used_again() {
     for size in [1, 4, 16] {
         let mut rig = Rig::paged(&gpu(), size);
-        let mut settled = 0;
         for step in 0..60 {
             for layer in 0..2 {
                 rig.update(layer, [3, 2, 7, 4], 4, APPEND);
@@ -132,12 +131,13 @@ fn pages_given_back_are_used_again() {
                 1 => rig.truncate(20),
                 _ => rig.select(&[2, 2, 0]),
             }
-            if step == 10 {
-                settled = rig.cache.stats().bytes_allocated;
-            }
         }
         rig.check(&format!("pages of {size}"));
-        assert_eq!(rig.cache.stats().bytes_allocated, settled, "pages of {size}");
+        // 420 tokens a row went through a pool that doubled at most once past what was needed at a time.
+        let stats = rig.cache.stats();
+        let most = (2 * stats.peak_pages_used).max(64 / size as u64);
+        assert!(stats.pages_used + stats.pages_free <= most, "pages of {size}: {stats:?}");
+        assert!(stats.peak_pages_used <= 3 * (42 / size as u64 + 2), "pages of {size}: {stats:?}");
         rig.crop(0);
         assert_eq!((pages_used(&rig), rig.cache.stats().pages_shared), (0, 0));
         rig.update(0, [3, 2, 1, 4], 4, CachePosition::At(9));
