@@ -14,6 +14,8 @@ use crate::rig::{Rig, plain_gpu, upload};
 /// Bound and layer count of the static caches.
 const BOUND: usize = 300;
 const LAYERS: usize = 3;
+/// What WebGPU's default limits bind, less what a misfit adds.
+const MOST_BYTES: usize = 96 << 20;
 
 /// How K and V lie in the buffers that are handed in.
 #[derive(Clone, Copy, Debug)]
@@ -91,9 +93,16 @@ fn shape() -> impl Strategy<Value = Shape> {
             let even = |dim: usize| if dtype == DType::F32 { dim } else { dim.next_multiple_of(2) };
             let key_dim = even(key_dim);
             let value_dim = if is_same { key_dim } else { even(value_dim) };
+            // A layer of `BOUND` tokens stays well within what any device binds.
+            let heads = heads.min(MOST_BYTES / 2 / bytes(batch, 1, key_dim.max(value_dim))).max(1);
             Shape { batch, heads, key_dim, value_dim, dtype }
         },
     )
+}
+
+/// Bytes of K or V of a layer of `BOUND` tokens, in the widest type.
+fn bytes(batch: usize, heads: usize, dim: usize) -> usize {
+    batch * heads * dim * BOUND * 4
 }
 
 fn call() -> impl Strategy<Value = Call> {
@@ -298,7 +307,12 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
         Call::Repeat(repeats) => {
             let rows = rig.model.layers().into_iter().map(|layer| rig.model.batch(layer)).max();
             // Batches stay within what is worth testing.
-            let repeats = if rows.unwrap_or(0) * repeats > 70 { 1 } else { *repeats };
+            let is_large = rig.model.layers().into_iter().any(|layer| {
+                let Shape { heads, key_dim, value_dim, .. } = history.shapes[layer];
+                let rows = rig.model.batch(layer) * repeats;
+                bytes(rows, heads + 1, key_dim.max(value_dim) + 2) > MOST_BYTES
+            });
+            let repeats = if is_large || rows.unwrap_or(0) * repeats > 70 { 1 } else { *repeats };
             let gpu = rig.gpu.clone();
             (
                 gpu.submit_pass("repeat", |pass| rig.cache.batch_repeat_interleave(pass, repeats)),
