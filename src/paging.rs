@@ -1,6 +1,7 @@
 //! Tokens in pages that rows share: one table for all layers that advance together.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use crate::arena::{Lease, Placed};
@@ -36,7 +37,7 @@ pub(crate) struct Paging {
 }
 
 /// The pages of a layer's rows, on the host and on the GPU.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Table {
     map: PageMap,
     /// `None` where no row ever had a page.
@@ -60,12 +61,18 @@ enum Change {
     Truncate(usize),
 }
 
-/// A change that was made of a table, and what it takes.
+/// A change that was made of a table.
 #[derive(Clone, Debug)]
 struct Step {
     from: Arc<Table>,
     change: Change,
     to: Arc<Table>,
+    taken: Taken,
+}
+
+/// What a change of a table takes on the GPU.
+#[derive(Clone, Debug, Default)]
+struct Taken {
     /// Pages to copy first.
     copies: Arc<[MoveList]>,
     /// Word of the list of positions, behind the table.
@@ -90,68 +97,81 @@ impl Paging {
     }
 
     /// Makes `change` of the table `from`, or finds that it was made.
-    fn step(&mut self, gpu: &Gpu, from: &Arc<Table>, change: Change) -> Result<Step> {
-        if let Some(step) = self.made(from, &change) {
-            return Ok(step);
+    fn step<E>(
+        &mut self,
+        from: &Arc<Table>,
+        change: Change,
+        make: impl FnOnce(&Self, &mut Table) -> Result<Taken, E>,
+    ) -> Result<Step, E> {
+        let is_it = |step: &&Step| Arc::ptr_eq(&step.from, from) && step.change == change;
+        if let Some(step) = self.steps.iter().rev().find(is_it) {
+            return Ok(step.clone());
         }
-        let mut map = from.map.clone();
-        let mut placed = from.placed.clone();
-        let mut copies = Vec::new();
-        let mut list_at = 0;
-        match &change {
-            Change::Write { order, count, new_len } => {
-                let most = self.most_pages.unwrap_or(usize::MAX);
-                let copied = map
-                    .write(order, *count, *new_len, most)
-                    .map_err(|out| self.out_of_pages(&from.map, out))?;
-                copies = plan::list_copies(&copied, MOST_MOVES);
-                let is_same = copied.is_empty() && map.row_pages() == from.map.row_pages();
-                if !is_same || order.list().is_some() || placed.is_none() {
-                    (placed, list_at) = place(gpu, &map, order.list().unwrap_or(&[]))?;
-                }
-            }
-            Change::Select(rows) => {
-                map.select(rows);
-                if map.row_pages() > 0 {
-                    (placed, _) = place(gpu, &map, &[])?;
-                }
-            }
-            Change::Crop(_) | Change::Truncate(_) => cut(&mut map, &mut placed, &change),
-        }
-        let to = Arc::new(Table { map, placed });
-        Ok(self.remember(Step {
-            from: Arc::clone(from),
-            change,
-            to,
-            copies: copies.into(),
-            list_at,
-        }))
-    }
-
-    /// As [`Self::step`], for a change that only gives tokens up, which cannot fail.
-    fn cut(&mut self, from: &Arc<Table>, change: Change) -> Arc<Table> {
-        if let Some(step) = self.made(from, &change) {
-            return step.to;
-        }
-        let mut map = from.map.clone();
-        let mut placed = from.placed.clone();
-        cut(&mut map, &mut placed, &change);
-        let to = Arc::new(Table { map, placed });
-        let step = Step { from: Arc::clone(from), change, to, copies: Arc::new([]), list_at: 0 };
-        self.remember(step).to
-    }
-
-    fn made(&self, from: &Arc<Table>, change: &Change) -> Option<Step> {
-        let is_it = |step: &&Step| Arc::ptr_eq(&step.from, from) && step.change == *change;
-        self.steps.iter().rev().find(is_it).cloned()
-    }
-
-    fn remember(&mut self, step: Step) -> Step {
+        let mut to = Table::clone(from);
+        let taken = make(self, &mut to)?;
         if self.steps.len() == REMEMBERED {
             self.steps.pop_front();
         }
+        let step = Step { from: Arc::clone(from), change, to: Arc::new(to), taken };
         self.steps.push_back(step.clone());
-        step
+        Ok(step)
+    }
+
+    /// Makes room for new tokens.
+    fn write(
+        &mut self,
+        gpu: &Gpu,
+        from: &Arc<Table>,
+        order: &Order,
+        tokens: NewTokens<'_>,
+    ) -> Result<Step> {
+        let (count, new_len) = (tokens.count, tokens.new_len);
+        let change = Change::Write { order: order.clone(), count, new_len };
+        self.step(from, change, |paging, table| {
+            let most = paging.most_pages.unwrap_or(usize::MAX);
+            let copies = table
+                .map
+                .write(order, count, new_len, most)
+                .map_err(|out| paging.out_of_pages(&from.map, out))?;
+            let is_same = copies.is_empty() && table.map.row_pages() == from.map.row_pages();
+            let mut list_at = 0;
+            if !is_same || order.list().is_some() || table.placed.is_none() {
+                list_at = table.place(gpu, order.list().unwrap_or(&[]))?;
+            }
+            Ok(Taken { copies: plan::list_copies(&copies, MOST_MOVES).into(), list_at })
+        })
+    }
+
+    /// New row `i` becomes old row `rows[i]`.
+    fn select(&mut self, gpu: &Gpu, from: &Arc<Table>, rows: &[u32]) -> Result<Step> {
+        self.step(from, Change::Select(rows.to_vec()), |_, table| {
+            table.map.select(rows);
+            if table.map.row_pages() > 0 {
+                table.place(gpu, &[])?;
+            }
+            Ok(Taken::default())
+        })
+    }
+
+    /// Keeps the latest `len` tokens. The GPU's table stays as it is, and is entered further on.
+    fn crop(&mut self, from: &Arc<Table>, len: usize) -> Arc<Table> {
+        let Ok(step) = self.step::<Infallible>(from, Change::Crop(len), |_, table| {
+            let dropped = table.map.crop(len);
+            if let Some(placed) = table.placed.as_mut().filter(|_| table.map.row_pages() > 0) {
+                placed.at += narrow(dropped);
+            }
+            Ok(Taken::default())
+        });
+        step.to
+    }
+
+    /// Keeps the first `len` tokens. The GPU's table stays as it is.
+    fn truncate(&mut self, from: &Arc<Table>, len: usize) -> Arc<Table> {
+        let Ok(step) = self.step::<Infallible>(from, Change::Truncate(len), |_, table| {
+            table.map.truncate(len);
+            Ok(Taken::default())
+        });
+        step.to
     }
 
     fn out_of_pages(&self, map: &PageMap, out: OutOfPages) -> Error {
@@ -177,30 +197,18 @@ impl Paging {
     }
 }
 
-/// Tokens given up: the GPU's table stays as it is, and is entered further on.
-fn cut(map: &mut PageMap, placed: &mut Option<PlacedTable>, change: &Change) {
-    match *change {
-        Change::Crop(len) => {
-            let dropped = map.crop(len);
-            if let Some(placed) = placed.as_mut().filter(|_| map.row_pages() > 0) {
-                placed.at += narrow(dropped);
-            }
-        }
-        Change::Truncate(len) => map.truncate(len),
-        Change::Write { .. } | Change::Select(_) => {}
+impl Table {
+    /// Puts the table, and a list behind it, where kernels read them. Returns the word of the list.
+    fn place(&mut self, gpu: &Gpu, list: &[u32]) -> Result<u32> {
+        let mut words = self.map.table();
+        let table_words =
+            u32::try_from(words.len()).map_err(|_| Error::SizeOverflow { what: "table" })?;
+        words.extend(list);
+        let placed = gpu.place(&words)?;
+        let at = placed.offset / 4;
+        self.placed = Some(PlacedTable { placed, at, stride: narrow(self.map.row_pages()) });
+        Ok(at + table_words)
     }
-}
-
-/// Puts a table, and a list behind it, where kernels read them.
-fn place(gpu: &Gpu, map: &PageMap, list: &[u32]) -> Result<(Option<PlacedTable>, u32)> {
-    let mut words = map.table();
-    let table_words =
-        u32::try_from(words.len()).map_err(|_| Error::SizeOverflow { what: "table" })?;
-    words.extend(list);
-    let placed = gpu.place(&words)?;
-    let at = placed.offset / 4;
-    let stride = narrow(map.row_pages());
-    Ok((Some(PlacedTable { placed, at, stride }), at + table_words))
 }
 
 /// What a layer holds, and where.
@@ -236,27 +244,16 @@ impl Held for Paged {
     fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a> {
         let map = &self.table.map;
         let table = self.table.placed.as_ref().expect("a layer that was written has a table");
-        LayerView {
-            key: &store.key,
-            value: &store.value,
-            dtype: self.shape.dtype,
-            batch: self.shape.batch,
-            heads: self.shape.heads,
-            key_dim: self.shape.key_dim,
-            value_dim: self.shape.value_dim,
-            start: map.start(),
-            len: map.len(),
-            capacity: map.page_tokens(),
-            pages: Some(PageTable { placed: &table.placed, at: table.at, stride: table.stride }),
-        }
+        let pages = PageTable { placed: &table.placed, at: table.at, stride: table.stride };
+        self.shape.view(store, [map.start(), map.len(), map.page_tokens()], Some(pages))
     }
 
     fn crop(&mut self, paging: &mut Paging, max_length: usize) {
-        self.table = paging.cut(&self.table, Change::Crop(max_length));
+        self.table = paging.crop(&self.table, max_length);
     }
 
     fn truncate(&mut self, paging: &mut Paging, length: usize) {
-        self.table = paging.cut(&self.table, Change::Truncate(length));
+        self.table = paging.truncate(&self.table, length);
     }
 
     fn pages(&self) -> PageCounts {
@@ -285,9 +282,7 @@ impl Held for Paged {
         check_length(gpu, layer, paging, &from.map, shape, tokens.new_len, fits)?;
 
         let order = tokens.order();
-        let change =
-            Change::Write { order: order.clone(), count: tokens.count, new_len: tokens.new_len };
-        let step = paging.step(gpu, &from, change)?;
+        let step = paging.write(gpu, &from, &order, tokens)?;
         let needed = step.to.map.pool_pages();
         if needed > fits {
             return Err(pool_too_large(gpu, layer, shape, [tokens.new_len, needed, fits, size]));
@@ -306,7 +301,7 @@ impl Held for Paged {
             room.grow(gpu, layer, store, &from.map, paging.grown(room.held.pool, needed, fits))?;
         }
         let target = room.store.as_ref().or(store).expect("a pool that holds what is needed");
-        for moves in step.copies.iter() {
+        for moves in step.taken.copies.iter() {
             let copy = GatherShape {
                 row_bytes: shape.row_bytes(),
                 heads: shape.heads,
@@ -326,7 +321,7 @@ impl Held for Paged {
             .map(Arc::clone)
             .into_iter()
             .collect();
-        room.lists = Some((table.placed.clone(), step.list_at));
+        room.lists = Some((table.placed.clone(), step.taken.list_at));
         Ok(room)
     }
 
@@ -343,7 +338,7 @@ impl Held for Paged {
         if bytes > limit {
             return Err(Error::ListTooLarge { bytes, limit });
         }
-        let step = paging.step(gpu, &self.table, Change::Select(map.to_vec()))?;
+        let step = paging.select(gpu, &self.table, map)?;
         let shape = Shape { batch: map.len(), ..self.shape };
         let held = Self { shape, pool: self.pool, table: step.to };
         // Views of the old table may be read by what is recorded before this, of the new one after it.
@@ -422,17 +417,8 @@ fn pool_too_large(
     shape: Shape,
     [tokens, needed, fits, page_tokens]: [usize; 4],
 ) -> Error {
-    Error::LayerTooLarge {
-        layer,
-        needed: shape.bytes(needed, page_tokens).map_or(u64::MAX, |[key, value]| key.max(value)),
-        limit: binding_limit(gpu.limits()),
-        tokens,
-        fits: fits / shape.batch * page_tokens,
-        batch: shape.batch,
-        heads: shape.heads,
-        head_dim: shape.key_dim.max(shape.value_dim),
-        dtype: shape.dtype,
-    }
+    let fits = fits / shape.batch * page_tokens;
+    shape.too_large(gpu, layer, shape.bytes(needed, page_tokens), tokens, fits)
 }
 
 /// Page numbers and words of a table are checked to fit 32 bits where the table is placed.

@@ -1,6 +1,6 @@
 //! Tokens in a ring: the live part of [B, H, capacity, D], which may run over the end.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::layer::{Held, NewTokens, Place, Room, Staged};
@@ -59,19 +59,7 @@ impl Held for Ring {
     }
 
     fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a> {
-        LayerView {
-            key: &store.key,
-            value: &store.value,
-            dtype: self.shape.dtype,
-            batch: self.shape.batch,
-            heads: self.shape.heads,
-            key_dim: self.shape.key_dim,
-            value_dim: self.shape.value_dim,
-            start: self.start,
-            len: self.len,
-            capacity: self.capacity,
-            pages: None,
-        }
+        self.shape.view(store, [self.start, self.len, self.capacity], None)
     }
 
     fn crop(&mut self, _: &mut Growth, max_length: usize) {
@@ -249,8 +237,7 @@ fn capacity_for(
     capacity: usize,
     needed: usize,
 ) -> Result<usize> {
-    let limit = binding_limit(gpu.limits());
-    let fits = shape.tokens_in(shape.batch, [limit; 2]);
+    let fits = shape.tokens_in(shape.batch, [binding_limit(gpu.limits()); 2]);
     let (tokens, grown) = match growth {
         Growth::Static { tokens } => (tokens, (tokens <= fits).then_some(tokens)),
         Growth::Dynamic { tokens } => {
@@ -258,15 +245,8 @@ fn capacity_for(
             (needed, plan::grown_capacity(capacity, needed, fits, LEAST_TOKENS))
         }
     };
-    grown.ok_or_else(|| Error::LayerTooLarge {
-        layer,
-        needed: shape.bytes(shape.batch, tokens).map_or(u64::MAX, |[key, value]| key.max(value)),
-        limit,
-        tokens,
-        fits,
-        batch: shape.batch,
-        heads: shape.heads,
-        head_dim: shape.key_dim.max(shape.value_dim),
-        dtype: shape.dtype,
+    grown.ok_or_else(|| {
+        let needed = shape.bytes(shape.batch, tokens);
+        shape.too_large(gpu, layer, needed, tokens, fits)
     })
 }

@@ -6,6 +6,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::sources::BoundSources;
+use crate::view::{LayerView, PageTable};
 
 /// Shape of a layer: all but its length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,51 @@ impl Shape {
                 .and_then(|all| all.checked_mul(row))
         });
         key.zip(value).map(Into::into).ok_or(Error::SizeOverflow { what: "layer" })
+    }
+
+    /// A view of tokens of this shape in `store`.
+    pub(crate) fn view<'a>(
+        &self,
+        store: &'a Store,
+        [start, len, capacity]: [usize; 3],
+        pages: Option<PageTable<'a>>,
+    ) -> LayerView<'a> {
+        LayerView {
+            key: &store.key,
+            value: &store.value,
+            dtype: self.dtype,
+            batch: self.batch,
+            heads: self.heads,
+            key_dim: self.key_dim,
+            value_dim: self.value_dim,
+            start,
+            len,
+            capacity,
+            pages,
+        }
+    }
+
+    /// The refusal of a layer that needs `needed` bytes of K and of V for `tokens` tokens a row, where
+    /// `fits` would fit.
+    pub(crate) fn too_large(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        needed: Result<[u64; 2]>,
+        tokens: usize,
+        fits: usize,
+    ) -> Error {
+        Error::LayerTooLarge {
+            layer,
+            needed: needed.map_or(u64::MAX, |[key, value]| key.max(value)),
+            limit: binding_limit(gpu.limits()),
+            tokens,
+            fits,
+            batch: self.batch,
+            heads: self.heads,
+            head_dim: self.key_dim.max(self.value_dim),
+            dtype: self.dtype,
+        }
     }
 
     /// Tokens of `rows` batch rows that fit buffers of `bytes` bytes each.
