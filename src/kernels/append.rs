@@ -12,7 +12,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../shaders/append.wgsl"),
     writes: &[false, false, true, true],
-    constants: &["tile_units", "tile_tokens", "tile_rows", "has_list", "is_single"],
+    constants: &["tile_units", "tile_heads", "tile_tokens", "has_list", "is_single"],
     layouts: &[Layout::Wrapped, Layout::Paged],
     dtypes: &[],
 };
@@ -20,7 +20,7 @@ pub(super) const SOURCE: super::Source = super::Source {
 /// As in the shader.
 const TOKENS_PER_THREAD: u32 = 4;
 /// WebGPU's `maxComputeWorkgroupSizeZ`.
-const MOST_ROWS: u32 = 64;
+const MOST_DEEP: u32 = 64;
 
 /// What an append writes, and where.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +60,7 @@ impl Kernels {
         let unit = if aligned { Unit::Vector } else { Unit::Word };
         let tokens = super::narrow(shape.tokens)?;
         let view = shape.target;
-        let rows = super::narrow(view.batch.saturating_mul(view.heads))?;
+        let [batch, heads] = [super::narrow(view.batch)?, super::narrow(view.heads)?];
         let entries = shape.order.count(tokens);
 
         let mut params = Vec::with_capacity(24);
@@ -72,13 +72,17 @@ impl Kernels {
             }
         }
         let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
-        let tile = tile(units[0].max(units[1]), entries);
-        let unit_tiles = units[0].max(units[1]).div_ceil(tile[0]);
-        let token_tiles = entries.div_ceil(tile[1] * TOKENS_PER_THREAD);
-        let groups = u64::from(unit_tiles)
-            .saturating_mul(u64::from(token_tiles))
-            .saturating_mul(u64::from(rows.div_ceil(tile[2])));
-        params.extend([units[0], units[1], rows, entries, unit_tiles, token_tiles]);
+        let most_units = units[0].max(units[1]);
+        // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
+        let heads_first = shape.key.strides[1] < shape.key.strides[2];
+        let tile = tile(most_units, heads, entries, heads_first);
+        let unit_tiles = most_units.div_ceil(tile[0]);
+        let head_tiles = heads.div_ceil(tile[1]);
+        let token_tiles = entries.div_ceil(TOKENS_PER_THREAD).div_ceil(tile[2]);
+        let groups = [unit_tiles, token_tiles, head_tiles, batch]
+            .iter()
+            .fold(1, |groups: u64, &tiles| groups.saturating_mul(u64::from(tiles)));
+        params.extend([units[0], units[1], batch, entries, unit_tiles, token_tiles, head_tiles]);
         let (list, list_at) = shape.lists.unzip();
         params.extend(match shape.order {
             Order::Run { first, zeros } => [*first, *zeros, 0, 0],
@@ -99,12 +103,13 @@ impl Kernels {
     }
 }
 
-/// Extents of a workgroup, (units, tokens, rows): wide enough for a head, the rest given to tokens
-/// where there are many, else to rows.
-fn tile(units: u32, entries: u32) -> [u32; 3] {
+/// Extents of a workgroup, (units, heads, fours of tokens): wide enough for a head, the rest given to heads
+/// where these lie side by side or tokens are few, else to tokens.
+fn tile(units: u32, heads: u32, entries: u32, heads_first: bool) -> [u32; 3] {
     let wide = units.next_power_of_two().min(WORKGROUP);
     let rest = WORKGROUP / wide;
-    if entries <= TOKENS_PER_THREAD { [wide, 1, rest.min(MOST_ROWS)] } else { [wide, rest, 1] }
+    let high = if heads_first || entries <= TOKENS_PER_THREAD { heads.min(rest) } else { 1 };
+    [wide, high, (rest / high).min(entries.div_ceil(TOKENS_PER_THREAD)).min(MOST_DEEP)]
 }
 
 #[cfg(test)]
@@ -114,10 +119,14 @@ mod tests {
     #[test]
     fn a_tile_is_within_webgpu_and_never_empty() {
         for units in 1..=600 {
-            for entries in [1, 4, 5, 1000] {
-                let [x, y, z] = tile(units, entries);
-                assert!(x * y * z <= WORKGROUP && x * y * z >= MOST_ROWS, "{units} {entries}");
-                assert!(z <= MOST_ROWS);
+            for heads in [1, 3, 8, 300] {
+                for entries in [1, 4, 5, 1000] {
+                    for heads_first in [false, true] {
+                        let [x, y, z] = tile(units, heads, entries, heads_first);
+                        assert!((1..=WORKGROUP).contains(&(x * y * z)), "{units} {heads} {entries}");
+                        assert!(z <= MOST_DEEP && y <= heads);
+                    }
+                }
             }
         }
     }
