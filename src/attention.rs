@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernels::{AttentionShape, MOST_DIM, ROWS};
 use crate::ledger::Ledger;
-use crate::view::{LayerView, Source, TensorView};
+use crate::view::{LayerView, TensorView};
 
 /// Calls between two looks at which bind groups are still in use, and how many calls a bind group may go
 /// unused. A step of a model has fewer layers.
@@ -78,7 +78,8 @@ impl Default for AttentionOptions {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Bound {
     buffers: Vec<wgpu::Buffer>,
-    windows: [(u64, u64); 2],
+    /// Offset and size of the two that are bound in part.
+    windows: [(u64, Option<wgpu::BufferSize>); 2],
 }
 
 impl Attention {
@@ -136,15 +137,18 @@ impl Attention {
             is_causal: options.is_causal,
         };
         let mut dispatches = Vec::with_capacity(2);
+        let query = from.binding(query.buffer);
+        let output = to.binding(output.buffer);
         if splits == 1 {
-            let bindings = self.bind(query, &from, view, output.buffer, to.window);
+            let bindings = self.bind(query, view, output);
             dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
         } else {
-            let floats = splits * view.batch * view.heads * rows * (view.value_dim + 2);
-            let scratch = self.scratch(4 * floats as u64)?;
-            let bindings = self.bind(query, &from, view, &scratch, (0, scratch.size()));
+            let sums = [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()];
+            let bytes = sums.iter().try_fold(splits as u64, |all, &n| all.checked_mul(n as u64));
+            let scratch = self.scratch(bytes.ok_or(Error::SizeOverflow { what: "splits" })?)?;
+            let bindings = self.bind(query, view, scratch.as_entire_buffer_binding());
             dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
-            let bindings = self.bind_combine(&scratch, output, &to);
+            let bindings = self.bind_combine(&scratch, output);
             dispatches.push(gpu.kernels().attention_combine(&gpu, bindings, &shape)?);
         }
         for dispatch in dispatches {
@@ -165,30 +169,27 @@ impl Attention {
 
     fn bind(
         &mut self,
-        query: &TensorView<'_>,
-        from: &Source,
+        query: wgpu::BufferBinding<'_>,
         view: &LayerView<'_>,
-        result: &wgpu::Buffer,
-        window: (u64, u64),
+        result: wgpu::BufferBinding<'_>,
     ) -> wgpu::BindGroup {
-        let buffers = [query.buffer, view.key, view.value, result].map(Clone::clone).to_vec();
+        let buffers = [query.buffer, view.key, view.value, result.buffer].map(Clone::clone);
+        let windows = [(query.offset, query.size), (result.offset, result.size)];
         let gpu = self.gpu.clone();
-        self.kept(Bound { buffers, windows: [from.window, window] }, || {
-            let query = binding(query.buffer, from.window);
-            gpu.kernels().bind_attention(&gpu, query, view, binding(result, window))
+        self.kept(Bound { buffers: buffers.to_vec(), windows }, || {
+            gpu.kernels().bind_attention(&gpu, query, view, result)
         })
     }
 
     fn bind_combine(
         &mut self,
         scratch: &wgpu::Buffer,
-        output: &TensorView<'_>,
-        to: &Source,
+        output: wgpu::BufferBinding<'_>,
     ) -> wgpu::BindGroup {
         let buffers = vec![scratch.clone(), output.buffer.clone()];
+        let windows = [(0, None), (output.offset, output.size)];
         let gpu = self.gpu.clone();
-        self.kept(Bound { buffers, windows: [(0, scratch.size()), to.window] }, || {
-            let output = binding(output.buffer, to.window);
+        self.kept(Bound { buffers, windows }, || {
             gpu.kernels().bind_attention_combine(&gpu, scratch, output)
         })
     }
@@ -290,10 +291,6 @@ fn check_alias(
         }
     }
     Ok(())
-}
-
-fn binding(buffer: &wgpu::Buffer, (offset, bytes): (u64, u64)) -> wgpu::BufferBinding<'_> {
-    wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(bytes) }
 }
 
 #[cfg(test)]

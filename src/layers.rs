@@ -81,6 +81,11 @@ impl<L: Held> Layers<L> {
         }
     }
 
+    /// Tokens that a row holds at most, where that is fixed.
+    pub(crate) fn bound(&self) -> Option<usize> {
+        L::bound(&self.policy)
+    }
+
     pub(crate) fn reset(&mut self) {
         self.prepared = None;
         // Work of before, run or not, no longer matters.

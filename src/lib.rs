@@ -40,6 +40,7 @@ mod encoder_decoder;
 mod error;
 mod gpu;
 mod kernels;
+mod kind;
 mod layer;
 mod layers;
 mod layout;

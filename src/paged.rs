@@ -1,20 +1,18 @@
 //! The kind whose rows share pages.
 
-use crate::cache::{BatchChange, Cache, GetFuture, KVCache, Stats};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::kind::implement_cache;
 use crate::layers::Layers;
 use crate::paging::{Paged, Paging};
-use crate::position::CachePosition;
-use crate::view::{HostTensor, LayerView, TensorView};
 
 /// A cache whose batch rows share memory: beams and samples cost what they differ in.
 ///
 /// Per layer K and V are pools of pages, [page, H, tokens of a page, D], and a table names the pages of
 /// each row. Repeating, selecting and reordering rows change the table and move no byte. A page that
 /// several rows name is copied when one of them writes into it, which is the partly filled last page of a
-/// row at most as long as rows are appended to. [`truncate`](Cache::truncate) and [`crop`](Cache::crop)
-/// give whole pages back; pages given back are used again. This is the scheme of vLLM's `PagedAttention`
+/// row at most as long as rows are appended to. [`truncate`](crate::Cache::truncate) and
+/// [`crop`](crate::Cache::crop) give whole pages back; pages given back are used again. This is the scheme of vLLM's `PagedAttention`
 /// (Kwon et al., 2023).
 ///
 /// Everything else is as in the other kinds, `get` included. An attention shader reads the view through
@@ -49,7 +47,6 @@ use crate::view::{HostTensor, LayerView, TensorView};
 #[derive(Debug)]
 pub struct PagedKVCache {
     layers: Layers<Paged>,
-    max_tokens: Option<usize>,
 }
 
 /// What a [`PagedKVCache`] is made for.
@@ -95,77 +92,8 @@ impl PagedKVCache {
     fn made(gpu: &Gpu, options: PagedOptions) -> Self {
         let PagedOptions { page_tokens, max_pages, max_tokens, num_layers } = options;
         let paging = Paging::new(page_tokens, max_pages, max_tokens);
-        Self { layers: Layers::new(gpu, paging, num_layers), max_tokens }
+        Self { layers: Layers::new(gpu, paging, num_layers) }
     }
 }
 
-impl Cache for PagedKVCache {
-    fn reset(&mut self) {
-        self.layers.reset();
-    }
-
-    fn crop(&mut self, max_length: usize) {
-        self.layers.crop(max_length);
-    }
-
-    fn truncate(&mut self, length: usize) {
-        self.layers.truncate(length);
-    }
-
-    fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
-        self.layers.prepare_batch(change)
-    }
-
-    fn batch_select_indices(
-        &mut self,
-        pass: &mut wgpu::ComputePass<'_>,
-        indices: &[u32],
-    ) -> Result<()> {
-        self.layers.change_batch(pass, BatchChange::Select(indices))
-    }
-
-    fn batch_repeat_interleave(
-        &mut self,
-        pass: &mut wgpu::ComputePass<'_>,
-        repeats: usize,
-    ) -> Result<()> {
-        self.layers.change_batch(pass, BatchChange::Repeat(repeats))
-    }
-
-    fn get_max_cache_shape(&self) -> Option<usize> {
-        self.max_tokens
-    }
-
-    fn stats(&self) -> Stats {
-        self.layers.stats()
-    }
-}
-
-impl KVCache for PagedKVCache {
-    fn update(
-        &mut self,
-        pass: &mut wgpu::ComputePass<'_>,
-        key: &TensorView<'_>,
-        value: &TensorView<'_>,
-        layer_idx: usize,
-        cache_position: CachePosition<'_>,
-    ) -> Result<LayerView<'_>> {
-        self.layers.update(pass, key, value, layer_idx, cache_position)
-    }
-
-    fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
-        self.layers.view(layer_idx)
-    }
-
-    fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
-        self.layers.get(layer_idx)
-    }
-
-    fn get_async(&self, layer_idx: usize) -> GetFuture<'_> {
-        Box::pin(self.layers.get_async(layer_idx))
-    }
-
-    fn get_seq_length(&self, layer_idx: usize) -> Result<usize> {
-        self.layers.seq_length(layer_idx)
-    }
-}
+implement_cache!(PagedKVCache);

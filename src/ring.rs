@@ -17,15 +17,6 @@ pub(crate) enum Growth {
     Static { tokens: usize },
 }
 
-impl Growth {
-    fn bound(self) -> Option<usize> {
-        match self {
-            Self::Dynamic { .. } => None,
-            Self::Static { tokens } => Some(tokens),
-        }
-    }
-}
-
 /// Tokens of a first allocation: small, and still room for a few steps.
 pub(crate) const LEAST_TOKENS: usize = 64;
 
@@ -47,7 +38,10 @@ impl Held for Ring {
     type Policy = Growth;
 
     fn bound(policy: &Growth) -> Option<usize> {
-        policy.bound()
+        match *policy {
+            Growth::Dynamic { .. } => None,
+            Growth::Static { tokens } => Some(tokens),
+        }
     }
 
     fn shape(&self) -> Shape {
@@ -167,8 +161,8 @@ impl Ring {
         let empty = |capacity| Self { shape, rows: shape.batch, capacity, start: 0, len: 0 };
         if let Some(store) = store {
             let fits = shape.tokens_in(shape.batch, store.bytes());
-            if fits >= growth.bound().unwrap_or(new_len) {
-                return Ok(Staged::unmoved(empty(growth.bound().unwrap_or(fits))));
+            if fits >= Self::bound(&growth).unwrap_or(new_len) {
+                return Ok(Staged::unmoved(empty(Self::bound(&growth).unwrap_or(fits))));
             }
         }
         let capacity = capacity_for(gpu, layer, shape, growth, 0, new_len)?;

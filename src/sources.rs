@@ -49,11 +49,7 @@ impl BoundSources {
         if let Some((_, bindings)) = self.kept.iter().find(|(identity, _)| is_same(identity)) {
             return bindings.clone();
         }
-        let sources = views.map(|(view, source)| wgpu::BufferBinding {
-            buffer: view.buffer,
-            offset: source.window.0,
-            size: wgpu::BufferSize::new(source.window.1),
-        });
+        let sources = views.map(|(view, source)| source.binding(view.buffer));
         let bindings = gpu.kernels().bind_append(gpu, sources, key, value);
         let identity = Identity { buffers: views.map(|(view, _)| view.buffer.clone()), windows };
         self.keep_if_seen(identity, &bindings);

@@ -191,6 +191,12 @@ pub(crate) struct Source {
 }
 
 impl Source {
+    /// What is bound of `buffer`, the view's own.
+    pub(crate) fn binding<'a>(&self, buffer: &'a wgpu::Buffer) -> wgpu::BufferBinding<'a> {
+        let (offset, bytes) = self.window;
+        wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(bytes) }
+    }
+
     /// Whether every row starts and ends on a 16-byte vector.
     pub(crate) fn is_vector_aligned(&self) -> bool {
         let [b, h, t] = self.strides;

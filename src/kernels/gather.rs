@@ -64,15 +64,17 @@ impl Kernels {
             constants: [u32::from(has_copies), u32::from(has_cycles), 0, 0, 0],
             ..Variant::default()
         };
-        // All three at once: a beam search should not compile one in its midst.
-        for (has_copies, has_cycles) in [(true, false), (false, true), (true, true)] {
-            self.gather.pipeline(gpu, variant(has_copies, has_cycles));
-        }
         let has_cycles = shape.moves.cycles_at < shape.moves.words.len();
-        let variant = variant(shape.moves.cycles_at > 0, has_cycles);
+        let wanted = variant(shape.moves.cycles_at > 0, has_cycles);
+        if !self.gather.is_compiled(&wanted) {
+            // All three at once: a beam search should not compile one in its midst.
+            for (has_copies, has_cycles) in [(true, false), (false, true), (true, true)] {
+                self.gather.pipeline(gpu, variant(has_copies, has_cycles));
+            }
+        }
         self.gather.prepare(
             gpu,
-            variant,
+            wanted,
             bindings,
             Some(list),
             &params,

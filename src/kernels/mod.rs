@@ -8,7 +8,7 @@ mod repeat_interleave;
 mod variant;
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use append::AppendShape;
 pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS};
@@ -133,9 +133,16 @@ impl Kernel {
         Self { source, path, bindings, pipeline_layout, pipelines: Mutex::default() }
     }
 
+    fn pipelines(&self) -> MutexGuard<'_, HashMap<Variant, wgpu::ComputePipeline>> {
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_compiled(&self, variant: &Variant) -> bool {
+        self.pipelines().contains_key(variant)
+    }
+
     fn pipeline(&self, gpu: &Gpu, variant: Variant) -> wgpu::ComputePipeline {
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        pipelines
+        self.pipelines()
             .entry(variant)
             .or_insert_with(|| {
                 let label = Some(self.source.label);
