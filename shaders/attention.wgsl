@@ -1,10 +1,10 @@
 // Attention of new tokens over a layer's cache, read where it lies: softmax(q Kᵀ scale) V.
 //
 // A workgroup takes four query rows that share a K/V head, and one split of the live tokens. Its threads
-// lie side by side along the head (slices) and along the tokens (lanes): a thread holds up to four quads
-// of elements of each of the four rows, or eight, and meets every lanes-th token. Each lane keeps a softmax of its
-// own, relative to the highest score so far (Milakov and Gimelshein, 2018); at the end the lanes are put
-// together, and the splits by attention_combine.wgsl (flash-decoding: Dao et al., 2023).
+// lie side by side along the head (slices) and along the tokens (lanes): a thread holds four quads of
+// elements of each of the four rows, or several fours, and meets every lanes-th token. Each lane keeps a
+// softmax of its own, relative to the highest score so far (Milakov and Gimelshein, 2018); at the end the
+// lanes are put together, and the splits by attention_combine.wgsl (flash-decoding: Dao et al., 2023).
 //
 // Texts are joined: of `layout/` (where a token lies) and of `element/` (what its words mean).
 //
@@ -53,18 +53,31 @@ struct Params {
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
-// Whether a thread holds eight quads. A GPU has no registers for as many, but a software adapter has no
-// registers at all, and pays for what its threads tell each other.
-override is_wide: bool = false;
+// Threads of a workgroup.
+override threads: u32 = 128u;
+// Fours of quads that a thread holds. A GPU has registers for one; a software adapter keeps registers in
+// memory, and has as many as it likes.
+override fours: u32 = 1u;
+// Whether a thread holds whole heads, so that lanes tell each other nothing on their way (a software
+// adapter pays dearly for a barrier in a loop), and a lane's tokens follow one another: neighbours on a
+// GPU should read neighbours, while a CPU runs their loads one by one and fetches ahead of each.
+override is_alone: bool = false;
 
-const THREADS: u32 = 128u;
 const ROWS: u32 = 4u;
 const LOWEST: f32 = -3.0e38;
 
-// What threads tell each other: four vectors each.
+// What threads tell each other: four vectors each, of 128 threads at most.
 var<workgroup> told: array<vec4<f32>, 512>;
 
-@compute @workgroup_size(THREADS)
+// Four quads of elements of the four rows; of each a matrix, a row a column.
+struct Quads {
+    x: mat4x4<f32>,
+    y: mat4x4<f32>,
+    z: mat4x4<f32>,
+    w: mat4x4<f32>,
+}
+
+@compute @workgroup_size(threads)
 fn main(
     @builtin(local_invocation_index) local: u32,
     @builtin(workgroup_id) group: vec3<u32>,
@@ -74,9 +87,10 @@ fn main(
     let rows = params.group * params.tokens;
     // Past the last row it comes again, and is not written.
     let row = min(group.x * ROWS + vec4(0u, 1u, 2u, 3u), vec4(rows - 1u));
-    let lanes = THREADS / params.slices;
-    let slice = local % params.slices;
-    let lane = local / params.slices;
+    let slices = params.slices;
+    let lanes = threads / slices;
+    let slice = local % slices;
+    let lane = local / slices;
 
     // How many tokens each row sees: a new token sees those before it and itself.
     let unseen = select(vec4(0u), params.tokens - 1u - row / params.group, params.is_causal != 0u);
@@ -84,41 +98,43 @@ fn main(
     let begin = group.z * params.split;
     let end = min(begin + params.split, max(max(seen.x, seen.y), max(seen.z, seen.w)));
 
-    // A quad of each of the four rows is a matrix: a quad of K times it is four scores at once.
-    let quad = slice + vec4(0u, 1u, 2u, 3u) * params.slices;
-    let q0 = query_quads(b, h, row, quad.x);
-    let q1 = query_quads(b, h, row, quad.y);
-    let q2 = query_quads(b, h, row, quad.z);
-    let q3 = query_quads(b, h, row, quad.w);
-    let far = quad + 4u * params.slices;
-    var q4 = mat4x4<f32>();
-    var q5 = mat4x4<f32>();
-    var q6 = mat4x4<f32>();
-    var q7 = mat4x4<f32>();
-    if is_wide {
-        q4 = query_quads(b, h, row, far.x);
-        q5 = query_quads(b, h, row, far.y);
-        q6 = query_quads(b, h, row, far.z);
-        q7 = query_quads(b, h, row, far.w);
+    // A quad of the four rows is a matrix: a quad of K times it is four scores at once.
+    let quad0 = slice + vec4(0u, 1u, 2u, 3u) * slices;
+    let quad1 = quad0 + 4u * slices;
+    let quad2 = quad0 + 8u * slices;
+    let quad3 = quad0 + 12u * slices;
+    let q0 = query_quads(b, h, row, quad0);
+    var q1 = Quads();
+    var q2 = Quads();
+    var q3 = Quads();
+    if fours > 1u {
+        q1 = query_quads(b, h, row, quad1);
     }
-    // What lies past the head is read as its last quad: its q is zero, and its sum is not written.
-    let key_at = min(quad, vec4(params.key_quads - 1u));
-    let key_far = min(far, vec4(params.key_quads - 1u));
-    let value_at = min(quad, vec4(params.value_quads - 1u));
-    let value_far = min(far, vec4(params.value_quads - 1u));
+    if fours > 2u {
+        q2 = query_quads(b, h, row, quad2);
+    }
+    if fours > 3u {
+        q3 = query_quads(b, h, row, quad3);
+    }
 
     var highest = vec4(LOWEST);
     var total = vec4(0.0);
-    var sum0 = mat4x4<f32>();
-    var sum1 = mat4x4<f32>();
-    var sum2 = mat4x4<f32>();
-    var sum3 = mat4x4<f32>();
-    var sum4 = mat4x4<f32>();
-    var sum5 = mat4x4<f32>();
-    var sum6 = mat4x4<f32>();
-    var sum7 = mat4x4<f32>();
-    for (var first = begin; first < end; first += 4u * lanes) {
-        let token = first + lane + vec4(0u, 1u, 2u, 3u) * lanes;
+    var sum0 = Quads();
+    var sum1 = Quads();
+    var sum2 = Quads();
+    var sum3 = Quads();
+    // A split that no row sees is gone through once, and weighs nothing.
+    var rounds = max((max(end, begin) - begin + 4u * lanes - 1u) / (4u * lanes), 1u);
+    var first = begin + lane;
+    var stride = lanes;
+    if is_alone {
+        // Long runs have an odd length, so that they do not all begin in the same set of a CPU's cache.
+        rounds |= u32(rounds >= 16u);
+        first = begin + lane * 4u * rounds;
+        stride = 1u;
+    }
+    loop {
+        let token = first + vec4(0u, 1u, 2u, 3u) * stride;
         let held = min(token, vec4(end - 1u));
         let slot = vec4(
             kv_slot(params.kv, b, h, held.x),
@@ -126,31 +142,20 @@ fn main(
             kv_slot(params.kv, b, h, held.z),
             kv_slot(params.kv, b, h, held.w),
         );
-        var part = scores(slot, key_at, q0, q1, q2, q3);
-        if is_wide {
-            part += scores(slot, key_far, q4, q5, q6, q7);
-        }
-        workgroupBarrier();
-        told[local] = part[0];
-        told[local + THREADS] = part[1];
-        told[local + 2u * THREADS] = part[2];
-        told[local + 3u * THREADS] = part[3];
-        workgroupBarrier();
-        // All slices of a lane add up the same numbers in the same order.
-        var sums = mat4x4<f32>();
-        var i = lane * params.slices;
-        loop {
-            sums += mat4x4(told[i], told[i + THREADS], told[i + 2u * THREADS], told[i + 3u * THREADS]);
-            i++;
-            continuing {
-                break if i == (lane + 1u) * params.slices;
-            }
+        var scores = mat4x4(
+            score_of(slot.x, quad0, q0, q1, q2, q3),
+            score_of(slot.y, quad0, q0, q1, q2, q3),
+            score_of(slot.z, quad0, q0, q1, q2, q3),
+            score_of(slot.w, quad0, q0, q1, q2, q3),
+        );
+        if !is_alone {
+            scores = over_slices(local, scores);
         }
         let ends = min(seen, vec4(end));
-        let s0 = select(vec4(LOWEST), sums[0], vec4(token.x) < ends);
-        let s1 = select(vec4(LOWEST), sums[1], vec4(token.y) < ends);
-        let s2 = select(vec4(LOWEST), sums[2], vec4(token.z) < ends);
-        let s3 = select(vec4(LOWEST), sums[3], vec4(token.w) < ends);
+        let s0 = select(vec4(LOWEST), scores[0], vec4(token.x) < ends);
+        let s1 = select(vec4(LOWEST), scores[1], vec4(token.y) < ends);
+        let s2 = select(vec4(LOWEST), scores[2], vec4(token.z) < ends);
+        let s3 = select(vec4(LOWEST), scores[3], vec4(token.w) < ends);
         let before = highest;
         highest = max(max(highest, max(s0, s1)), max(s2, s3));
         let fade = exp(before - highest);
@@ -161,54 +166,57 @@ fn main(
         let w3 = select(vec4(0.0), exp(s3 - highest), vec4(token.w) < ends);
         total = total * fade + (w0 + w1) + (w2 + w3);
         let weights = transpose(mat4x4(w0, w1, w2, w3));
-        sum0 = scaled(sum0, fade) + values(slot, value_at.x) * weights;
-        sum1 = scaled(sum1, fade) + values(slot, value_at.y) * weights;
-        sum2 = scaled(sum2, fade) + values(slot, value_at.z) * weights;
-        sum3 = scaled(sum3, fade) + values(slot, value_at.w) * weights;
-        if is_wide {
-            sum4 = scaled(sum4, fade) + values(slot, value_far.x) * weights;
-            sum5 = scaled(sum5, fade) + values(slot, value_far.y) * weights;
-            sum6 = scaled(sum6, fade) + values(slot, value_far.z) * weights;
-            sum7 = scaled(sum7, fade) + values(slot, value_far.w) * weights;
+        sum0 = with_values(sum0, fade, slot, quad0, weights);
+        if fours > 1u {
+            sum1 = with_values(sum1, fade, slot, quad1, weights);
+        }
+        if fours > 2u {
+            sum2 = with_values(sum2, fade, slot, quad2, weights);
+        }
+        if fours > 3u {
+            sum3 = with_values(sum3, fade, slot, quad3, weights);
+        }
+        continuing {
+            first += 4u * stride;
+            rounds--;
+            break if rounds == 0u;
         }
     }
 
     // The lanes put together, relative to the highest score of all.
-    told[local + THREADS] = highest;
+    // Slices may still be reading what lanes told them.
+    workgroupBarrier();
+    told[local + threads] = highest;
     let all_highest = over_lanes(local, true);
     let fade = exp(highest - all_highest);
     workgroupBarrier();
-    told[local + THREADS] = total * fade;
+    told[local + threads] = total * fade;
     let all_total = over_lanes(local, false);
 
-    write_quads(local, group, row, 0u, scaled(sum0, fade), all_highest, all_total);
-    if params.slices < params.value_quads {
-        write_quads(local, group, row, 1u, scaled(sum1, fade), all_highest, all_total);
+    let sums = Sums(group, row, fade, all_highest, all_total);
+    write_fours(local, sums, 0u, sum0);
+    if fours > 1u {
+        write_fours(local, sums, 4u, sum1);
     }
-    if 2u * params.slices < params.value_quads {
-        write_quads(local, group, row, 2u, scaled(sum2, fade), all_highest, all_total);
+    if fours > 2u {
+        write_fours(local, sums, 8u, sum2);
     }
-    if 3u * params.slices < params.value_quads {
-        write_quads(local, group, row, 3u, scaled(sum3, fade), all_highest, all_total);
-    }
-    if is_wide {
-        if 4u * params.slices < params.value_quads {
-            write_quads(local, group, row, 4u, scaled(sum4, fade), all_highest, all_total);
-        }
-        if 5u * params.slices < params.value_quads {
-            write_quads(local, group, row, 5u, scaled(sum5, fade), all_highest, all_total);
-        }
-        if 6u * params.slices < params.value_quads {
-            write_quads(local, group, row, 6u, scaled(sum6, fade), all_highest, all_total);
-        }
-        if 7u * params.slices < params.value_quads {
-            write_quads(local, group, row, 7u, scaled(sum7, fade), all_highest, all_total);
-        }
+    if fours > 3u {
+        write_fours(local, sums, 12u, sum3);
     }
 }
 
-// One quad of four query rows, scaled; a row a column.
-fn query_quads(b: u32, h: u32, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
+// Four quads of four query rows, scaled.
+fn query_quads(b: u32, h: u32, row: vec4<u32>, quad: vec4<u32>) -> Quads {
+    return Quads(
+        query_rows(b, h, row, quad.x),
+        query_rows(b, h, row, quad.y),
+        query_rows(b, h, row, quad.z),
+        query_rows(b, h, row, quad.w),
+    );
+}
+
+fn query_rows(b: u32, h: u32, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
     return mat4x4(
         query_quad(b, h, row.x, quad),
         query_quad(b, h, row.y, quad),
@@ -231,33 +239,65 @@ fn place(lie: Rows, b: u32, h: u32, row: u32) -> u32 {
     return lie.offset + b * lie.stride_b + head * lie.stride_h + (row / params.group) * lie.stride_t;
 }
 
-// Four quads' part of the scores of four tokens, a token a column; rows as they lie in q.
-fn scores(
-    slot: vec4<u32>,
-    quad: vec4<u32>,
-    q0: mat4x4<f32>,
-    q1: mat4x4<f32>,
-    q2: mat4x4<f32>,
-    q3: mat4x4<f32>,
-) -> mat4x4<f32> {
-    return mat4x4(
-        score(slot.x, quad, q0, q1, q2, q3),
-        score(slot.y, quad, q0, q1, q2, q3),
-        score(slot.z, quad, q0, q1, q2, q3),
-        score(slot.w, quad, q0, q1, q2, q3),
-    );
+// A thread's part of a token's scores, read as it lies in memory; rows as they lie in q.
+fn score_of(slot: u32, quad: vec4<u32>, q0: Quads, q1: Quads, q2: Quads, q3: Quads) -> vec4<f32> {
+    var sum = score(slot, quad, q0);
+    if fours > 1u {
+        sum += score(slot, quad + 4u * params.slices, q1);
+    }
+    if fours > 2u {
+        sum += score(slot, quad + 8u * params.slices, q2);
+    }
+    if fours > 3u {
+        sum += score(slot, quad + 12u * params.slices, q3);
+    }
+    return sum;
 }
 
-fn score(
-    slot: u32,
+fn score(slot: u32, quad: vec4<u32>, q: Quads) -> vec4<f32> {
+    // What lies past the head is read as its last quad: its q is zero.
+    let at = min(quad, vec4(params.key_quads - 1u));
+    return key_quad(slot, at.x) * q.x + key_quad(slot, at.y) * q.y
+        + (key_quad(slot, at.z) * q.z + key_quad(slot, at.w) * q.w);
+}
+
+// The scores of a lane's tokens: all of its slices add up the same numbers in the same order.
+fn over_slices(local: u32, part: mat4x4<f32>) -> mat4x4<f32> {
+    workgroupBarrier();
+    told[local] = part[0];
+    told[local + threads] = part[1];
+    told[local + 2u * threads] = part[2];
+    told[local + 3u * threads] = part[3];
+    workgroupBarrier();
+    var sums = mat4x4<f32>();
+    var i = local - local % params.slices;
+    let end = i + params.slices;
+    loop {
+        sums += mat4x4(told[i], told[i + threads], told[i + 2u * threads], told[i + 3u * threads]);
+        i++;
+        continuing {
+            break if i == end;
+        }
+    }
+    return sums;
+}
+
+// Sums so far, faded, and four quads of V of four tokens by their weights.
+fn with_values(
+    sums: Quads,
+    fade: vec4<f32>,
+    slot: vec4<u32>,
     quad: vec4<u32>,
-    q0: mat4x4<f32>,
-    q1: mat4x4<f32>,
-    q2: mat4x4<f32>,
-    q3: mat4x4<f32>,
-) -> vec4<f32> {
-    return key_quad(slot, quad.x) * q0 + key_quad(slot, quad.y) * q1
-        + (key_quad(slot, quad.z) * q2 + key_quad(slot, quad.w) * q3);
+    weights: mat4x4<f32>,
+) -> Quads {
+    // What lies past the head is read as its last quad, and its sum is not written.
+    let at = min(quad, vec4(params.value_quads - 1u));
+    return Quads(
+        scaled(sums.x, fade) + values(slot, at.x) * weights,
+        scaled(sums.y, fade) + values(slot, at.y) * weights,
+        scaled(sums.z, fade) + values(slot, at.z) * weights,
+        scaled(sums.w, fade) + values(slot, at.w) * weights,
+    );
 }
 
 // The same quad of four tokens' V; a token a column.
@@ -275,70 +315,123 @@ fn scaled(sums: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
     return mat4x4(sums[0] * by.x, sums[1] * by.y, sums[2] * by.z, sums[3] * by.w);
 }
 
-// The maximum, or the sum, over the lanes of what each thread put at told[local + THREADS]. All slices of
+// The maximum, or the sum, over the lanes of what each thread put at told[local + threads]. All slices of
 // a lane put the same there.
 fn over_lanes(local: u32, is_max: bool) -> vec4<f32> {
     workgroupBarrier();
-    for (var stride = THREADS / 2u; stride >= params.slices; stride /= 2u) {
+    for (var stride = threads / 2u; stride >= params.slices; stride /= 2u) {
         if local < stride {
-            let mine = told[THREADS + local];
-            let other = told[THREADS + local + stride];
-            told[THREADS + local] = select(mine + other, max(mine, other), is_max);
+            let mine = told[threads + local];
+            let other = told[threads + local + stride];
+            told[threads + local] = select(mine + other, max(mine, other), is_max);
         }
         workgroupBarrier();
     }
-    return told[THREADS];
+    return told[threads];
 }
 
-// Adds up the i-th quads of all lanes, and writes them: one for each row and slice.
-fn write_quads(
-    local: u32,
+// What all sums of a workgroup are written with.
+struct Sums {
     group: vec3<u32>,
     row: vec4<u32>,
-    i: u32,
-    sums: mat4x4<f32>,
+    // What brings a thread's sums to the highest score of all.
+    fade: vec4<f32>,
     highest: vec4<f32>,
     total: vec4<f32>,
-) {
+}
+
+// Adds up four quads of all lanes, the i-th of each thread and on, and writes them.
+fn write_fours(local: u32, sums: Sums, i: u32, quads: Quads) {
     workgroupBarrier();
-    told[local] = sums[0];
-    told[local + THREADS] = sums[1];
-    told[local + 2u * THREADS] = sums[2];
-    told[local + 3u * THREADS] = sums[3];
-    workgroupBarrier();
-    // ROWS * slices quads to write; each is first added up in parts of four lanes.
-    let slices = params.slices;
-    let parts = THREADS / (ROWS * slices);
-    let written = local / parts;
-    let from_lane = 4u * (local % parts);
-    let at = (written / slices) * THREADS + written % slices;
-    let part = (told[at + from_lane * slices] + told[at + (from_lane + 1u) * slices])
-        + (told[at + (from_lane + 2u) * slices] + told[at + (from_lane + 3u) * slices]);
-    workgroupBarrier();
-    told[local] = part;
-    workgroupBarrier();
-    let r = local / slices;
-    let quad = i * slices + local % slices;
-    if r >= ROWS || quad >= params.value_quads || group.x * ROWS + r >= params.group * params.tokens {
+    tell(local, 0u, quads.x, sums.fade);
+    if threads <= 32u {
+        // Few threads have room to tell all four at once.
+        tell(local, 1u, quads.y, sums.fade);
+        tell(local, 2u, quads.z, sums.fade);
+        tell(local, 3u, quads.w, sums.fade);
+        write_told(local, sums, i, 4u);
         return;
     }
-    var sum = vec4(0.0);
-    for (var p = 0u; p < parts; p++) {
-        sum += told[local * parts + p];
+    write_told(local, sums, i, 1u);
+    if (i + 1u) * params.slices < params.value_quads {
+        workgroupBarrier();
+        tell(local, 0u, quads.y, sums.fade);
+        write_told(local, sums, i + 1u, 1u);
     }
-    if params.splits == 1u {
-        let at = place(params.output, group.y / params.kv.heads, group.y % params.kv.heads, row[r]);
-        write_elements(at, quad, sum / total[r]);
-    } else {
-        let rows = params.group * params.tokens;
-        let all = params.batch * params.kv.heads * rows;
-        let at = (group.z * all + group.y * rows + row[r]) * (params.kv.value_dim + 2u);
-        write_elements(at, quad, sum);
-        if quad == 0u {
-            result[at + params.kv.value_dim] = highest[r];
-            result[at + params.kv.value_dim + 1u] = total[r];
+    if (i + 2u) * params.slices < params.value_quads {
+        workgroupBarrier();
+        tell(local, 0u, quads.z, sums.fade);
+        write_told(local, sums, i + 2u, 1u);
+    }
+    if (i + 3u) * params.slices < params.value_quads {
+        workgroupBarrier();
+        tell(local, 0u, quads.w, sums.fade);
+        write_told(local, sums, i + 3u, 1u);
+    }
+}
+
+fn tell(local: u32, k: u32, quads: mat4x4<f32>, fade: vec4<f32>) {
+    let faded = scaled(quads, fade);
+    let at = local + k * ROWS * threads;
+    told[at] = faded[0];
+    told[at + threads] = faded[1];
+    told[at + 2u * threads] = faded[2];
+    told[at + 3u * threads] = faded[3];
+}
+
+// Adds up the `count` quads that all lanes have told, the i-th of each thread and on, and writes them: one
+// for each quad, row and slice.
+fn write_told(local: u32, sums: Sums, i: u32, count: u32) {
+    workgroupBarrier();
+    let slices = params.slices;
+    // All threads are busy: where these are fewer quads, the lanes of one are added up in parts.
+    let all = count * ROWS * slices;
+    let parts = threads / all;
+    var sum = told_by(local / parts, local % parts * (count * ROWS), count * ROWS);
+    if parts > 1u {
+        workgroupBarrier();
+        told[local] = sum;
+        workgroupBarrier();
+        sum = vec4(0.0);
+        for (var p = 0u; p < parts; p++) {
+            sum += told[min(local, all - 1u) * parts + p];
         }
     }
+    let r = local / slices % ROWS;
+    let quad = (i + local / (slices * ROWS)) * slices + local % slices;
+    let rows = params.group * params.tokens;
+    if local >= all || quad >= params.value_quads || sums.group.x * ROWS + r >= rows {
+        return;
+    }
+    let b = sums.group.y / params.kv.heads;
+    let h = sums.group.y % params.kv.heads;
+    if params.splits == 1u {
+        write_elements(place(params.output, b, h, sums.row[r]), quad, sum / sums.total[r]);
+    } else {
+        let results = params.batch * params.kv.heads * rows;
+        let at = (sums.group.z * results + sums.group.y * rows + sums.row[r]) * (params.kv.value_dim + 2u);
+        write_elements(at, quad, sum);
+        if quad == 0u {
+            result[at + params.kv.value_dim] = sums.highest[r];
+            result[at + params.kv.value_dim + 1u] = sums.total[r];
+        }
+    }
+}
+
+// The sum of one of the told quads (its number counts slices first, then rows) over `count` lanes.
+fn told_by(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
+    let slices = params.slices;
+    var at = number / slices * threads + number % slices + first_lane * slices;
+    let end = at + count * slices;
+    var sum = vec4(0.0);
+    loop {
+        sum += told[at];
+        at += slices;
+        continuing {
+            break if at == end;
+        }
+    }
+    return sum;
 }
 
 fn write_elements(at: u32, quad: u32, elements: vec4<f32>) {

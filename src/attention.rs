@@ -51,6 +51,8 @@ pub struct Attention {
     /// Bind groups by what they bind, with the call that last used them.
     bound: HashMap<Bound, (wgpu::BindGroup, u64)>,
     calls: u64,
+    /// Whether the adapter is a CPU, which has kernels in forms of its own.
+    is_cpu: bool,
     /// Partial results of splits.
     scratch: Option<wgpu::Buffer>,
     /// Holds what recorded calls read in place.
@@ -89,6 +91,7 @@ impl Attention {
             gpu: gpu.clone(),
             bound: HashMap::new(),
             calls: 0,
+            is_cpu: gpu.is_cpu(),
             scratch: None,
             ledger: Ledger::default(),
         }
@@ -135,6 +138,7 @@ impl Attention {
             splits,
             scale,
             is_causal: options.is_causal,
+            is_cpu: self.is_cpu,
         };
         let mut dispatches = Vec::with_capacity(2);
         let query = from.binding(query.buffer);
@@ -160,7 +164,7 @@ impl Attention {
     /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
     /// to be worth putting together.
     fn splits(&self, view: &LayerView<'_>, rows: usize) -> (usize, usize) {
-        let (wanted, least) = if self.gpu.is_cpu() { (16, 1024) } else { (512, 256) };
+        let (wanted, least) = if self.is_cpu { (16, 1024) } else { (512, 256) };
         let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
         let splits = wanted_splits(workgroups, wanted, view.len, least);
         let split = view.len.div_ceil(splits);
@@ -295,7 +299,52 @@ fn check_alias(
 
 #[cfg(test)]
 mod tests {
-    use super::wanted_splits;
+    use super::*;
+    use crate::{Cache, CachePosition, DynamicKVCache, KVCache};
+
+    /// Software adapters, which most tests run on, get the kernels in other forms than GPUs do.
+    #[test]
+    fn forms_for_a_gpu_and_for_a_cpu_agree() {
+        let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
+        let mut state = 1_u32;
+        let mut random = |count: usize| -> Vec<f32> {
+            let mut next = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                f32::from((state >> 16) as u16) / 32_768.0 - 1.0
+            };
+            (0..count).map(|_| next()).collect()
+        };
+        for (dim, len, tokens) in [(6, 700, 3), (64, 2500, 1), (96, 40, 5), (256, 900, 2)] {
+            let mut cache = DynamicKVCache::new(&gpu);
+            let mut upload = |heads: usize, tokens: usize| {
+                gpu.upload(&random(2 * heads * tokens * dim), &[2, heads, tokens, dim])
+                    .unwrap_or_else(|error| panic!("{error}"))
+            };
+            let (key, value) = (upload(3, len), upload(3, len));
+            let (query, output) = (upload(6, tokens), upload(6, tokens));
+            let mut answers = Vec::new();
+            for is_cpu in [false, true] {
+                let mut attention = Attention { is_cpu, ..Attention::new(&gpu) };
+                let mut answer = DynamicKVCache::new(&gpu);
+                cache.reset();
+                gpu.submit_pass("attention", |pass| {
+                    let at = CachePosition::Append;
+                    let view = cache.update(pass, &key.view(), &value.view(), 0, at)?;
+                    let options = AttentionOptions::default();
+                    attention.record(pass, &query.view(), &view, &output.view(), options)?;
+                    answer.update(pass, &output.view(), &output.view(), 0, at).map(|_| ())
+                })
+                .unwrap_or_else(|error| panic!("{error}"));
+                let (answer, _) = answer.get(0).expect("read back").expect("written");
+                answers.push(answer.as_slice::<f32>().expect("f32").to_vec());
+            }
+            let square =
+                |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|n| n * n).sum::<f32>();
+            let apart = &mut answers[0].iter().zip(&answers[1]).map(|(a, b)| a - b);
+            let (apart, whole) = (square(apart), square(&mut answers[1].iter().copied()));
+            assert!(apart <= 1e-10 * whole && whole > 0.0, "D {dim}: {apart} of {whole}");
+        }
+    }
 
     #[test]
     fn splits_fill_the_device_and_are_worth_it() {

@@ -123,7 +123,10 @@ mod tests {
                 for entries in [1, 4, 5, 1000] {
                     for heads_first in [false, true] {
                         let [x, y, z] = tile(units, heads, entries, heads_first);
-                        assert!((1..=WORKGROUP).contains(&(x * y * z)), "{units} {heads} {entries}");
+                        assert!(
+                            (1..=WORKGROUP).contains(&(x * y * z)),
+                            "{units} {heads} {entries}"
+                        );
                         assert!(z <= MOST_DEEP && y <= heads);
                     }
                 }

@@ -11,7 +11,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",
     wgsl: include_str!("../../shaders/attention.wgsl"),
     writes: &[false, false, false, true],
-    constants: &["is_wide"],
+    constants: &["threads", "fours", "is_alone"],
     layouts: &Layout::ALL,
     dtypes: &[DType::F32, DType::F16, DType::BF16],
 };
@@ -27,12 +27,34 @@ pub(super) const COMBINE: super::Source = super::Source {
 
 /// Query rows of a workgroup, as in the shader.
 pub(crate) const ROWS: usize = 4;
-/// Quads of elements that a thread holds at most, as in the shader: narrow, and wide.
-const QUADS_PER_THREAD: [usize; 2] = [4, 8];
-/// Threads along a head at most: what leaves four lanes or more for each part of a sum.
-const MOST_SLICES: usize = 16;
-/// Elements a head at most.
-pub(crate) const MOST_DIM: usize = 4 * QUADS_PER_THREAD[0] * MOST_SLICES;
+/// How a head is spread over a workgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Spread {
+    threads: u32,
+    /// Threads along a head.
+    slices: u32,
+    /// Fours of quads that a thread holds.
+    fours: u32,
+    /// Whether a thread holds whole heads, and runs of tokens.
+    is_alone: bool,
+}
+
+impl Spread {
+    /// A GPU has registers for a four of quads. A CPU holds more, if they are read as vectors: word by word
+    /// the code would be long, and take long to compile.
+    fn new(quads: u32, unit: Unit, is_cpu: bool) -> Self {
+        if is_cpu && unit == Unit::Vector && quads <= 16 {
+            let fours = quads.div_ceil(4).next_power_of_two();
+            return Self { threads: 16, slices: 1, fours, is_alone: true };
+        }
+        let fours = if is_cpu && unit == Unit::Vector { 2 } else { 1 };
+        let slices = quads.div_ceil(4 * fours).next_power_of_two();
+        Self { threads: 128, slices, fours, is_alone: false }
+    }
+}
+
+/// Elements a head at most: what leaves four lanes or more for each part of a sum.
+pub(crate) const MOST_DIM: usize = 256;
 
 /// What attention reads and writes, and how it is split.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +72,8 @@ pub(crate) struct AttentionShape<'a> {
     pub(crate) splits: usize,
     pub(crate) scale: f32,
     pub(crate) is_causal: bool,
+    /// Whether it is a CPU that runs the kernel.
+    pub(crate) is_cpu: bool,
 }
 
 impl Kernels {
@@ -89,16 +113,21 @@ impl Kernels {
             Unit::Word => 4,
         };
         let quads = dims.map(|dim| dim.div_ceil(4));
-        let is_wide = gpu.is_cpu();
-        let most = QUADS_PER_THREAD[usize::from(is_wide)];
-        let slices = quads[0].max(quads[1]).div_ceil(most).next_power_of_two();
+        let spread = Spread::new(super::narrow(quads[0].max(quads[1]))?, unit, shape.is_cpu);
         let mut params = view.layout_words().to_vec();
         params.extend(rows(shape.query)?);
         params.extend(rows(shape.output)?);
         for count in dims.map(|dim| dim * view.dtype.size() / unit_bytes).into_iter().chain(quads) {
             params.push(super::narrow(count)?);
         }
-        for count in [shape.group, shape.tokens, slices, shape.split, shape.splits, view.batch] {
+        for count in [
+            shape.group,
+            shape.tokens,
+            spread.slices as usize,
+            shape.split,
+            shape.splits,
+            view.batch,
+        ] {
             params.push(super::narrow(count)?);
         }
         params.extend([shape.scale.to_bits(), u32::from(shape.is_causal)]);
@@ -106,7 +135,7 @@ impl Kernels {
             unit,
             layout: Some(view.layout()),
             dtype: Some(view.dtype),
-            constants: [u32::from(is_wide), 0, 0, 0, 0],
+            constants: [spread.threads, spread.fours, u32::from(spread.is_alone), 0, 0],
         };
         let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
         let groups = [tiles, view.batch * view.heads, shape.splits].map(|side| side as u64);
@@ -138,4 +167,26 @@ fn rows(source: &Source) -> Result<[u32; 4]> {
     let count = |bytes: u64| Unit::Word.count(bytes);
     let [b, h, t] = source.strides;
     Ok([count(source.offset)?, count(b)?, count(h)?, count(t)?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_of_any_size_is_spread_over_whole_parts() {
+        for dim in 1..=MOST_DIM {
+            for (unit, is_cpu) in
+                Unit::ALL.into_iter().flat_map(|unit| [(unit, false), (unit, true)])
+            {
+                let quads = u32::try_from(dim.div_ceil(4)).expect("few");
+                let Spread { threads, slices, fours, is_alone } = Spread::new(quads, unit, is_cpu);
+                assert!(4 * fours * slices >= quads && [1, 2, 4].contains(&fours), "{dim}");
+                assert!(!is_alone || slices == 1, "{dim}");
+                // Each quad that is told has a thread or more to add it up.
+                let told = if threads <= 32 { 16 } else { 4 } * slices;
+                assert!(threads % told == 0 && slices.is_power_of_two(), "{dim}");
+            }
+        }
+    }
 }

@@ -17,7 +17,7 @@ pub(crate) enum Unit {
 
 impl Unit {
     #[cfg(test)]
-    const ALL: [Self; 2] = [Self::Vector, Self::Word];
+    pub(super) const ALL: [Self; 2] = [Self::Vector, Self::Word];
 
     pub(crate) const fn bytes(self) -> u64 {
         match self {
