@@ -27,13 +27,13 @@ struct Params {
     // Units of a head.
     key_units: u32,
     value_units: u32,
-    batch: u32,
+    // B times H.
+    rows: u32,
     // Positions that each row visits.
     entries: u32,
-    // Workgroups along the units of a head, along the positions and along the heads.
+    // Workgroups along a head, and along the positions.
     unit_tiles: u32,
     token_tiles: u32,
-    head_tiles: u32,
     // A plain run: positions from `first` on, of which the first `zeros` become zero.
     first: u32,
     zeros: u32,
@@ -49,11 +49,11 @@ struct Params {
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
-// A workgroup covers this many units, heads and fours of tokens; the host picks them by the shape and the
+// A workgroup covers this many units, rows and fours of tokens; the host picks them by the shape and the
 // strides of the update, so that neither one token nor a long prompt leaves most threads idle, and
 // neighbours read neighbours.
 override tile_units: u32 = 16u;
-override tile_heads: u32 = 16u;
+override tile_rows: u32 = 16u;
 override tile_tokens: u32 = 1u;
 // Whether positions come as a list.
 override has_list: bool = false;
@@ -64,29 +64,27 @@ const TOKENS_PER_THREAD: u32 = 4u;
 const ZERO: u32 = 0xffffffffu;
 const SKIP: u32 = 0xffffffffu;
 
-@compute @workgroup_size(tile_units, tile_heads, tile_tokens)
+@compute @workgroup_size(tile_units, tile_rows, tile_tokens)
 fn main(
     @builtin(local_invocation_id) local: vec3<u32>,
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
     let number = group.x + groups.x * (group.y + groups.y * group.z);
-    // A remainder is the rest of a quotient: to ask for both would divide twice.
-    let over_units = number / params.unit_tiles;
-    let unit = (number - over_units * params.unit_tiles) * tile_units + local.x;
-    let over_tokens = over_units / params.token_tiles;
-    let token_tile = over_units - over_tokens * params.token_tiles;
-    let entry = token_tile * (TOKENS_PER_THREAD * tile_tokens) + local.z;
-    let b = over_tokens / params.head_tiles;
-    let h = (over_tokens - b * params.head_tiles) * tile_heads + local.y;
-    if h >= params.kv.heads || b >= params.batch {
+    let unit = number % params.unit_tiles * tile_units + local.x;
+    let token_tile = number / params.unit_tiles % params.token_tiles;
+    let row = number / params.unit_tiles / params.token_tiles * tile_rows + local.y;
+    if row >= params.rows {
         return;
     }
-    write_row(b, h, unit, entry + vec4(0u, 1u, 2u, 3u) * tile_tokens);
+    let entry = token_tile * tile_tokens * TOKENS_PER_THREAD + local.z;
+    write_row(row, unit, entry + vec4(0u, 1u, 2u, 3u) * tile_tokens);
 }
 
 // Writes one unit of four tokens of a row.
-fn write_row(b: u32, h: u32, unit: u32, entry: vec4<u32>) {
+fn write_row(row: u32, unit: u32, entry: vec4<u32>) {
+    let b = row / params.kv.heads;
+    let h = row % params.kv.heads;
     var is_written = entry < vec4(params.entries);
     var position = params.first + entry;
     var token = select(vec4(ZERO), entry - params.zeros, entry >= vec4(params.zeros));

@@ -12,7 +12,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../shaders/append.wgsl"),
     writes: &[false, false, true, true],
-    constants: &["tile_units", "tile_heads", "tile_tokens", "has_list", "is_single"],
+    constants: &["tile_units", "tile_rows", "tile_tokens", "has_list", "is_single"],
     layouts: &[Layout::Wrapped, Layout::Paged],
     dtypes: &[],
 };
@@ -60,7 +60,7 @@ impl Kernels {
         let unit = if aligned { Unit::Vector } else { Unit::Word };
         let tokens = super::narrow(shape.tokens)?;
         let view = shape.target;
-        let [batch, heads] = [super::narrow(view.batch)?, super::narrow(view.heads)?];
+        let rows = super::narrow(view.batch.saturating_mul(view.heads))?;
         let entries = shape.order.count(tokens);
 
         let mut params = Vec::with_capacity(24);
@@ -74,15 +74,15 @@ impl Kernels {
         let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
         let most_units = units[0].max(units[1]);
         // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
-        let heads_first = shape.key.strides[1] < shape.key.strides[2];
-        let tile = tile(most_units, heads, entries, heads_first);
+        let is_bthd = shape.key.strides[1] < shape.key.strides[2];
+        let near_rows = if is_bthd { super::narrow(view.heads)? } else { 1 };
+        let tile = tile(most_units, near_rows, entries);
         let unit_tiles = most_units.div_ceil(tile[0]);
-        let head_tiles = heads.div_ceil(tile[1]);
-        let token_tiles = entries.div_ceil(TOKENS_PER_THREAD).div_ceil(tile[2]);
-        let groups = [unit_tiles, token_tiles, head_tiles, batch]
-            .iter()
-            .fold(1, |groups: u64, &tiles| groups.saturating_mul(u64::from(tiles)));
-        params.extend([units[0], units[1], batch, entries, unit_tiles, token_tiles, head_tiles]);
+        let token_tiles = entries.div_ceil(tile[2] * TOKENS_PER_THREAD);
+        let groups = u64::from(unit_tiles)
+            .saturating_mul(u64::from(token_tiles))
+            .saturating_mul(u64::from(rows.div_ceil(tile[1])));
+        params.extend([units[0], units[1], rows, entries, unit_tiles, token_tiles]);
         let (list, list_at) = shape.lists.unzip();
         params.extend(match shape.order {
             Order::Run { first, zeros } => [*first, *zeros, 0, 0],
@@ -103,13 +103,14 @@ impl Kernels {
     }
 }
 
-/// Extents of a workgroup, (units, heads, fours of tokens): wide enough for a head, the rest given to heads
-/// where these lie side by side or tokens are few, else to tokens.
-fn tile(units: u32, heads: u32, entries: u32, heads_first: bool) -> [u32; 3] {
+/// Extents of a workgroup, (units, rows, fours of tokens): wide enough for a head, the rest given to rows
+/// where there are few tokens, else to the rows that lie side by side and then to tokens. They hang on no
+/// length but on its being more than four: each is a pipeline of its own.
+fn tile(units: u32, near_rows: u32, entries: u32) -> [u32; 3] {
     let wide = units.next_power_of_two().min(WORKGROUP);
     let rest = WORKGROUP / wide;
-    let high = if heads_first || entries <= TOKENS_PER_THREAD { heads.min(rest) } else { 1 };
-    [wide, high, (rest / high).min(entries.div_ceil(TOKENS_PER_THREAD)).min(MOST_DEEP)]
+    let high = if entries <= TOKENS_PER_THREAD { rest } else { near_rows.min(rest) };
+    [wide, high, (rest / high).min(MOST_DEEP)]
 }
 
 #[cfg(test)]
@@ -119,16 +120,11 @@ mod tests {
     #[test]
     fn a_tile_is_within_webgpu_and_never_empty() {
         for units in 1..=600 {
-            for heads in [1, 3, 8, 300] {
+            for near_rows in [1, 2, 3, 8, 9, 129, 300] {
                 for entries in [1, 4, 5, 1000] {
-                    for heads_first in [false, true] {
-                        let [x, y, z] = tile(units, heads, entries, heads_first);
-                        assert!(
-                            (1..=WORKGROUP).contains(&(x * y * z)),
-                            "{units} {heads} {entries}"
-                        );
-                        assert!(z <= MOST_DEEP && y <= heads);
-                    }
+                    let [x, y, z] = tile(units, near_rows, entries);
+                    assert!(x * y * z <= WORKGROUP && x * y * z >= MOST_DEEP, "{units} {entries}");
+                    assert!(z <= MOST_DEEP);
                 }
             }
         }
