@@ -2,9 +2,10 @@
 //
 // A workgroup takes four query rows that share a K/V head, and one split of the live tokens. Its threads
 // lie side by side along the head (slices) and along the tokens (lanes): a thread holds four quads of
-// elements of each of the four rows, or several fours, and meets every lanes-th token. Each lane keeps a
-// softmax of its own, relative to the highest score so far (Milakov and Gimelshein, 2018); at the end the
-// lanes are put together, and the splits by attention_combine.wgsl (flash-decoding: Dao et al., 2023).
+// elements of each of the four rows, or several fours, and meets its lane's share of the tokens. Each lane
+// keeps a softmax of its own, relative to the highest score so far (Milakov and Gimelshein, 2018); at the
+// end the lanes are put together, and the splits by attention_combine.wgsl (flash-decoding: Dao et al.,
+// 2023).
 //
 // Texts are joined: of `layout/` (where a token lies) and of `element/` (what its words mean).
 //
@@ -184,14 +185,9 @@ fn main(
     }
 
     // The lanes put together, relative to the highest score of all.
-    // Slices may still be reading what lanes told them.
-    workgroupBarrier();
-    told[local + threads] = highest;
-    let all_highest = over_lanes(local, true);
+    let all_highest = over_lanes(local, highest, true);
     let fade = exp(highest - all_highest);
-    workgroupBarrier();
-    told[local + threads] = total * fade;
-    let all_total = over_lanes(local, false);
+    let all_total = over_lanes(local, total * fade, false);
 
     let sums = Sums(group, row, fade, all_highest, all_total);
     write_fours(local, sums, 0u, sum0);
@@ -315,15 +311,17 @@ fn scaled(sums: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
     return mat4x4(sums[0] * by.x, sums[1] * by.y, sums[2] * by.z, sums[3] * by.w);
 }
 
-// The maximum, or the sum, over the lanes of what each thread put at told[local + threads]. All slices of
-// a lane put the same there.
-fn over_lanes(local: u32, is_max: bool) -> vec4<f32> {
+// The maximum, or the sum, over the lanes of what each thread tells. All slices of a lane tell the same.
+fn over_lanes(local: u32, mine: vec4<f32>, is_max: bool) -> vec4<f32> {
+    // Others may still be reading what was told before.
+    workgroupBarrier();
+    told[threads + local] = mine;
     workgroupBarrier();
     for (var stride = threads / 2u; stride >= params.slices; stride /= 2u) {
         if local < stride {
-            let mine = told[threads + local];
-            let other = told[threads + local + stride];
-            told[threads + local] = select(mine + other, max(mine, other), is_max);
+            let near = told[threads + local];
+            let far = told[threads + local + stride];
+            told[threads + local] = select(near + far, max(near, far), is_max);
         }
         workgroupBarrier();
     }
@@ -342,31 +340,28 @@ struct Sums {
 
 // Adds up four quads of all lanes, the i-th of each thread and on, and writes them.
 fn write_fours(local: u32, sums: Sums, i: u32, quads: Quads) {
-    workgroupBarrier();
-    tell(local, 0u, quads.x, sums.fade);
     if threads <= 32u {
         // Few threads have room to tell all four at once.
+        workgroupBarrier();
+        tell(local, 0u, quads.x, sums.fade);
         tell(local, 1u, quads.y, sums.fade);
         tell(local, 2u, quads.z, sums.fade);
         tell(local, 3u, quads.w, sums.fade);
         write_told(local, sums, i, 4u);
         return;
     }
-    write_told(local, sums, i, 1u);
-    if (i + 1u) * params.slices < params.value_quads {
+    write_quads(local, sums, i, quads.x);
+    write_quads(local, sums, i + 1u, quads.y);
+    write_quads(local, sums, i + 2u, quads.z);
+    write_quads(local, sums, i + 3u, quads.w);
+}
+
+// Adds up the i-th quads of all lanes, and writes them, if there are any.
+fn write_quads(local: u32, sums: Sums, i: u32, quads: mat4x4<f32>) {
+    if i * params.slices < params.value_quads {
         workgroupBarrier();
-        tell(local, 0u, quads.y, sums.fade);
-        write_told(local, sums, i + 1u, 1u);
-    }
-    if (i + 2u) * params.slices < params.value_quads {
-        workgroupBarrier();
-        tell(local, 0u, quads.z, sums.fade);
-        write_told(local, sums, i + 2u, 1u);
-    }
-    if (i + 3u) * params.slices < params.value_quads {
-        workgroupBarrier();
-        tell(local, 0u, quads.w, sums.fade);
-        write_told(local, sums, i + 3u, 1u);
+        tell(local, 0u, quads, sums.fade);
+        write_told(local, sums, i, 1u);
     }
 }
 

@@ -12,8 +12,8 @@ use crate::paging::{Paged, Paging};
 /// each row. Repeating, selecting and reordering rows change the table and move no byte. A page that
 /// several rows name is copied when one of them writes into it, which is the partly filled last page of a
 /// row at most as long as rows are appended to. [`truncate`](crate::Cache::truncate) and
-/// [`crop`](crate::Cache::crop) give whole pages back; pages given back are used again. This is the scheme of vLLM's `PagedAttention`
-/// (Kwon et al., 2023).
+/// [`crop`](crate::Cache::crop) give whole pages back; pages given back are used again. This is the scheme of
+/// vLLM's `PagedAttention` (Kwon et al., 2023).
 ///
 /// Everything else is as in the other kinds, `get` included. An attention shader reads the view through
 /// the text of [`Layout::Paged`](crate::Layout::Paged), or is [`Attention`](crate::Attention).

@@ -27,6 +27,7 @@ pub(super) const COMBINE: super::Source = super::Source {
 
 /// Query rows of a workgroup, as in the shader.
 pub(crate) const ROWS: usize = 4;
+
 /// How a head is spread over a workgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Spread {
