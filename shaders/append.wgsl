@@ -31,9 +31,8 @@ struct Params {
     rows: u32,
     // Positions that each row visits.
     entries: u32,
-    // Workgroups along a head, and along the positions.
-    unit_tiles: u32,
-    token_tiles: u32,
+    // Whether workgroups in a row take the rows of the same tokens, not the tokens of the same row.
+    is_rows_first: u32,
     // A plain run: positions from `first` on, of which the first `zeros` become zero.
     first: u32,
     zeros: u32,
@@ -60,32 +59,27 @@ override has_list: bool = false;
 // Whether there is one position only, as in a decode step.
 override is_single: bool = false;
 
-const TOKENS_PER_THREAD: u32 = 4u;
 const ZERO: u32 = 0xffffffffu;
 const SKIP: u32 = 0xffffffffu;
 
+// Nothing branches before the stores: a thread that is one too many reads what another reads, and writes
+// nothing. A software adapter, which runs eight threads as one, then need not ask which of them are there.
 @compute @workgroup_size(tile_units, tile_rows, tile_tokens)
 fn main(
     @builtin(local_invocation_id) local: vec3<u32>,
     @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let number = group.x + groups.x * (group.y + groups.y * group.z);
-    let unit = number % params.unit_tiles * tile_units + local.x;
-    let token_tile = number / params.unit_tiles % params.token_tiles;
-    let row = number / params.unit_tiles / params.token_tiles * tile_rows + local.y;
-    if row >= params.rows {
-        return;
-    }
-    let entry = token_tile * tile_tokens * TOKENS_PER_THREAD + local.z;
-    write_row(row, unit, entry + vec4(0u, 1u, 2u, 3u) * tile_tokens);
-}
-
-// Writes one unit of four tokens of a row.
-fn write_row(row: u32, unit: u32, entry: vec4<u32>) {
+    let tile = select(group.xy, group.yx, params.is_rows_first != 0u);
+    let unit = group.z * tile_units + local.x;
+    let row_at = tile.y * tile_rows + local.y;
+    let row = min(row_at, params.rows - 1u);
     let b = row / params.kv.heads;
-    let h = row % params.kv.heads;
-    var is_written = entry < vec4(params.entries);
+    let h = row - b * params.kv.heads;
+
+    // A thread's tokens follow one another, so that a CPU sees few streams of memory, and long ones.
+    let first = (tile.x * tile_tokens + local.z) * 4u;
+    let entry = first + vec4(0u, 1u, 2u, 3u);
+    var is_written = (entry < vec4(params.entries)) & vec4(row_at < params.rows);
     var position = params.first + entry;
     var token = select(vec4(ZERO), entry - params.zeros, entry >= vec4(params.zeros));
     if has_list {
@@ -104,14 +98,20 @@ fn write_row(row: u32, unit: u32, entry: vec4<u32>) {
         kv_slot(params.kv, b, h, position.z),
         kv_slot(params.kv, b, h, position.w),
     );
-    if unit < params.key_units {
-        let at = first_unit(params.key, b, h) + token * params.key.stride_t + unit;
-        write_keys(at, slot * params.key_units + unit, is_zero, is_written);
-    }
-    if unit < params.value_units {
-        let at = first_unit(params.value, b, h) + token * params.value.stride_t + unit;
-        write_values(at, slot * params.value_units + unit, is_zero, is_written);
-    }
+    let key_unit = min(unit, params.key_units - 1u);
+    write_keys(
+        first_unit(params.key, b, h) + token * params.key.stride_t + key_unit,
+        slot * params.key_units + key_unit,
+        is_zero,
+        is_written & vec4(unit < params.key_units),
+    );
+    let value_unit = min(unit, params.value_units - 1u);
+    write_values(
+        first_unit(params.value, b, h) + token * params.value.stride_t + value_unit,
+        slot * params.value_units + value_unit,
+        is_zero,
+        is_written & vec4(unit < params.value_units),
+    );
 }
 
 // Where the first token of a row lies in a source.

@@ -124,63 +124,84 @@ fn main(
     var sum1 = Quads();
     var sum2 = Quads();
     var sum3 = Quads();
-    // A split that no row sees is gone through once, and weighs nothing.
-    var rounds = max((max(end, begin) - begin + 4u * lanes - 1u) / (4u * lanes), 1u);
+    // A round is four tokens of a lane. Alone it is one: what a CPU runs and holds for more does not fit into
+    // its nearest cache.
     var first = begin + lane;
-    var stride = lanes;
+    var step = 4u * lanes;
+    // A split that no row sees is gone through once, and weighs nothing.
+    var rounds = max((max(end, begin) - begin + step - 1u) / step, 1u);
     if is_alone {
+        step = 1u;
+        rounds = max((max(end, begin) - begin + lanes - 1u) / lanes, 1u);
         // Long runs have an odd length, so that they do not all begin in the same set of a CPU's cache.
         rounds |= u32(rounds >= 16u);
-        first = begin + lane * 4u * rounds;
-        stride = 1u;
+        first = begin + lane * rounds;
     }
     loop {
-        let token = first + vec4(0u, 1u, 2u, 3u) * stride;
-        let held = min(token, vec4(end - 1u));
-        let slot = vec4(
-            kv_slot(params.kv, b, h, held.x),
-            kv_slot(params.kv, b, h, held.y),
-            kv_slot(params.kv, b, h, held.z),
-            kv_slot(params.kv, b, h, held.w),
-        );
-        var scores = mat4x4(
-            score_of(slot.x, quad0, q0, q1, q2, q3),
-            score_of(slot.y, quad0, q0, q1, q2, q3),
-            score_of(slot.z, quad0, q0, q1, q2, q3),
-            score_of(slot.w, quad0, q0, q1, q2, q3),
-        );
-        if !is_alone {
-            scores = over_slices(local, scores);
-        }
-        let ends = min(seen, vec4(end));
-        let s0 = select(vec4(LOWEST), scores[0], vec4(token.x) < ends);
-        let s1 = select(vec4(LOWEST), scores[1], vec4(token.y) < ends);
-        let s2 = select(vec4(LOWEST), scores[2], vec4(token.z) < ends);
-        let s3 = select(vec4(LOWEST), scores[3], vec4(token.w) < ends);
         let before = highest;
-        highest = max(max(highest, max(s0, s1)), max(s2, s3));
-        let fade = exp(before - highest);
-        // A row that sees none of these tokens gives them no weight, not a weight of e to the zero.
-        let w0 = select(vec4(0.0), exp(s0 - highest), vec4(token.x) < ends);
-        let w1 = select(vec4(0.0), exp(s1 - highest), vec4(token.y) < ends);
-        let w2 = select(vec4(0.0), exp(s2 - highest), vec4(token.z) < ends);
-        let w3 = select(vec4(0.0), exp(s3 - highest), vec4(token.w) < ends);
-        total = total * fade + (w0 + w1) + (w2 + w3);
-        let weights = transpose(mat4x4(w0, w1, w2, w3));
-        sum0 = with_values(sum0, fade, slot, quad0, weights);
-        if fours > 1u {
-            sum1 = with_values(sum1, fade, slot, quad1, weights);
+        if is_alone {
+            let slot = kv_slot(params.kv, b, h, min(first, end - 1u));
+            // A row that does not see the token gives it no weight, not a weight of e to the zero.
+            let is_seen = vec4(first) < min(seen, vec4(end));
+            let score = select(vec4(LOWEST), score_of(slot, quad0, q0, q1, q2, q3), is_seen);
+            highest = max(highest, score);
+            let fade = exp(before - highest);
+            let weight = select(vec4(0.0), exp(score - highest), is_seen);
+            total = total * fade + weight;
+            sum0 = with_value(sum0, fade, slot, quad0, weight);
+            if fours > 1u {
+                sum1 = with_value(sum1, fade, slot, quad1, weight);
+            }
+            if fours > 2u {
+                sum2 = with_value(sum2, fade, slot, quad2, weight);
+            }
+            if fours > 3u {
+                sum3 = with_value(sum3, fade, slot, quad3, weight);
+            }
+        } else {
+            let token = first + vec4(0u, 1u, 2u, 3u) * lanes;
+            let held = min(token, vec4(end - 1u));
+            let slot = vec4(
+                kv_slot(params.kv, b, h, held.x),
+                kv_slot(params.kv, b, h, held.y),
+                kv_slot(params.kv, b, h, held.z),
+                kv_slot(params.kv, b, h, held.w),
+            );
+            let scores = over_slices(local, mat4x4(
+                score_of(slot.x, quad0, q0, q1, q2, q3),
+                score_of(slot.y, quad0, q0, q1, q2, q3),
+                score_of(slot.z, quad0, q0, q1, q2, q3),
+                score_of(slot.w, quad0, q0, q1, q2, q3),
+            ));
+            let ends = min(seen, vec4(end));
+            let s0 = select(vec4(LOWEST), scores[0], vec4(token.x) < ends);
+            let s1 = select(vec4(LOWEST), scores[1], vec4(token.y) < ends);
+            let s2 = select(vec4(LOWEST), scores[2], vec4(token.z) < ends);
+            let s3 = select(vec4(LOWEST), scores[3], vec4(token.w) < ends);
+            highest = max(max(highest, max(s0, s1)), max(s2, s3));
+            let fade = exp(before - highest);
+            // As above: no weight where a row does not see a token.
+            let w0 = select(vec4(0.0), exp(s0 - highest), vec4(token.x) < ends);
+            let w1 = select(vec4(0.0), exp(s1 - highest), vec4(token.y) < ends);
+            let w2 = select(vec4(0.0), exp(s2 - highest), vec4(token.z) < ends);
+            let w3 = select(vec4(0.0), exp(s3 - highest), vec4(token.w) < ends);
+            total = total * fade + (w0 + w1) + (w2 + w3);
+            let weights = transpose(mat4x4(w0, w1, w2, w3));
+            sum0 = with_values(sum0, fade, slot, quad0, weights);
+            if fours > 1u {
+                sum1 = with_values(sum1, fade, slot, quad1, weights);
+            }
+            if fours > 2u {
+                sum2 = with_values(sum2, fade, slot, quad2, weights);
+            }
+            if fours > 3u {
+                sum3 = with_values(sum3, fade, slot, quad3, weights);
+            }
         }
-        if fours > 2u {
-            sum2 = with_values(sum2, fade, slot, quad2, weights);
-        }
-        if fours > 3u {
-            sum3 = with_values(sum3, fade, slot, quad3, weights);
-        }
-        continuing {
-            first += 4u * stride;
-            rounds--;
-            break if rounds == 0u;
+        first += step;
+        rounds--;
+        if rounds == 0u {
+            break;
         }
     }
 
@@ -271,8 +292,8 @@ fn over_slices(local: u32, part: mat4x4<f32>) -> mat4x4<f32> {
     loop {
         sums += mat4x4(told[i], told[i + threads], told[i + 2u * threads], told[i + 3u * threads]);
         i++;
-        continuing {
-            break if i == end;
+        if i == end {
+            break;
         }
     }
     return sums;
@@ -294,6 +315,22 @@ fn with_values(
         scaled(sums.z, fade) + values(slot, at.z) * weights,
         scaled(sums.w, fade) + values(slot, at.w) * weights,
     );
+}
+
+// Sums so far, faded, and four quads of V of one token by its weights.
+fn with_value(sums: Quads, fade: vec4<f32>, slot: u32, quad: vec4<u32>, weight: vec4<f32>) -> Quads {
+    let at = min(quad, vec4(params.value_quads - 1u));
+    return Quads(
+        scaled(sums.x, fade) + outer(value_quad(slot, at.x), weight),
+        scaled(sums.y, fade) + outer(value_quad(slot, at.y), weight),
+        scaled(sums.z, fade) + outer(value_quad(slot, at.z), weight),
+        scaled(sums.w, fade) + outer(value_quad(slot, at.w), weight),
+    );
+}
+
+// A quad, once for each row, by its weight.
+fn outer(quad: vec4<f32>, weight: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4(quad * weight.x, quad * weight.y, quad * weight.z, quad * weight.w);
 }
 
 // The same quad of four tokens' V; a token a column.
@@ -422,8 +459,8 @@ fn told_by(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
     loop {
         sum += told[at];
         at += slices;
-        continuing {
-            break if at == end;
+        if at == end {
+            break;
         }
     }
     return sum;

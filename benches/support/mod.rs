@@ -148,17 +148,18 @@ impl Plain {
     }
 }
 
-/// The fastest plain copy that was found: four vectors a thread, a workgroup apart.
+/// The fastest plain copy that was found: four vectors a thread, so that eight threads copy 512 bytes that
+/// lie in one piece.
 pub(crate) const COPY: &str = "
 @group(0) @binding(0) var<storage, read> source: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read_write> target_: array<vec4<u32>>;
 @compute @workgroup_size(256)
 fn main(@builtin(local_invocation_index) local: u32, @builtin(workgroup_id) group: vec3<u32>) {
-    let at = group.x * 1024u + local;
+    let at = group.x * 1024u + local / 8u * 32u + local % 8u;
     target_[at] = source[at];
-    target_[at + 256u] = source[at + 256u];
-    target_[at + 512u] = source[at + 512u];
-    target_[at + 768u] = source[at + 768u];
+    target_[at + 8u] = source[at + 8u];
+    target_[at + 16u] = source[at + 16u];
+    target_[at + 24u] = source[at + 24u];
 }";
 
 /// Writes four bytes.

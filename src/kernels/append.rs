@@ -19,6 +19,8 @@ pub(super) const SOURCE: super::Source = super::Source {
 
 /// As in the shader.
 const TOKENS_PER_THREAD: u32 = 4;
+/// Vectors of a line of a GPU's cache.
+const LINE_UNITS: u32 = 8;
 /// WebGPU's `maxComputeWorkgroupSizeZ`.
 const MOST_DEEP: u32 = 64;
 
@@ -75,14 +77,14 @@ impl Kernels {
         let most_units = units[0].max(units[1]);
         // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
         let is_bthd = shape.key.strides[1] < shape.key.strides[2];
-        let near_rows = if is_bthd { super::narrow(view.heads)? } else { 1 };
-        let tile = tile(most_units, near_rows, entries);
-        let unit_tiles = most_units.div_ceil(tile[0]);
-        let token_tiles = entries.div_ceil(tile[2] * TOKENS_PER_THREAD);
-        let groups = u64::from(unit_tiles)
-            .saturating_mul(u64::from(token_tiles))
-            .saturating_mul(u64::from(rows.div_ceil(tile[1])));
-        params.extend([units[0], units[1], rows, entries, unit_tiles, token_tiles]);
+        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        let tile = tile(most_units, if is_bthd { view.heads } else { 1 }, entries, rows > limit);
+        let mut tiles = [entries.div_ceil(tile[2] * TOKENS_PER_THREAD), rows.div_ceil(tile[1])];
+        if is_bthd {
+            tiles.reverse();
+        }
+        let sides = [tiles[0], tiles[1], most_units.div_ceil(tile[0])].map(u64::from);
+        params.extend([units[0], units[1], rows, entries, u32::from(is_bthd)]);
         let (list, list_at) = shape.lists.unzip();
         params.extend(match shape.order {
             Order::Run { first, zeros } => [*first, *zeros, 0, 0],
@@ -99,17 +101,22 @@ impl Kernels {
             constants: [tile[0], tile[1], tile[2], has_list, u32::from(entries == 1)],
             ..Variant::default()
         };
-        self.append.prepare(gpu, variant, bindings, list.cloned(), &params, groups)
+        self.append.prepare_sides(gpu, variant, bindings, list.cloned(), &params, sides)
     }
 }
 
-/// Extents of a workgroup, (units, rows, fours of tokens): wide enough for a head, the rest given to rows
-/// where there are few tokens, else to the rows that lie side by side and then to tokens. They hang on no
-/// length but on its being more than four: each is a pipeline of its own.
-fn tile(units: u32, near_rows: u32, entries: u32) -> [u32; 3] {
+/// Extents of a workgroup, (units, rows, fours of tokens): wide enough for a head; the rest is given to rows
+/// where there are few tokens or very many rows, else to tokens, once the `near` rows that lie side by side
+/// are enough for neighbours to read a line of memory together. They hang on no length but on its being
+/// more than four: each is a pipeline of its own.
+fn tile(units: u32, near: usize, entries: u32, is_high: bool) -> [u32; 3] {
     let wide = units.next_power_of_two().min(WORKGROUP);
     let rest = WORKGROUP / wide;
-    let high = if entries <= TOKENS_PER_THREAD { rest } else { near_rows.min(rest) };
+    let high = if entries <= TOKENS_PER_THREAD || is_high {
+        rest
+    } else {
+        u32::try_from(near).map_or(rest, |near| near.min(LINE_UNITS / wide).clamp(1, rest))
+    };
     [wide, high, (rest / high).min(MOST_DEEP)]
 }
 
@@ -120,9 +127,9 @@ mod tests {
     #[test]
     fn a_tile_is_within_webgpu_and_never_empty() {
         for units in 1..=600 {
-            for near_rows in [1, 2, 3, 8, 9, 129, 300] {
-                for entries in [1, 4, 5, 1000] {
-                    let [x, y, z] = tile(units, near_rows, entries);
+            for near in [1, 2, 3, 8, 9, 129, 300] {
+                for (entries, is_high) in [(1, false), (4, false), (5, false), (1000, true)] {
+                    let [x, y, z] = tile(units, near, entries, is_high);
                     assert!(x * y * z <= WORKGROUP && x * y * z >= MOST_DEEP, "{units} {entries}");
                     assert!(z <= MOST_DEEP);
                 }

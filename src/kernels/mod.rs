@@ -28,8 +28,7 @@ use crate::ledger::Ledger;
 pub(crate) const WORKGROUP: u32 = 256;
 
 /// Row moves of a dispatch at most. Mesa's llvmpipe ends the loops of an invocation without a word after
-/// 65,535 rounds, all of them counted together; a thread runs its moves for K and for V, now and then for
-/// a few columns.
+/// 65,535 rounds, all of them counted together, and a move takes up to two.
 pub(crate) const MOST_MOVES: usize = 8192;
 
 /// All kernels of a device.
