@@ -1,7 +1,6 @@
 // Writes new tokens of K and V into a layer, each at its position, in one dispatch.
 //
-// A thread owns one unit (a vector of 16 bytes, or a word) of a head and four tokens of one (batch, head)
-// row. Bits are moved, never numbers, so one kernel serves f32, f16 and bf16. A text of `layout/` is
+// A thread owns four units (vectors of 16 bytes, or words) of the tokens of one (batch, head) row. Bits are moved, never numbers, so one kernel serves f32, f16 and bf16. A text of `layout/` is
 // joined: it says where a position lies.
 //
 // group 0, binding 0: key_source     new K, any strides over (B, H, T), units of a head adjacent
@@ -31,8 +30,8 @@ struct Params {
     rows: u32,
     // Positions that each row visits.
     entries: u32,
-    // Whether workgroups in a row take the rows of the same tokens, not the tokens of the same row.
-    is_rows_first: u32,
+    // Workgroups that share the heads of a token, in a (B, T, H, D) source.
+    head_tiles: u32,
     // A plain run: positions from `first` on, of which the first `zeros` become zero.
     first: u32,
     zeros: u32,
@@ -48,38 +47,59 @@ struct Params {
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
-// A workgroup covers this many units, rows and fours of tokens; the host picks them by the shape and the
-// strides of the update, so that neither one token nor a long prompt leaves most threads idle, and
-// neighbours read neighbours.
+// A head is this many units wide, rounded up to a power of two, or this many of them are a workgroup's share.
 override tile_units: u32 = 16u;
-override tile_rows: u32 = 16u;
-override tile_tokens: u32 = 1u;
+// Threads along what lies side by side in the source: the units of a row's tokens or, in a (B, T, H, D)
+// source, of a token's heads.
+override tile_threads: u32 = 16u;
+// How many such rows, or tokens, a workgroup takes.
+override tile_height: u32 = 16u;
+// Whether the source is (B, T, H, D).
+override is_bthd: bool = false;
 // Whether positions come as a list.
 override has_list: bool = false;
 // Whether there is one position only, as in a decode step.
 override is_single: bool = false;
 
+// A thread's four units are this many apart, as in gather.wgsl.
+const RUN: u32 = 8u;
 const ZERO: u32 = 0xffffffffu;
 const SKIP: u32 = 0xffffffffu;
 
 // Nothing branches before the stores: a thread that is one too many reads what another reads, and writes
 // nothing. A software adapter, which runs eight threads as one, then need not ask which of them are there.
-@compute @workgroup_size(tile_units, tile_rows, tile_tokens)
+@compute @workgroup_size(tile_threads, tile_height)
 fn main(
     @builtin(local_invocation_id) local: vec3<u32>,
     @builtin(workgroup_id) group: vec3<u32>,
 ) {
-    let tile = select(group.xy, group.yx, params.is_rows_first != 0u);
-    let unit = group.z * tile_units + local.x;
-    let row_at = tile.y * tile_rows + local.y;
-    let row = min(row_at, params.rows - 1u);
-    let b = row / params.kv.heads;
-    let h = row - b * params.kv.heads;
+    // Of one position, a thread's first unit is the only one that there is.
+    let run = select(min(RUN, tile_threads), tile_threads, is_single);
+    let i = local.x / run * (4u * run) + local.x % run + vec4(0u, 1u, 2u, 3u) * run;
+    let unit = group.z * tile_units + i % tile_units;
+    let width = 4u * tile_threads / tile_units;
+    let across = i / tile_units;
 
-    // A thread's tokens follow one another, so that a CPU sees few streams of memory, and long ones.
-    let first = (tile.x * tile_tokens + local.z) * 4u;
-    let entry = first + vec4(0u, 1u, 2u, 3u);
-    var is_written = (entry < vec4(params.entries)) & vec4(row_at < params.rows);
+    // Which head, and which of the positions that its row visits.
+    var b: u32;
+    var h: vec4<u32>;
+    var entry: vec4<u32>;
+    var is_written: vec4<bool>;
+    if is_bthd {
+        b = group.y / params.head_tiles;
+        h = (group.y - b * params.head_tiles) * width + across;
+        is_written = h < vec4(params.kv.heads);
+        h = min(h, vec4(params.kv.heads - 1u));
+        entry = vec4(group.x * tile_height + local.y);
+    } else {
+        let row = group.y * tile_height + local.y;
+        is_written = vec4(row < params.rows);
+        b = min(row, params.rows - 1u) / params.kv.heads;
+        h = vec4(min(row, params.rows - 1u) - b * params.kv.heads);
+        entry = group.x * width + across;
+    }
+    is_written &= entry < vec4(params.entries);
+
     var position = params.first + entry;
     var token = select(vec4(ZERO), entry - params.zeros, entry >= vec4(params.zeros));
     if has_list {
@@ -93,29 +113,29 @@ fn main(
     token = select(vec4(0u), token, is_written & !is_zero);
     position = select(vec4(0u), position, is_written);
     let slot = vec4(
-        kv_slot(params.kv, b, h, position.x),
-        kv_slot(params.kv, b, h, position.y),
-        kv_slot(params.kv, b, h, position.z),
-        kv_slot(params.kv, b, h, position.w),
+        kv_slot(params.kv, b, h.x, position.x),
+        kv_slot(params.kv, b, h.y, position.y),
+        kv_slot(params.kv, b, h.z, position.z),
+        kv_slot(params.kv, b, h.w, position.w),
     );
-    let key_unit = min(unit, params.key_units - 1u);
+    let key_unit = min(unit, vec4(params.key_units - 1u));
     write_keys(
-        first_unit(params.key, b, h) + token * params.key.stride_t + key_unit,
+        first_units(params.key, b, h) + token * params.key.stride_t + key_unit,
         slot * params.key_units + key_unit,
         is_zero,
-        is_written & vec4(unit < params.key_units),
+        is_written & (unit < vec4(params.key_units)),
     );
-    let value_unit = min(unit, params.value_units - 1u);
+    let value_unit = min(unit, vec4(params.value_units - 1u));
     write_values(
-        first_unit(params.value, b, h) + token * params.value.stride_t + value_unit,
+        first_units(params.value, b, h) + token * params.value.stride_t + value_unit,
         slot * params.value_units + value_unit,
         is_zero,
-        is_written & vec4(unit < params.value_units),
+        is_written & (unit < vec4(params.value_units)),
     );
 }
 
-// Where the first token of a row lies in a source.
-fn first_unit(source: Source, b: u32, h: u32) -> u32 {
+// Where the first tokens of four rows lie in a source.
+fn first_units(source: Source, b: u32, h: vec4<u32>) -> vec4<u32> {
     return source.offset + b * source.stride_b + h * source.stride_h;
 }
 

@@ -12,17 +12,13 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../shaders/append.wgsl"),
     writes: &[false, false, true, true],
-    constants: &["tile_units", "tile_rows", "tile_tokens", "has_list", "is_single"],
+    constants: &["tile_units", "tile_threads", "tile_height", "is_bthd", "has_list", "is_single"],
     layouts: &[Layout::Wrapped, Layout::Paged],
     dtypes: &[],
 };
 
-/// As in the shader.
-const TOKENS_PER_THREAD: u32 = 4;
-/// Vectors of a line of a GPU's cache.
-const LINE_UNITS: u32 = 8;
-/// WebGPU's `maxComputeWorkgroupSizeZ`.
-const MOST_DEEP: u32 = 64;
+/// Units that a thread takes, as in the shader.
+const UNITS_PER_THREAD: u32 = 4;
 
 /// What an append writes, and where.
 #[derive(Clone, Copy, Debug)]
@@ -75,16 +71,20 @@ impl Kernels {
         }
         let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
         let most_units = units[0].max(units[1]);
-        // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
-        let is_bthd = shape.key.strides[1] < shape.key.strides[2];
         let limit = gpu.limits().max_compute_workgroups_per_dimension;
-        let tile = tile(most_units, if is_bthd { view.heads } else { 1 }, entries, rows > limit);
-        let mut tiles = [entries.div_ceil(tile[2] * TOKENS_PER_THREAD), rows.div_ceil(tile[1])];
-        if is_bthd {
-            tiles.reverse();
-        }
-        let sides = [tiles[0], tiles[1], most_units.div_ceil(tile[0])].map(u64::from);
-        params.extend([units[0], units[1], rows, entries, u32::from(is_bthd)]);
+        // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
+        let is_bthd = shape.key.strides[1] < shape.key.strides[2] && entries <= limit;
+        let near = if is_bthd { super::narrow(view.heads)? } else { 1 };
+        let tile = Tile::new(most_units, near, entries, rows > limit);
+        let heads = super::narrow(view.heads)?;
+        let head_tiles = heads.div_ceil(tile.width());
+        let [x, y] = if tile.is_bthd {
+            [entries.div_ceil(tile.height), super::narrow(view.batch)?.saturating_mul(head_tiles)]
+        } else {
+            [entries.div_ceil(tile.width()), rows.div_ceil(tile.height)]
+        };
+        let sides = [x, y, most_units.div_ceil(tile.units)].map(u64::from);
+        params.extend([units[0], units[1], rows, entries, head_tiles]);
         let (list, list_at) = shape.lists.unzip();
         params.extend(match shape.order {
             Order::Run { first, zeros } => [*first, *zeros, 0, 0],
@@ -94,30 +94,54 @@ impl Kernels {
         });
 
         let layout = if view.pages.is_some() { Layout::Paged } else { Layout::Wrapped };
-        let has_list = u32::from(matches!(shape.order, Order::List { .. }));
+        let has_list = matches!(shape.order, Order::List { .. });
+        let [is_bthd, has_list, is_single] = [tile.is_bthd, has_list, entries == 1].map(u32::from);
         let variant = Variant {
             unit,
             layout: Some(layout),
-            constants: [tile[0], tile[1], tile[2], has_list, u32::from(entries == 1)],
+            constants: [tile.units, tile.threads, tile.height, is_bthd, has_list, is_single],
             ..Variant::default()
         };
         self.append.prepare_sides(gpu, variant, bindings, list.cloned(), &params, sides)
     }
 }
 
-/// Extents of a workgroup, (units, rows, fours of tokens): wide enough for a head; the rest is given to rows
-/// where there are few tokens or very many rows, else to tokens, once the `near` rows that lie side by side
-/// are enough for neighbours to read a line of memory together. They hang on no length but on its being
-/// more than four: each is a pipeline of its own.
-fn tile(units: u32, near: usize, entries: u32, is_high: bool) -> [u32; 3] {
-    let wide = units.next_power_of_two().min(WORKGROUP);
-    let rest = WORKGROUP / wide;
-    let high = if entries <= TOKENS_PER_THREAD || is_high {
-        rest
-    } else {
-        u32::try_from(near).map_or(rest, |near| near.min(LINE_UNITS / wide).clamp(1, rest))
-    };
-    [wide, high, (rest / high).min(MOST_DEEP)]
+/// What a workgroup takes.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    /// Units of a head: a power of two.
+    units: u32,
+    /// Threads along the units of what lies side by side: a multiple of `units`, and a power of two.
+    threads: u32,
+    /// Rows or, if `is_bthd`, tokens.
+    height: u32,
+    /// Whether the heads of a token lie side by side, not the tokens of a row.
+    is_bthd: bool,
+}
+
+impl Tile {
+    /// As long as the `near` heads that lie side by side where there are several, else as long as it can be;
+    /// of few tokens, or where there are very many rows, as high as it can be. It hangs on no length but on
+    /// its being more than four: each is a pipeline of its own.
+    fn new(units: u32, near: u32, entries: u32, is_high: bool) -> Self {
+        let units = units.next_power_of_two().min(WORKGROUP);
+        let is_high = is_high || entries <= UNITS_PER_THREAD;
+        let is_bthd = near > 1 && !is_high;
+        let threads = if is_high {
+            units
+        } else if is_bthd {
+            let long = near.saturating_mul(units).div_ceil(UNITS_PER_THREAD);
+            long.min(WORKGROUP).next_power_of_two().max(units)
+        } else {
+            WORKGROUP
+        };
+        Self { units, threads, height: WORKGROUP / threads, is_bthd }
+    }
+
+    /// Tokens of a row, or heads of a token.
+    fn width(self) -> u32 {
+        UNITS_PER_THREAD * self.threads / self.units
+    }
 }
 
 #[cfg(test)]
@@ -129,9 +153,11 @@ mod tests {
         for units in 1..=600 {
             for near in [1, 2, 3, 8, 9, 129, 300] {
                 for (entries, is_high) in [(1, false), (4, false), (5, false), (1000, true)] {
-                    let [x, y, z] = tile(units, near, entries, is_high);
-                    assert!(x * y * z <= WORKGROUP && x * y * z >= MOST_DEEP, "{units} {entries}");
-                    assert!(z <= MOST_DEEP);
+                    let tile = Tile::new(units, near, entries, is_high);
+                    let context = format!("{units} {near} {entries}: {tile:?}");
+                    assert_eq!(tile.threads * tile.height, WORKGROUP, "{context}");
+                    assert!(tile.threads.is_multiple_of(tile.units), "{context}");
+                    assert!(tile.units >= units.min(WORKGROUP), "{context}");
                 }
             }
         }

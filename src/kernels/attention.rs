@@ -136,7 +136,7 @@ impl Kernels {
             unit,
             layout: Some(view.layout()),
             dtype: Some(view.dtype),
-            constants: [spread.threads, spread.fours, u32::from(spread.is_alone), 0, 0],
+            constants: [spread.threads, spread.fours, u32::from(spread.is_alone), 0, 0, 0],
         };
         let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
         let groups = [tiles, view.batch * view.heads, shape.splits].map(|side| side as u64);

@@ -61,7 +61,7 @@ impl Kernels {
         ];
         let variant = |has_copies: bool, has_cycles: bool| Variant {
             unit,
-            constants: [u32::from(has_copies), u32::from(has_cycles), 0, 0, 0],
+            constants: [u32::from(has_copies), u32::from(has_cycles), 0, 0, 0, 0],
             ..Variant::default()
         };
         let has_cycles = shape.moves.cycles_at < shape.moves.words.len();

@@ -60,7 +60,7 @@ pub(crate) struct Variant {
     /// For kernels that read elements.
     pub(crate) dtype: Option<DType>,
     /// Values of the kernel's pipeline constants, in its order.
-    pub(crate) constants: [u32; 5],
+    pub(crate) constants: [u32; 6],
 }
 
 impl Variant {
