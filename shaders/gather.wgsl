@@ -54,13 +54,19 @@ struct Columns {
     row_stride: u32,
 }
 
-fn columns(h: u32, first: u32, units: u32) -> Columns {
+fn columns(number: u32, first: u32, units: u32) -> Columns {
+    // A workgroup that is one too many does as the last one, and writes nothing.
+    let h = min(number, params.heads - 1u);
     let live = params.len * units;
     let head = params.capacity * units;
     let i = first + vec4(0u, 1u, 2u, 3u) * RUN;
     // A column past the end is read as the last one, and not written.
     let at = params.start * units + min(i, vec4(live - 1u));
-    return Columns(h * head + select(at, at - head, at >= vec4(head)), i < vec4(live), params.heads * head);
+    return Columns(
+        h * head + select(at, at - head, at >= vec4(head)),
+        (i < vec4(live)) & vec4(number < params.heads),
+        params.heads * head,
+    );
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -71,10 +77,7 @@ fn main(
 ) {
     let number = group.x + groups.x * (group.y + groups.y * group.z);
     let h = number / params.tiles;
-    if h >= params.heads {
-        return;
-    }
-    let first = number % params.tiles * TILE + local / RUN * (4u * RUN) + local % RUN;
+    let first = (number - h * params.tiles) * TILE + local / RUN * (4u * RUN) + local % RUN;
     let key = columns(h, first, params.key_units);
     let value = columns(h, first, params.value_units);
     var next = params.list_at;

@@ -54,7 +54,9 @@ struct Columns {
     fresh_stride: u32,
 }
 
-fn columns(h: u32, first: u32, units: u32) -> Columns {
+fn columns(number: u32, first: u32, units: u32) -> Columns {
+    // A workgroup that is one too many does as the last one, and writes nothing.
+    let h = min(number, params.heads - 1u);
     let live = params.len * units;
     let old_head = params.old_capacity * units;
     let new_head = params.new_capacity * units;
@@ -64,7 +66,7 @@ fn columns(h: u32, first: u32, units: u32) -> Columns {
     return Columns(
         h * old_head + select(at, at - old_head, at >= vec4(old_head)),
         h * new_head + i,
-        i < vec4(live),
+        (i < vec4(live)) & vec4(number < params.heads),
         params.heads * old_head,
         params.heads * new_head,
     );
@@ -78,10 +80,7 @@ fn main(
 ) {
     let number = group.x + groups.x * (group.y + groups.y * group.z);
     let h = number / params.tiles;
-    if h >= params.heads {
-        return;
-    }
-    let first = number % params.tiles * TILE + local / RUN * (4u * RUN) + local % RUN;
+    let first = (number - h * params.tiles) * TILE + local / RUN * (4u * RUN) + local % RUN;
     let key = columns(h, first, params.key_units);
     let value = columns(h, first, params.value_units);
     var next = params.list_at;
