@@ -57,8 +57,8 @@ fn limit(criterion: &mut Criterion) {
     // What attention over 4096 tokens reads of one layer.
     let bytes = live_bytes(1, BATCH, 4096);
     group.throughput(Throughput::Bytes(bytes));
-    let groups = u32::try_from(bytes / 16 / 4096).expect("few groups");
-    let sums = random_buffer(&gpu, bytes / 16);
+    let groups = u32::try_from(bytes / 16 / 1024).expect("few groups");
+    let sums = random_buffer(&gpu, bytes / 4);
     let sum = Plain::new(&gpu, SUM, &[&source, &sums], groups);
     group.bench_function("read_sum", |bencher| {
         bencher.iter(|| pass(&gpu, |pass| sum.record(pass)));

@@ -1,7 +1,9 @@
 // Writes new tokens of K and V into a layer, each at its position, in one dispatch.
 //
-// A thread owns four units (vectors of 16 bytes, or words) of the tokens of one (batch, head) row. Bits are moved, never numbers, so one kernel serves f32, f16 and bf16. A text of `layout/` is
-// joined: it says where a position lies.
+// A thread owns four units (vectors of 16 bytes, or words) that lie near one another in the source: of the
+// tokens of one (batch, head) row or, in a (B, T, H, D) source, of the heads of one token. Bits are moved,
+// never numbers, so one kernel serves f32, f16 and bf16. A text of `layout/` is joined: it says where a
+// position lies.
 //
 // group 0, binding 0: key_source     new K, any strides over (B, H, T), units of a head adjacent
 // group 0, binding 1: value_source   new V, likewise
