@@ -284,6 +284,7 @@ mod tests {
                     assert_eq!(slots, expect, "start {start}, len {len}, capacity {capacity}");
                     for keep in 0..=12 {
                         let (new_start, new_len) = cropped(start, len, capacity, keep);
+                        assert!(new_start < capacity, "a slot of the ring, as kernels expect");
                         let kept: Vec<usize> =
                             (0..new_len).map(|t| (new_start + t) % capacity).collect();
                         assert_eq!(kept, expect[len - len.min(keep)..], "keep {keep}");
