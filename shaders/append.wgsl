@@ -63,7 +63,7 @@ override has_list: bool = false;
 // Whether there is one position only, as in a decode step.
 override is_single: bool = false;
 
-// A thread's four units are this many apart, as in gather.wgsl.
+// A thread's four units are this many apart, as in columns.wgsl.
 const RUN: u32 = 8u;
 const ZERO: u32 = 0xffffffffu;
 const SKIP: u32 = 0xffffffffu;

@@ -11,6 +11,7 @@ use crate::view::{LayerView, Source};
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../shaders/append.wgsl"),
+    common: "",
     writes: &[false, false, true, true],
     constants: &["tile_units", "tile_threads", "tile_height", "is_bthd", "has_list", "is_single"],
     layouts: &[Layout::Wrapped, Layout::Paged],

@@ -10,6 +10,7 @@ use crate::view::{LayerView, Source};
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",
     wgsl: include_str!("../../shaders/attention.wgsl"),
+    common: "",
     writes: &[false, false, false, true],
     constants: &["threads", "fours", "is_alone"],
     layouts: &Layout::ALL,
@@ -19,6 +20,7 @@ pub(super) const SOURCE: super::Source = super::Source {
 pub(super) const COMBINE: super::Source = super::Source {
     label: "kvcache attention combine",
     wgsl: include_str!("../../shaders/attention_combine.wgsl"),
+    common: "",
     writes: &[false, true],
     constants: &[],
     layouts: &[],

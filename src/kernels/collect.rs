@@ -12,6 +12,7 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache collect",
     wgsl: include_str!("../../shaders/collect.wgsl"),
+    common: "",
     writes: &[false, false, true, true],
     constants: &[],
     layouts: &[Layout::Paged],

@@ -8,6 +8,7 @@ use crate::plan::MoveList;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache gather",
     wgsl: include_str!("../../shaders/gather.wgsl"),
+    common: include_str!("../../shaders/columns.wgsl"),
     writes: &[true, true],
     constants: &["has_copies", "has_cycles"],
     layouts: &[],

@@ -75,6 +75,8 @@ impl Kernels {
 pub(crate) struct Source {
     label: &'static str,
     wgsl: &'static str,
+    /// A text that it has in common with other kernels, joined to its own; empty where it has all itself.
+    common: &'static str,
     /// Which bindings of group 0 are written; they are numbered in order.
     writes: &'static [bool],
     /// The names of its pipeline constants.

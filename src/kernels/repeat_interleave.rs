@@ -9,6 +9,7 @@ use crate::plan::MoveList;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache repeat_interleave",
     wgsl: include_str!("../../shaders/repeat_interleave.wgsl"),
+    common: include_str!("../../shaders/columns.wgsl"),
     writes: &[false, false, true, true],
     constants: &[],
     layouts: &[],

@@ -66,7 +66,7 @@ pub(crate) struct Variant {
 impl Variant {
     /// The WGSL of a kernel in this form.
     pub(crate) fn text(&self, source: &Source, path: ParamsPath) -> String {
-        let mut text = source.wgsl.to_owned();
+        let mut text = source.wgsl.to_owned() + source.common;
         if self.unit == Unit::Word {
             text = text.replace("alias Unit = vec4<u32>;", "alias Unit = u32;");
         }
