@@ -274,7 +274,8 @@ pub enum Error {
         used: usize,
         /// Those of them that several rows share.
         shared: usize,
-        /// Pages that the call needs beside them.
+        /// Pages that the call needs beside them: new ones, and copies of shared ones that it writes into.
+        /// (Of a length that a single row could not have, the new ones alone.)
         wanted: usize,
         /// Pages that the cache was made for.
         limit: usize,

@@ -34,7 +34,7 @@ pub(crate) struct PageMap {
 /// A write that needs more pages than there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OutOfPages {
-    /// Pages that the write needs beside those in use.
+    /// Pages that the write needs beside those in use: new ones, and copies of shared ones.
     pub(crate) wanted: usize,
 }
 
@@ -97,12 +97,47 @@ impl PageMap {
         self.counts.iter().filter(|&&count| count > 1).count()
     }
 
-    /// Refuses a length for which the rows alone need more than `most` pages. To be asked before a write's
-    /// order is made, which is as long as the gap that it fills.
-    pub(crate) fn check_length(&self, new_len: usize, most: usize) -> Result<(), OutOfPages> {
-        let new_pages = (self.start + new_len).div_ceil(self.page_tokens);
-        let wanted = self.batch().saturating_mul(new_pages.saturating_sub(self.row_pages()));
-        if self.used().saturating_add(wanted) > most { Err(OutOfPages { wanted }) } else { Ok(()) }
+    /// Pages that the rows need beside those in use to be `new_len` tokens long, copies of shared ones aside.
+    pub(crate) fn new_pages(&self, new_len: usize) -> usize {
+        let pages = (self.start + new_len).div_ceil(self.page_tokens);
+        self.batch().saturating_mul(pages.saturating_sub(self.row_pages()))
+    }
+
+    /// Tokens that each row can hold with appends where at most `most` pages exist.
+    pub(crate) fn tokens_in(&self, most: usize) -> usize {
+        let is_part = !(self.start + self.len).is_multiple_of(self.page_tokens);
+        let copies = if is_part { self.tail_copies() } else { 0 };
+        match most.checked_sub(self.used() + copies) {
+            Some(left) => {
+                let pages = self.row_pages() + left / self.batch();
+                pages.saturating_mul(self.page_tokens).saturating_sub(self.start)
+            }
+            None => self.len,
+        }
+    }
+
+    /// Copies of last pages that the next append takes: all that name one but the last get their own.
+    fn tail_copies(&self) -> usize {
+        let mut tails: Vec<u32> = self.rows.iter().filter_map(|row| row.last().copied()).collect();
+        tails.sort_unstable();
+        let named = tails.len();
+        tails.dedup();
+        named - tails.len()
+    }
+
+    /// Whether every page is free or named, and named as often as its count says: a recount.
+    pub(crate) fn is_sound(&self) -> bool {
+        let mut counts = vec![0; self.counts.len()];
+        self.rows.iter().flatten().for_each(|&page| counts[page as usize] += 1);
+        let mut free = self.free.clone();
+        free.sort_unstable();
+        let unnamed = (0..).zip(&counts).filter(|(_, count)| **count == 0).map(|(page, _)| page);
+        let pages =
+            if self.len == 0 { 0 } else { (self.start + self.len).div_ceil(self.page_tokens) };
+        counts == self.counts
+            && unnamed.eq(free.iter().copied())
+            && self.rows.iter().all(|row| row.len() == pages)
+            && self.start < self.page_tokens
     }
 
     /// Makes room for a write of `order`, after which `new_len` tokens are live: new pages behind each
@@ -296,23 +331,8 @@ mod tests {
                     assert_eq!(self.pool[self.slot(row, token)], *value, "{context}: row {row}");
                 }
             }
-            recount(&self.map, context);
+            assert!(self.map.is_sound(), "{context}: {:?}", self.map);
         }
-    }
-
-    /// Every page is free or named, and named as often as its count says.
-    fn recount(map: &PageMap, context: &str) {
-        let mut counts = vec![0; map.counts.len()];
-        map.rows.iter().flatten().for_each(|&page| counts[page as usize] += 1);
-        assert_eq!(counts, map.counts, "{context}");
-        let mut free = map.free.clone();
-        free.sort_unstable();
-        let unnamed: Vec<u32> =
-            (0..).zip(&counts).filter(|(_, n)| **n == 0).map(|(p, _)| p).collect();
-        assert_eq!(free, unnamed, "{context}");
-        let needed = if map.len == 0 { 0 } else { (map.start + map.len).div_ceil(map.page_tokens) };
-        assert!(map.rows.iter().all(|row| row.len() == needed), "{context}");
-        assert!(map.start < map.page_tokens, "{context}");
     }
 
     /// Every history of 5 calls out of 10, on pages of 1, 2 and 4 tokens.
@@ -376,6 +396,31 @@ mod tests {
         assert_eq!((map.used(), map.shared(), map.pool_pages()), (1, 1, 4));
     }
 
+    /// What `tokens_in` says fits does, and a token more does not.
+    #[test]
+    fn as_many_tokens_fit_as_is_said() {
+        for (len, cropped, rows) in
+            [(0, 0, vec![0]), (6, 6, vec![0]), (6, 5, vec![0, 0, 0]), (8, 6, vec![0; 4])]
+        {
+            let mut map = PageMap::new(4, 1);
+            if len > 0 {
+                map.write(&Order::Run { first: 0, zeros: 0 }, len, len, 9).unwrap();
+            }
+            map.crop(cropped);
+            map.select(&rows);
+            for most in map.used()..20 {
+                let fit = map.tokens_in(most);
+                let append = |new_len: usize| {
+                    let first = u32::try_from(map.len).unwrap();
+                    let tokens = new_len - map.len;
+                    map.clone().write(&Order::Run { first, zeros: 0 }, tokens, new_len, most)
+                };
+                assert!(fit == map.len || append(fit).is_ok(), "{most} pages, {map:?}");
+                assert!(append(fit + 1).is_err(), "{most} pages, {map:?}");
+            }
+        }
+    }
+
     #[test]
     fn a_list_copies_only_the_pages_that_each_row_names() {
         let mut map = PageMap::new(2, 1);
@@ -386,7 +431,7 @@ mod tests {
         let order = Order::List { entries, count: 2, per_row: true };
         let copies = map.write(&order, 2, 6, 9).unwrap();
         assert_eq!(copies.iter().map(|copy| copy.0).collect::<Vec<_>>(), [0, 2]);
-        recount(&map, "after the list");
+        assert!(map.is_sound(), "{map:?}");
         assert_eq!(map.shared(), 1);
     }
 }

@@ -109,6 +109,7 @@ impl Paging {
         }
         let mut to = Table::clone(from);
         let taken = make(self, &mut to)?;
+        debug_assert!(to.map.is_sound(), "a recount of the pages agrees: {:?}", to.map);
         if self.steps.len() == REMEMBERED {
             self.steps.pop_front();
         }
@@ -285,7 +286,13 @@ impl Held for Paged {
         let step = paging.write(gpu, &from, &order, tokens)?;
         let needed = step.to.map.pool_pages();
         if needed > fits {
-            return Err(pool_too_large(gpu, layer, shape, [tokens.new_len, needed, fits, size]));
+            return Err(pool_too_large(
+                gpu,
+                layer,
+                shape,
+                &from.map,
+                [tokens.new_len, needed, fits],
+            ));
         }
 
         let mut room = Room {
@@ -392,7 +399,9 @@ fn pool_of(store: Option<&Store>, held: Option<&Paged>, shape: Shape, size: usiz
     }
 }
 
-/// Refuses a length that has no chance, before anything as long as it is made.
+/// Refuses a length that has no chance, before the order of the write is made, which is as long as the gap
+/// that it fills: one for which a single row needs more pages than there may be, or all of them more than can
+/// be bound.
 fn check_length(
     gpu: &Gpu,
     layer: usize,
@@ -402,12 +411,15 @@ fn check_length(
     new_len: usize,
     fits: usize,
 ) -> Result<()> {
-    let most = paging.most_pages.unwrap_or(usize::MAX);
-    map.check_length(new_len, most).map_err(|out| paging.out_of_pages(map, out))?;
-    map.check_length(new_len, fits).map_err(|out| {
-        let needed = map.used().saturating_add(out.wanted);
-        pool_too_large(gpu, layer, shape, [new_len, needed, fits, paging.page_tokens])
-    })
+    let wanted = map.new_pages(new_len);
+    if paging.most_pages.is_some_and(|most| new_len.div_ceil(paging.page_tokens) > most) {
+        return Err(paging.out_of_pages(map, OutOfPages { wanted }));
+    }
+    let needed = map.used().saturating_add(wanted);
+    if needed > fits {
+        return Err(pool_too_large(gpu, layer, shape, map, [new_len, needed, fits]));
+    }
+    Ok(())
 }
 
 /// A pool that needs more pages than can be bound at once.
@@ -415,10 +427,11 @@ fn pool_too_large(
     gpu: &Gpu,
     layer: usize,
     shape: Shape,
-    [tokens, needed, fits, page_tokens]: [usize; 4],
+    map: &PageMap,
+    [tokens, needed, fits]: [usize; 3],
 ) -> Error {
-    let fits = fits / shape.batch * page_tokens;
-    shape.too_large(gpu, layer, shape.bytes(needed, page_tokens), tokens, fits)
+    let needed = shape.bytes(needed, map.page_tokens());
+    shape.too_large(gpu, layer, needed, tokens, map.tokens_in(fits))
 }
 
 /// Page numbers and words of a table are checked to fit 32 bits where the table is placed.

@@ -167,10 +167,11 @@ fn a_bounded_pool() {
                 rig.cache.update(pass, &k.view(), &v.view(), 0, position).map(|_| ())
             })
         };
-        let error = refused(CachePosition::At(8)).expect_err("five new pages behind the last");
-        let due = Error::OutOfPages { used: 4, shared: 4, wanted: 5, limit: 7, page_tokens: 4 };
+        // Each row needs a new page, and three of them copies of the last ones, where the gap is zeroed.
+        let error = refused(CachePosition::At(8)).expect_err("eight pages more");
+        let due = Error::OutOfPages { used: 4, shared: 4, wanted: 8, limit: 7, page_tokens: 4 };
         assert_eq!(error, due);
-        for word in ["5 more pages of 4 tokens", "4 in use", "4 of them shared", "made for 7"] {
+        for word in ["8 more pages of 4 tokens", "4 in use", "4 of them shared", "made for 7"] {
             assert!(error.to_string().contains(word), "'{word}' is not in '{error}'");
         }
         let error = refused(CachePosition::At(1 << 30)).expect_err("far too many");
@@ -190,6 +191,36 @@ fn a_bounded_pool() {
     rig.select(&[0, 2]);
     rig.update(0, [2, 2, 8, 4], 6, APPEND);
     rig.check("given back and used again");
+}
+
+/// A page of its own for a row that writes into a shared one counts as well as a new page.
+#[test]
+fn a_bound_counts_copies() {
+    let gpu = gpu();
+    let options = PagedOptions { page_tokens: 4, max_pages: Some(3), ..PagedOptions::default() };
+    let mut rig = Rig::in_pages(&gpu, options, Model::dynamic());
+    rig.update(0, [1, 2, 6, 4], 6, APPEND);
+    rig.select(&[0, 0, 0]);
+    let key = upload(&gpu, DType::F32, &Block::noise([3, 2, 1, 4], 4, 1));
+    let value = upload(&gpu, DType::F32, &Block::noise([3, 2, 1, 6], 4, 2));
+    let rows = [vec![0], vec![5], vec![5]];
+    // All write into the last page: two of them get their own. In the list row 0 writes into the first page
+    // and leaves the last one as it is, so that all three writes need a page.
+    for (position, wanted) in
+        [(APPEND, 2), (CachePosition::At(5), 2), (CachePosition::PerRow(&rows), 3)]
+    {
+        let error = gpu
+            .submit_pass("refused", |pass| {
+                rig.cache.update(pass, &key.view(), &value.view(), 0, position).map(|_| ())
+            })
+            .expect_err("two pages more");
+        let due = Error::OutOfPages { used: 2, shared: 2, wanted, limit: 3, page_tokens: 4 };
+        assert_eq!(error, due, "{position:?}");
+        rig.check("after what was refused");
+    }
+    rig.select(&[0, 1]);
+    rig.update(0, [2, 2, 1, 4], 6, APPEND);
+    rig.check("with a row less");
 }
 
 #[test]
