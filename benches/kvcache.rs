@@ -208,14 +208,15 @@ fn reorder(criterion: &mut Criterion) {
 
     // Pages: the reorder, and the step after it, in one pass. Two beams go on, twice each, and the last page is
     // half full: so all pages are shared, and the step copies two of the last ones in each layer.
-    let tokens = 4096 + 8;
     let mut cache = PagedKVCache::new(&gpu);
-    fill(&gpu, &mut cache, BATCH, tokens, LAYERS);
+    for tokens in [4096, 8] {
+        fill(&gpu, &mut cache, BATCH, tokens, LAYERS);
+    }
     let one = Inputs::new(&gpu, BATCH, 1);
     group.throughput(Throughput::Elements(1));
     group.bench_function(BenchmarkId::new("paged", 4096), |bencher| {
         bencher.iter(|| {
-            cache.truncate(tokens);
+            cache.truncate(4096 + 8);
             pass(&gpu, |pass| {
                 cache.reorder_cache(pass, &[0, 0, 1, 1]).expect("rows that exist");
                 update(pass, &mut cache, &one.bhtd(), LAYERS);

@@ -65,7 +65,8 @@ override fours: u32 = 1u;
 override is_alone: bool = false;
 
 const ROWS: u32 = 4u;
-const LOWEST: f32 = -3.0e38;
+// Below all scores, and far enough from the end of f32 that no difference is infinite.
+const LOWEST: f32 = -1.0e38;
 
 // What threads tell each other: four vectors each, of 128 threads at most.
 var<workgroup> told: array<vec4<f32>, 512>;
@@ -81,8 +82,16 @@ struct Quads {
 @compute @workgroup_size(threads)
 fn main(
     @builtin(local_invocation_index) local: u32,
-    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
 ) {
+    // Four rows' number, the K/V row, and the split. Where there are too many fours for a side of the grid
+    // they go on along the third.
+    let group = vec3(
+        workgroup.x + workgroups.x * (workgroup.z / params.splits),
+        workgroup.y,
+        workgroup.z % params.splits,
+    );
     let b = group.y / params.kv.heads;
     let h = group.y % params.kv.heads;
     let rows = params.group * params.tokens;
@@ -432,14 +441,20 @@ fn write_told(local: u32, sums: Sums, i: u32, count: u32) {
     let r = local / slices % ROWS;
     let quad = (i + local / (slices * ROWS)) * slices + local % slices;
     let rows = params.group * params.tokens;
-    if local >= all || quad >= params.value_quads || sums.group.x * ROWS + r >= rows {
-        return;
+    // No thread leaves early: barriers follow, and some compilers want to see that all come to them.
+    if local < all && quad < params.value_quads && sums.group.x * ROWS + r < rows {
+        write_sum(sums, r, quad, sum);
     }
+}
+
+// Writes one quad of row r: of the output or, of several splits, of this one's part of it.
+fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
     let b = sums.group.y / params.kv.heads;
     let h = sums.group.y % params.kv.heads;
     if params.splits == 1u {
         write_elements(place(params.output, b, h, sums.row[r]), quad, sum / sums.total[r]);
     } else {
+        let rows = params.group * params.tokens;
         let results = params.batch * params.kv.heads * rows;
         let at = (sums.group.z * results + sums.group.y * rows + sums.row[r]) * (params.kv.value_dim + 2u);
         write_elements(at, quad, sum);

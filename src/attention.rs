@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, binding_limit};
 use crate::kernels::{AttentionShape, MOST_DIM, ROWS};
 use crate::ledger::Ledger;
 use crate::view::{LayerView, TensorView};
@@ -18,7 +18,7 @@ const UNUSED: u64 = 512;
 /// For q [B, Hq, Tq, D], with Hq a multiple of the view's H (grouped queries), it records
 /// softmax(q·Kᵀ·scale)·V into the caller's pass: one dispatch, or two where the tokens are split. K and V
 /// are f32, f16 or bf16; q, the output and all sums are f32. The highest score is taken off before the
-/// exponential, so any finite scores give finite weights (online softmax: Milakov and Gimelshein, 2018).
+/// exponential, so any scores within ±1e38 give finite weights (online softmax: Milakov and Gimelshein, 2018).
 /// Where the new tokens are few, the live ones are split over workgroups and put together afterwards, so
 /// that a long cache fills a GPU (flash-decoding: Dao et al., 2023).
 ///
@@ -102,6 +102,9 @@ impl Attention {
     /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], both f32 with any strides: a
     /// [`TensorView::bthd`] serves a projection that comes in or goes on as (B, T, H, D). `output` must not
     /// lie in a buffer that is read. Elements of `output` that its strides skip are left alone.
+    ///
+    /// The work of a call grows with Tq times the live tokens, and systems end a dispatch that takes seconds:
+    /// hand a prompt of many thousands of tokens in by pieces, a piece's K and V with its queries.
     ///
     /// # Errors
     ///
@@ -217,7 +220,10 @@ impl Attention {
         if let Some(scratch) = self.scratch.as_ref().filter(|scratch| scratch.size() >= bytes) {
             return Ok(scratch.clone());
         }
-        let bytes = bytes.max(64 << 10).next_multiple_of(256);
+        // Doubling, so that a text that grows token by token rarely needs a new one.
+        let least = self.scratch.as_ref().map_or(64 << 10, |scratch| 2 * scratch.size());
+        let limit = binding_limit(self.gpu.limits());
+        let bytes = bytes.max(least.min(limit)).next_multiple_of(4);
         let usage = wgpu::BufferUsages::STORAGE;
         let scratch = self.gpu.create_buffer("kvcache attention splits", bytes, usage)?;
         Ok(self.scratch.insert(scratch).clone())
@@ -266,6 +272,14 @@ fn check_shapes(
     if output.shape != [batch, heads, tokens, view.value_dim] {
         return Err(Error::AttentionShape {
             reason: "the output must be (B, Hq, Tq, D of V)",
+            query: query.shape,
+            what: "output",
+            other: output.shape,
+        });
+    }
+    if output.shape.iter().zip(output.strides).any(|(&extent, stride)| extent > 1 && stride == 0) {
+        return Err(Error::AttentionShape {
+            reason: "the output has a stride of 0, so that several results would lie in one place",
             query: query.shape,
             what: "output",
             other: output.shape,

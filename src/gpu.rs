@@ -65,11 +65,13 @@ impl Gpu {
     ///
     /// # Errors
     ///
-    /// [`Error::OutOfMemory`] or [`Error::Device`] where the device cannot make two buffers of 64 KiB.
+    /// [`Error::Device`] where the device was made with limits below WebGPU's defaults, such as fewer storage
+    /// buffers a stage than the five that kernels bind; [`Error::OutOfMemory`] or [`Error::Device`] where it
+    /// cannot make two buffers of 64 KiB.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         let is_cpu = device.adapter_info().device_type == wgpu::DeviceType::Cpu;
         let handle = DeviceHandle { limits: device.limits(), is_cpu, device, queue };
-        let kernels = Kernels::new(&handle);
+        let kernels = Kernels::new(&handle)?;
         let arena = Mutex::new(Arena::new(&handle, &kernels.layouts)?);
         Ok(Self(Arc::new(Inner { handle, kernels, arena })))
     }
@@ -215,6 +217,16 @@ impl Gpu {
         self.0.handle.create_buffer(label, bytes, usage)
     }
 
+    /// Makes a part of the device, and says so where that fails.
+    pub(crate) fn checked<T>(
+        &self,
+        label: &str,
+        bytes: u64,
+        make: impl FnOnce(&wgpu::Device) -> T,
+    ) -> Result<T> {
+        self.0.handle.checked(label, bytes, make)
+    }
+
     /// Puts a list or parameters where a dispatch can read them.
     pub(crate) fn place(&self, words: &[u32]) -> Result<Placed> {
         self.arena().place(&self.0.handle, &self.0.kernels.layouts, words)
@@ -266,25 +278,40 @@ pub(crate) struct DeviceHandle {
 
 impl DeviceHandle {
     /// Makes a buffer, and says so where that fails.
-    ///
-    /// Out of memory arrives in an error scope. On native backends the scope answers at once. In a
-    /// browser it answers later, and nothing here may wait: there a failure reaches the device's own
-    /// error handler instead.
     pub(crate) fn create_buffer(
         &self,
         label: &str,
         bytes: u64,
         usage: wgpu::BufferUsages,
     ) -> Result<wgpu::Buffer> {
+        self.checked(label, bytes, |device| {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size: bytes,
+                usage,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    /// Makes a part of the device, of so many bytes, and says so where that fails.
+    ///
+    /// Failures arrive in error scopes. On native backends a scope answers at once. In a browser it answers
+    /// later, and nothing here may wait: there no scope is opened, so that a failure reaches the device's
+    /// own error handler.
+    pub(crate) fn checked<T>(
+        &self,
+        label: &str,
+        bytes: u64,
+        make: impl FnOnce(&wgpu::Device) -> T,
+    ) -> Result<T> {
+        if cfg!(target_arch = "wasm32") {
+            return Ok(make(&self.device));
+        }
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some(label),
-            size: bytes,
-            usage,
-            mapped_at_creation: false,
-        });
+        let made = make(&self.device);
         let refused = [answer_now(validation.pop()), answer_now(internal.pop())];
         if answer_now(memory.pop()).is_some() {
             return Err(Error::OutOfMemory { bytes, label: label.to_owned() });
@@ -293,9 +320,18 @@ impl DeviceHandle {
             Some(error) => {
                 Err(Error::Device { label: label.to_owned(), reason: error.to_string() })
             }
-            None => Ok(buffer),
+            None => Ok(made),
         }
     }
+}
+
+/// The largest buffer that can be made and bound as a whole.
+///
+/// Less than 4 GiB whatever the device says: Metal binds more, but wgpu hands its shaders the size of a
+/// binding in 32 bits, and moves what lies further on into it. So 32 bits count all words and slots, too.
+pub(crate) fn binding_limit(limits: &wgpu::Limits) -> u64 {
+    let counted = u64::from(u32::MAX) / 16 * 16;
+    limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(counted) / 4 * 4
 }
 
 /// What an error scope has to say without waiting for it.

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use crate::arena::{Lease, Placed};
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, binding_limit};
 use crate::kernels::{CopyShape, GatherShape, MOST_MOVES};
 use crate::layer::{Held, NewTokens, PageCounts, Place, Room, Staged};
 use crate::pages::{OutOfPages, PageMap};
 use crate::plan::{self, MoveList};
 use crate::position::Order;
 use crate::ring::LEAST_TOKENS;
-use crate::store::{Shape, Store, binding_limit};
+use crate::store::{Shape, Store};
 use crate::view::{LayerView, PageTable};
 
 /// Changes that are remembered: enough for an engine that runs a few steps of a layer before the next.

@@ -6,11 +6,10 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, binding_limit};
 use crate::layout::Layout;
 use crate::ledger::Ledger;
 use crate::plan;
-use crate::store::binding_limit;
 use crate::view::{HostTensor, LayerView};
 
 /// How long a blocking read-back waits for the device, all earlier submissions included.

@@ -1,11 +1,11 @@
 //! Tokens in a ring: the live part of [B, H, capacity, D], which may run over the end.
 
 use crate::error::Result;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, binding_limit};
 use crate::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::layer::{Held, NewTokens, Place, Room, Staged};
 use crate::plan;
-use crate::store::{Shape, Store, binding_limit};
+use crate::store::{Shape, Store};
 use crate::view::LayerView;
 
 /// How the memory of a ring comes to be.
@@ -214,9 +214,12 @@ impl Ring {
             Growth::Static { tokens } => capacity_for(gpu, layer, shape, growth, 0, tokens),
             // Keep the room that there is, as far as it can be bound.
             Growth::Dynamic { .. } => {
-                capacity_for(gpu, layer, shape, growth, 0, self.len.max(1))?;
-                let limit = binding_limit(gpu.limits());
-                Ok(self.capacity.min(shape.tokens_in(shape.batch, [limit; 2])))
+                let fits = shape.tokens_in(shape.batch, [binding_limit(gpu.limits()); 2]);
+                if fits < self.len.max(1) {
+                    let needed = shape.bytes(shape.batch, self.len.max(1));
+                    return Err(shape.too_large(gpu, layer, needed, self.len, fits));
+                }
+                Ok(self.capacity.min(fits))
             }
         }
     }

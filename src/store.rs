@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, binding_limit};
 use crate::sources::BoundSources;
 use crate::view::{LayerView, PageTable};
 
@@ -129,11 +129,4 @@ impl Store {
     pub(crate) fn gather_bindings(&self, gpu: &Gpu) -> wgpu::BindGroup {
         self.gather.get_or_init(|| gpu.kernels().bind_gather(gpu, &self.key, &self.value)).clone()
     }
-}
-
-/// The largest buffer that can be made and bound as a whole; words are counted in 32 bits.
-pub(crate) fn binding_limit(limits: &wgpu::Limits) -> u64 {
-    limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(u64::from(u32::MAX) * 4)
-        / 4
-        * 4
 }

@@ -4,6 +4,7 @@
 use crate::arena::Placed;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::gpu::binding_limit;
 use crate::layout::Layout;
 
 /// Where new K or V lies on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
@@ -161,8 +162,7 @@ impl<'a> TensorView<'a> {
     /// The (offset, size) of the buffer to bind: all of it where the device allows, so that views of
     /// one pooled buffer share a bind group, else what the view spans.
     fn window(&self, what: &'static str, end: u64, limits: &wgpu::Limits) -> Result<(u64, u64)> {
-        // Words are counted in 32 bits.
-        let limit = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) * 4);
+        let limit = binding_limit(limits);
         let whole = self.buffer.size() / 4 * 4;
         if whole <= limit {
             return Ok((0, whole));

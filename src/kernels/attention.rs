@@ -141,7 +141,11 @@ impl Kernels {
             constants: [spread.threads, spread.fours, u32::from(spread.is_alone), 0, 0, 0],
         };
         let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
-        let groups = [tiles, view.batch * view.heads, shape.splits].map(|side| side as u64);
+        // Of a long prompt there are more tiles than a side may have: then they go on along the third.
+        let limit = gpu.limits().max_compute_workgroups_per_dimension as usize;
+        let layers = tiles.div_ceil(limit);
+        let sides = [tiles.div_ceil(layers), view.batch * view.heads, shape.splits * layers];
+        let groups = sides.map(|side| side as u64);
         let table = view.pages.map(|pages| pages.placed.clone());
         self.attention.prepare_sides(gpu, variant, bindings, table, &params, groups)
     }

@@ -70,7 +70,7 @@ impl Kernels {
         if !self.gather.is_compiled(&wanted) {
             // All three at once: a beam search should not compile one in its midst.
             for (has_copies, has_cycles) in [(true, false), (false, true), (true, true)] {
-                self.gather.pipeline(gpu, variant(has_copies, has_cycles));
+                self.gather.pipeline(gpu, variant(has_copies, has_cycles))?;
             }
         }
         self.gather.prepare(

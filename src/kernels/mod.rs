@@ -8,6 +8,7 @@ mod repeat_interleave;
 mod variant;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use append::AppendShape;
@@ -44,7 +45,12 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    pub(crate) fn new(handle: &DeviceHandle) -> Self {
+    /// An error where the device's limits are below WebGPU's: it binds too few buffers, for one.
+    pub(crate) fn new(handle: &DeviceHandle) -> Result<Self> {
+        handle.checked("kvcache kernels", 0, |device| Self::new_unchecked(handle, device))
+    }
+
+    fn new_unchecked(handle: &DeviceHandle, device: &wgpu::Device) -> Self {
         let path = if handle.device.features().contains(wgpu::Features::IMMEDIATES)
             && handle.limits.max_immediate_size >= PARAMS_BYTES
         {
@@ -52,7 +58,6 @@ impl Kernels {
         } else {
             ParamsPath::Uniform
         };
-        let device = &handle.device;
         let layouts = Layouts {
             lists: bind_layout(device, "kvcache lists", &[storage(0, true)]),
             params: bind_layout(device, "kvcache parameters", &[uniform(0)]),
@@ -142,31 +147,39 @@ impl Kernel {
         self.pipelines().contains_key(variant)
     }
 
-    fn pipeline(&self, gpu: &Gpu, variant: Variant) -> wgpu::ComputePipeline {
-        self.pipelines()
-            .entry(variant)
-            .or_insert_with(|| {
-                let label = Some(self.source.label);
-                let module = gpu.device().create_shader_module(wgpu::ShaderModuleDescriptor {
-                    label,
-                    source: wgpu::ShaderSource::Wgsl(variant.text(self.source, self.path).into()),
-                });
-                let values = variant.constants.map(f64::from);
-                let constants: Vec<(&str, f64)> =
-                    self.source.constants.iter().copied().zip(values).collect();
-                gpu.device().create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                    label,
-                    layout: Some(&self.pipeline_layout),
-                    module: &module,
-                    entry_point: Some("main"),
-                    compilation_options: wgpu::PipelineCompilationOptions {
-                        constants: &constants,
-                        ..Default::default()
-                    },
-                    cache: None,
-                })
-            })
-            .clone()
+    /// The pipeline of a variant, compiled where it is not yet. One that does not compile is not kept.
+    fn pipeline(&self, gpu: &Gpu, variant: Variant) -> Result<wgpu::ComputePipeline> {
+        match self.pipelines().entry(variant) {
+            Entry::Occupied(compiled) => Ok(compiled.get().clone()),
+            Entry::Vacant(place) => {
+                let make = |device: &wgpu::Device| self.compile(device, variant);
+                Ok(place.insert(gpu.checked(self.source.label, 0, make)?).clone())
+            }
+        }
+    }
+
+    fn compile(&self, device: &wgpu::Device, variant: Variant) -> wgpu::ComputePipeline {
+        let label = Some(self.source.label);
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label,
+            source: wgpu::ShaderSource::Wgsl(variant.text(self.source, self.path).into()),
+        });
+        let values = variant.constants.map(f64::from);
+        let constants: Vec<(&str, f64)> =
+            self.source.constants.iter().copied().zip(values).collect();
+        device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&self.pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &constants,
+                // Kernels write what threads share before they read it, and on some backends a single
+                // thread of each workgroup would write the zeros.
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        })
     }
 
     fn bind(&self, gpu: &Gpu, resources: &[wgpu::BufferBinding<'_>]) -> wgpu::BindGroup {
@@ -229,7 +242,7 @@ impl Kernel {
             None => (gpu.unused_list(), None),
         };
         Ok(Dispatch {
-            pipeline: self.pipeline(gpu, variant),
+            pipeline: self.pipeline(gpu, variant)?,
             bindings,
             lists,
             list_lease,
@@ -322,11 +335,13 @@ fn bind_layout(
 /// Spreads workgroups, which a kernel numbers in 32 bits, over three dimensions; a few more where that does
 /// not come out even. `None` where they are too many.
 fn grid(workgroups: u64, limit: u32) -> Option<[u32; 3]> {
-    let total = u32::try_from(workgroups).ok()?;
-    let x = total.clamp(1, limit);
-    let rest = total.div_ceil(x);
-    let y = rest.clamp(1, limit);
-    let z = rest.div_ceil(y).max(1);
+    let total = u32::try_from(workgroups).ok()?.max(1);
+    let rest = total.div_ceil(limit);
+    let z = rest.div_ceil(limit);
+    // No longer than they must be: so the three hold few more than the total.
+    let y = rest.div_ceil(z);
+    let x = u64::from(total).div_ceil(u64::from(y) * u64::from(z));
+    let x = u32::try_from(x).ok()?;
     // The last number, of those that are too many, must not begin again at zero.
     let numbered = u64::from(x) * u64::from(y) * u64::from(z) <= u64::from(u32::MAX);
     (z <= limit && numbered).then_some([x, y, z])

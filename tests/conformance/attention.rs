@@ -135,7 +135,7 @@ fn filled(gpu: &Gpu, case: &Case, random: &mut Random) -> Box<dyn KVCache> {
     cache
 }
 
-fn read(gpu: &Gpu, tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn read(gpu: &Gpu, tensor: &Tensor) -> Vec<f32> {
     let bytes = tensor.buffer().size();
     let staging = buffer(gpu, bytes, BufferUsages::COPY_DST | BufferUsages::MAP_READ);
     let mut encoder = gpu.device().create_command_encoder(&Default::default());

@@ -8,6 +8,7 @@ mod faults;
 mod histories;
 mod inputs;
 mod kinds;
+mod limits;
 mod model;
 mod pages;
 mod passes;
@@ -23,7 +24,7 @@ mod traces;
 use std::sync::OnceLock;
 
 use wgpu_kvcache::wgpu::{Device, DeviceDescriptor, Features, Limits};
-use wgpu_kvcache::{Gpu, HeadlessOptions};
+use wgpu_kvcache::{Error, Gpu, HeadlessOptions};
 
 /// What `KV_DEVICE` asks of the adapter, or in its place.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,7 +61,11 @@ fn kernels_run() -> bool {
 ///
 /// On the backend without a driver, limits that nobody names are WebGPU's defaults: it has none.
 fn open(features: Features, limits: Option<Limits>) -> Gpu {
-    let gpu = if kernels_run() {
+    try_open(features, limits).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn try_open(features: Features, limits: Option<Limits>) -> Result<Gpu, Error> {
+    if kernels_run() {
         Gpu::headless_with(&HeadlessOptions { features, limits, ..HeadlessOptions::default() })
     } else {
         let (device, queue) = Device::noop(&DeviceDescriptor {
@@ -72,8 +77,7 @@ fn open(features: Features, limits: Option<Limits>) -> Gpu {
             ..Default::default()
         });
         Gpu::new(device, queue)
-    };
-    gpu.unwrap_or_else(|error| panic!("{error}"))
+    }
 }
 
 /// The device that the tests share.
