@@ -257,7 +257,7 @@ fn attention(criterion: &mut Criterion) {
     }
 }
 
-/// The baseline: a cache that copies old and new into fresh buffers at every step.
+/// The baseline: a cache that copies old and new into other buffers at every step.
 fn concat(criterion: &mut Criterion) {
     let gpu = gpu();
     let mut group = criterion.benchmark_group("concat");

@@ -127,7 +127,7 @@ pub trait KVCache: Cache {
     ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`].
     /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
     ///   [`Error::SequenceTooLong`].
-    /// - A layer past a static cache's count: [`Error::LayerOutOfRange`].
+    /// - A layer past those that the cache is made for: [`Error::LayerOutOfRange`].
     /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::OutOfMemory`].
     ///
     /// [`Error::OutOfPages`]: crate::Error::OutOfPages
@@ -160,7 +160,7 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past a static cache's layers.
+    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for.
     fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>>;
 
     /// Reads the live tokens of K and V back to the host; `None` for a layer never written.
@@ -187,7 +187,7 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past a static cache's layers.
+    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for.
     fn get_seq_length(&self, layer_idx: usize) -> Result<usize>;
 }
 

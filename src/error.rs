@@ -186,8 +186,8 @@ pub enum Error {
         got: String,
     },
 
-    /// A position past a static cache's end.
-    #[error("position {position} is past the end of a static cache of {bound} tokens (0 to {last}); crop() or truncate() first, or make the cache longer", last = bound.saturating_sub(1))]
+    /// A position past the end of a cache that is made for so many tokens.
+    #[error("position {position} is past the end of a cache made for {bound} tokens (0 to {last}); crop() or truncate() first, or make the cache longer", last = bound.saturating_sub(1))]
     PositionOutOfBounds {
         /// The highest position named.
         position: usize,
@@ -195,9 +195,9 @@ pub enum Error {
         bound: usize,
     },
 
-    /// An append past a static cache's end.
+    /// An append past the end of a cache that is made for so many tokens.
     #[error(
-        "{new_tokens} new tokens behind {len} live ones exceed a static cache of {bound} tokens; crop() to make room, or make the cache longer"
+        "{new_tokens} new tokens behind {len} live ones exceed a cache made for {bound} tokens; crop() to make room, or make the cache longer"
     )]
     SequenceTooLong {
         /// Live tokens.
@@ -231,8 +231,8 @@ pub enum Error {
     )]
     ZeroRepeats,
 
-    /// A layer past a static cache's count.
-    #[error("layer {layer} is past the {num_layers} layers (0 to {last}) that the static cache was made for", last = num_layers.saturating_sub(1))]
+    /// A layer past those that the cache is made for.
+    #[error("layer {layer} is past the {num_layers} layers (0 to {last}) that the cache was made for", last = num_layers.saturating_sub(1))]
     LayerOutOfRange {
         /// The layer that was named.
         layer: usize,

@@ -54,8 +54,9 @@ pub struct PagedKVCache {
 pub struct PagedOptions {
     /// Tokens of a page: a power of two. Small pages share more, large ones have shorter tables.
     pub page_tokens: usize,
-    /// The most pages of a layer. Its pool is then made at once, at the first update, and its buffers
-    /// never change. `None` for a pool that grows, doubling.
+    /// The most pages of a layer. Its pool is then made at once, at the first update, as large as that or as
+    /// the device can bind, and its buffers stay the same while the layer's shape does. `None` for a pool that
+    /// grows, doubling.
     pub max_pages: Option<usize>,
     /// The most tokens of a row; `None` where only pages and the device bound it.
     pub max_tokens: Option<usize>,
