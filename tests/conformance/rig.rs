@@ -143,7 +143,8 @@ impl Rig {
     pub(crate) fn in_pages(gpu: &Gpu, options: PagedOptions, model: Model) -> Self {
         let cache = PagedKVCache::with_options(gpu, options);
         let cache = cache.unwrap_or_else(|error| panic!("{error}"));
-        Self::new(gpu, Box::new(cache), model.in_pages(options.page_tokens))
+        let model = model.in_pages(options.page_tokens).of_at_most(options.max_pages);
+        Self::new(gpu, Box::new(cache), model)
     }
 
     /// New K of `shape`, and V of the same but `value_dim`: noise, other noise at every call.
