@@ -197,6 +197,70 @@ fn a_steady_step_makes_submits_and_maps_nothing() {
     }
 }
 
+/// Appends `tokens` tokens of eight rows to every layer.
+fn fill(gpu: &Gpu, cache: &mut dyn KVCache, tokens: usize) {
+    let engine = Engine::new(gpu);
+    let [key, value] = [&engine.key, &engine.value].map(|buffer| {
+        let view = TensorView::bthd(buffer, DType::F32, &[8, tokens, 3, 64]).unwrap();
+        // The same token everywhere: what rows hold is for the conformance tests.
+        view.with_strides([0, 64, 0, 1])
+    });
+    gpu.submit_pass("fill", |pass| {
+        for layer in 0..LAYERS {
+            cache.update(pass, &key, &value, layer, CachePosition::Append).unwrap();
+        }
+    });
+}
+
+/// Rows move in place from the very first reorder on, without scratch memory: the most memory that a reorder
+/// needs is the cache itself. No step before has warmed anything up, on the device neither.
+#[test]
+fn the_first_reorder_of_a_filled_ring_makes_no_buffer() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    const TOKENS: usize = 256;
+    // An order, and the rows that change.
+    let orders: [(&[u32], usize); 2] =
+        [(&[1, 2, 3, 4, 5, 6, 7, 0], 8), (&[0, 1, 2, 2, 4, 5, 6, 6], 2)];
+    // A cache of each kind is the first of its device once for each order.
+    for (turn, (order, rows)) in (0..2).flat_map(|turn| orders.map(|order| (turn, order))) {
+        for (name, gpu) in devices() {
+            let dynamic = Box::new(DynamicKVCache::new(&gpu)) as Box<dyn KVCache>;
+            let mut caches = [dynamic, Box::new(StaticKVCache::new(&gpu, TOKENS, LAYERS))];
+            caches.rotate_left(turn);
+            for (cache, is_wrapped) in caches.iter_mut().zip([false, true]) {
+                let context = format!("{name} device, {order:?}, wrapped: {is_wrapped}");
+                fill(&gpu, cache.as_mut(), TOKENS);
+                if is_wrapped {
+                    cache.crop(TOKENS - 100);
+                    fill(&gpu, cache.as_mut(), 100);
+                }
+                for layer in 0..LAYERS {
+                    let view = cache.view(layer).unwrap().unwrap();
+                    assert_eq!((view.len(), view.capacity()), (TOKENS, TOKENS), "{context}");
+                    assert_eq!(view.is_contiguous(), !is_wrapped, "{context}");
+                }
+                let before = cache.stats();
+                // The submit is witnessed as well: nothing is put off until then.
+                let calls = witnessed(|| {
+                    gpu.submit_pass("first", |pass| cache.reorder_cache(pass, order).unwrap());
+                });
+                assert_eq!(count(&calls, "Device::create_buffer"), 0, "{context}: {calls:?}");
+                assert!(count(&calls, "Queue::submit") >= 1, "{context}");
+                let after = cache.stats();
+                let moved = LAYERS * rows * 2 * 3 * TOKENS * 64 * 4;
+                assert_eq!(after.bytes_moved - before.bytes_moved, moved as u64, "{context}");
+                assert_eq!(after.bytes_allocated, before.bytes_allocated, "{context}");
+                assert_eq!(after.peak_bytes_allocated, before.bytes_allocated, "{context}");
+                // The witness would see it: a ninth row takes new buffers, K and V of every layer.
+                let calls = witnessed(|| {
+                    gpu.submit_pass("ninth", |pass| cache.reorder_cache(pass, &[0; 9]).unwrap());
+                });
+                assert_eq!(count(&calls, "Device::create_buffer"), 2 * LAYERS, "{context}");
+            }
+        }
+    }
+}
+
 #[test]
 fn the_witness_sees_what_a_step_must_not_do() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

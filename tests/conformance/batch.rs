@@ -2,7 +2,7 @@
 //! it costs by the cache's own count.
 
 use wgpu_kvcache::wgpu::Buffer;
-use wgpu_kvcache::{CachePosition, DType, DynamicKVCache};
+use wgpu_kvcache::{BatchChange, CachePosition, DType, DynamicKVCache};
 
 use crate::gpu;
 use crate::model::Model;
@@ -243,10 +243,78 @@ fn what_changes_of_the_batch_cost() {
             assert_eq!(rig.since(before), (0, 0));
             let live: usize = (0..3).map(|layer| 4 * rig.model.row_bytes(layer)).sum();
             rig.repeat_interleave(3);
-            // Live tokens only: all 12 rows, or all but the one that stays where it lies.
-            let most = 3 * live as u64;
-            let moved = rig.since(before).1;
-            assert!(moved <= most && moved >= most - live as u64 / 4, "{kind}: {moved} of {most}");
+            // There is memory for 4 rows, so all 12 go into new buffers: live tokens only.
+            assert_eq!(rig.since(before), (3, 3 * live as u64), "{kind}, wrapped: {is_wrapped}");
+        }
+    }
+}
+
+/// What a growing batch costs: in new buffers every row, where there is memory the rows that change, and of
+/// both the live tokens only. In pages nothing at all.
+#[test]
+fn what_a_growing_batch_costs() {
+    use BatchChange::{Repeat, Select};
+    // From two rows: the change, the rows that it writes, and whether that takes new buffers.
+    let changes = [
+        (Select(&[0, 1, 1]), 3, true),
+        (Select(&[2, 0]), 2, false),
+        (Select(&[0, 1, 0]), 1, false),
+        (Select(&[0, 1, 2]), 0, false),
+        (Select(&[1]), 1, false),
+        (Repeat(3), 2, false),
+        (Repeat(1), 0, false),
+        (Repeat(2), 6, true),
+        (Select(&[5, 1, 1]), 2, false),
+        (Repeat(2), 5, false),
+        (Select(&[0, 1, 2, 3, 4, 5, 0]), 7, true),
+        (Select(&[6, 5, 4, 3, 2, 1, 0, 6, 5]), 9, true),
+        (Select(&[8, 8]), 2, false),
+        (Repeat(4), 7, false),
+        (Repeat(2), 16, true),
+    ];
+    for is_wrapped in [false, true] {
+        for (kind, mut rig) in rigs() {
+            filled(&mut rig, 2, is_wrapped);
+            for (number, (change, written, is_new)) in changes.into_iter().enumerate() {
+                let context = format!("{kind}, wrapped: {is_wrapped}, {number}: {change:?}");
+                let shown = |rig: &Rig| {
+                    let view = rig.cache.view(0).expect("it exists").expect("it was written");
+                    (view.page_table().is_some(), [view.key().clone(), view.value().clone()])
+                };
+                let (before, (is_paged, buffers)) = (rig.cache.stats(), shown(&rig));
+                match change {
+                    Select(indices) => rig.select(indices),
+                    Repeat(repeats) => rig.repeat_interleave(repeats),
+                }
+                let row: usize = (0..3).map(|layer| rig.model.row_bytes(layer)).sum();
+                let dispatches = if written > 0 && !is_paged { 3 } else { 0 };
+                let moved = if is_paged { 0 } else { written * row };
+                assert_eq!(rig.since(before), (dispatches, moved as u64), "{context}");
+                assert_eq!(shown(&rig).1 != buffers, is_new && !is_paged, "{context}: buffers");
+                rig.check(&context);
+            }
+        }
+    }
+}
+
+/// A list of moves in place has at most 8,192 rows; one row more, and every row goes into new buffers.
+#[test]
+fn what_many_rows_cost() {
+    const MOST: u32 = 8192;
+    for (kind, mut rig) in [("dynamic", Rig::dynamic(&gpu())), ("static", Rig::fixed(&gpu(), 2, 1))]
+    {
+        rig.update(0, [MOST as usize + 1, 1, 2, 1], 2, APPEND);
+        for (cycle, is_new) in [(MOST, false), (MOST + 1, true)] {
+            let map: Vec<u32> =
+                (0..cycle).map(|row| (row + 1) % cycle).chain(cycle..=MOST).collect();
+            let buffer = |rig: &Rig| rig.cache.view(0).unwrap().unwrap().key().clone();
+            let (before, key) = (rig.cache.stats(), buffer(&rig));
+            rig.select(&map);
+            let context = format!("{kind}, a cycle of {cycle} rows");
+            let moved = cycle as usize * rig.model.row_bytes(0);
+            assert_eq!(rig.since(before).1, moved as u64, "{context}");
+            assert_eq!(buffer(&rig) != key, is_new, "{context}");
+            rig.check(&context);
         }
     }
 }

@@ -1,14 +1,14 @@
 //! Random histories: whatever is called, in whatever order, the cache holds what the model holds, and
 //! refuses what the model refuses with nothing changed.
 //!
-//! The variable `KV_HISTORIES` sets how many histories are run for each kind.
+//! The variable `KV_HISTORIES` sets how many histories are run on each device, the kinds drawn among them.
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use wgpu_kvcache::{CachePosition, DType, Error, Gpu, TensorView};
+use wgpu_kvcache::{CachePosition, DType, Error, Gpu, PagedOptions, TensorView};
 
 use crate::gpu;
-use crate::model::{Block, Refused};
+use crate::model::{Block, Model, Refused};
 use crate::rig::{Rig, plain_gpu, upload};
 
 /// Bound and layer count of the static caches.
@@ -57,6 +57,8 @@ enum Kind {
     Paged(usize),
     /// The same, with the bounds of the static kind.
     PagedStatic(usize),
+    /// The same without bounds, but from a pool of so many tokens a layer, which may run out.
+    Pool(usize, usize),
 }
 
 /// The shape that a layer gets when it is first written.
@@ -134,7 +136,10 @@ fn history() -> impl Strategy<Value = History> {
         2 => Just(Kind::Dynamic),
         2 => Just(Kind::Static),
         3 => page.clone().prop_map(Kind::Paged),
-        1 => page.prop_map(Kind::PagedStatic),
+        1 => page.clone().prop_map(Kind::PagedStatic),
+        // From too few for many a batch to enough for most.
+        2 => (page, prop_oneof![Just(32_usize), Just(256), Just(1024)])
+            .prop_map(|(size, tokens)| Kind::Pool(size, tokens)),
     ];
     (kind, prop::collection::vec(shape(), LAYERS), prop::collection::vec(call(), 1..14))
         .prop_map(|(kind, shapes, calls)| History { kind, shapes, calls })
@@ -256,6 +261,7 @@ fn update(
 
 /// Makes one call on the cache and on the model; both take it or both refuse it.
 fn make(rig: &mut Rig, history: &History, call: &Call) {
+    let before = rig.cache.stats();
     let (answer, due): (Result<(), Error>, Result<(), Refused>) = match call {
         Call::Update { layer, tokens, lie, form, seeds, misfit } => {
             let mut shape = history.shapes[*layer];
@@ -325,6 +331,12 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
         }
     };
     assert_eq!(answer.is_ok(), due.is_ok(), "{call:?}: the cache {answer:?}, the model {due:?}");
+    if due == Err(Refused::Pages) {
+        assert!(matches!(answer, Err(Error::OutOfPages { .. })), "{call:?}: {answer:?}");
+    }
+    if answer.is_err() {
+        assert_eq!(rig.cache.stats(), before, "{call:?}: {answer:?}");
+    }
 }
 
 fn run(gpu: &Gpu, history: &History) {
@@ -333,6 +345,11 @@ fn run(gpu: &Gpu, history: &History) {
         Kind::Static => Rig::fixed(gpu, BOUND, LAYERS),
         Kind::Paged(size) => Rig::paged(gpu, size),
         Kind::PagedStatic(size) => Rig::paged_fixed(gpu, size, BOUND, LAYERS),
+        Kind::Pool(size, tokens) => {
+            let max_pages = Some(tokens / size);
+            let options = PagedOptions { page_tokens: size, max_pages, ..PagedOptions::default() };
+            Rig::in_pages(gpu, options, Model::dynamic())
+        }
     };
     for (number, call) in history.calls.iter().enumerate() {
         make(&mut rig, history, call);

@@ -74,6 +74,8 @@ pub(crate) enum Refused {
     Index,
     /// No indices, or zero repeats.
     Nothing,
+    /// More pages than the pool was made for.
+    Pages,
 }
 
 /// K or V of a layer.
@@ -138,7 +140,7 @@ struct Pages {
 }
 
 impl Pages {
-    /// A row that writes into a page which others name gets one of its own, and new ones where it ends.
+    /// A row that writes into a page has one of its own afterwards, and new ones where it ends.
     fn write(&mut self, size: usize, positions: &[Vec<usize>], new_len: usize) {
         let gap: Vec<usize> = (self.len..new_len).collect();
         for (row, positions) in self.rows.iter_mut().zip(positions) {
@@ -148,9 +150,9 @@ impl Pages {
                 .map(|position| (self.start + position) / size)
                 .collect();
             for page in touched {
-                match row.get_mut(page) {
-                    Some(named) if Rc::strong_count(named) > 1 => *named = Rc::new(()),
-                    _ => {}
+                if let Some(named) = row.get_mut(page) {
+                    // As good as the old one where no other row named that.
+                    *named = Rc::new(());
                 }
             }
             row.resize_with((self.start + new_len).div_ceil(size), || Rc::new(()));
@@ -197,6 +199,8 @@ pub(crate) struct Model {
     layers: BTreeMap<usize, [Side; 2]>,
     /// Tokens of a page, of a paged cache, and the pages of each layer.
     pages: Option<(usize, BTreeMap<usize, Pages>)>,
+    /// Pages that a layer has at most.
+    most_pages: Option<usize>,
 }
 
 impl Model {
@@ -213,6 +217,11 @@ impl Model {
     /// The same, in pages of `size` tokens.
     pub(crate) fn in_pages(self, size: usize) -> Self {
         Self { pages: Some((size, BTreeMap::new())), ..self }
+    }
+
+    /// The same, with at most `most_pages` pages a layer.
+    pub(crate) fn of_at_most(self, most_pages: Option<usize>) -> Self {
+        Self { most_pages, ..self }
     }
 
     /// Pages in use and pages shared, of the layer that uses most.
@@ -270,10 +279,13 @@ impl Model {
             return Err(Refused::Bound);
         }
         if let Some((size, layers)) = &mut self.pages {
-            let pages = layers
-                .entry(layer)
-                .or_insert_with(|| Pages { rows: vec![Vec::new(); batch], ..Pages::default() });
+            let unwritten = || Pages { rows: vec![Vec::new(); batch], ..Pages::default() };
+            let mut pages = layers.get(&layer).cloned().unwrap_or_else(unwritten);
             pages.write(*size, &positions, len.max(end));
+            if self.most_pages.is_some_and(|most| pages.counts().0 > most) {
+                return Err(Refused::Pages);
+            }
+            layers.insert(layer, pages);
         }
         let sides =
             self.layers.entry(layer).or_insert_with(|| [Side::empty(key), Side::empty(value)]);

@@ -3,7 +3,7 @@
 //! and the next valid call goes as if the refused one had never been made.
 
 use wgpu_kvcache::wgpu::{Buffer, ComputePass};
-use wgpu_kvcache::{CachePosition, DType, Error, KVCache, Stats, Tensor, TensorView};
+use wgpu_kvcache::{CachePosition, DType, Error, KVCache, LayerView, Stats, Tensor, TensorView};
 
 use crate::gpu;
 use crate::model::Block;
@@ -15,16 +15,43 @@ const BOUND: usize = 12;
 /// Whether an error is the one that is due.
 pub(crate) type Due = fn(&Error) -> bool;
 
-/// A layer as its view shows it: its buffers, start, length and capacity.
-type Shown = Option<([Buffer; 2], [usize; 3])>;
+/// A layer as its view shows it.
+#[derive(Debug, PartialEq)]
+struct Shown {
+    /// Of K, of V, and of the page table where there is one.
+    buffers: Vec<Buffer>,
+    shapes: [[usize; 4]; 2],
+    dtype: DType,
+    /// What a shader is told: heads, dims, length, start, capacity, and where the page table lies.
+    words: [u32; 8],
+}
 
-/// All that may be seen of a cache from outside, but for its contents.
-fn seen(rig: &Rig) -> (Stats, Vec<Shown>) {
+impl Shown {
+    fn new(view: &LayerView<'_>) -> Self {
+        let table = view.page_table().into_iter();
+        Self {
+            buffers: [view.key(), view.value()].into_iter().chain(table).cloned().collect(),
+            shapes: [view.key_shape(), view.value_shape()],
+            dtype: view.dtype(),
+            words: view.layout_words(),
+        }
+    }
+
+    /// The same but for where it lies, which two caches cannot have in common.
+    fn unplaced(mut self) -> Self {
+        self.buffers.clear();
+        self.words[6] = 0;
+        self
+    }
+}
+
+/// All that may be seen of a cache from outside, the counts of pages included, but for what only `get`
+/// shows: the contents, and with them the page numbers that a table holds.
+fn seen(rig: &Rig) -> (Stats, Vec<Option<Shown>>) {
     let stats = Stats { bytes_read_back: 0, ..rig.cache.stats() };
-    let shown = |layer| -> Shown {
-        let view = rig.cache.view(layer).expect("the layer exists")?;
-        let buffers = [view.key().clone(), view.value().clone()];
-        Some((buffers, [view.start(), view.len(), view.capacity()]))
+    let shown = |layer| {
+        let view = rig.cache.view(layer).expect("the layer exists");
+        view.as_ref().map(Shown::new)
     };
     (stats, (0..3).map(shown).collect())
 }
@@ -70,7 +97,11 @@ pub(crate) fn refused(
         rig.update_as(DType::BF16, 2, [2, 5, 3, 6], 2, CachePosition::PerToken(&[4, 1, 0]));
         rig.check(&format!("{name}: valid calls afterwards"));
     }
-    assert_eq!(seen(&rig).0, seen(&twin).0, "{name}: valid calls afterwards");
+    let [rig, twin] = [rig, twin].map(|rig| {
+        let (stats, shown) = seen(&rig);
+        (stats, shown.into_iter().map(|shown| shown.map(Shown::unplaced)).collect::<Vec<_>>())
+    });
+    assert_eq!(rig, twin, "{name}: valid calls afterwards");
 }
 
 /// Layer 0 in f32 with 9 tokens, layer 1 in f16 with 2, both of 3 rows; layer 2 not written.
@@ -82,20 +113,31 @@ fn filled(mut rig: Rig) -> Rig {
     rig
 }
 
-pub(crate) fn dynamic() -> Rig {
+fn dynamic() -> Rig {
     filled(Rig::dynamic(&gpu()))
 }
 
-pub(crate) fn fixed() -> Rig {
+fn fixed() -> Rig {
     filled(Rig::fixed(&gpu(), BOUND, 3))
 }
 
-pub(crate) fn paged() -> Rig {
-    filled(Rig::paged(&gpu(), 4))
+fn paged<const SIZE: usize>() -> Rig {
+    filled(Rig::paged(&gpu(), SIZE))
 }
 
-pub(crate) fn paged_fixed() -> Rig {
-    filled(Rig::paged_fixed(&gpu(), 4, BOUND, 3))
+fn paged_fixed<const SIZE: usize>() -> Rig {
+    filled(Rig::paged_fixed(&gpu(), SIZE, BOUND, 3))
+}
+
+/// Caches that hold something and may grow.
+pub(crate) const GROWING: [fn() -> Rig; 4] = [dynamic, paged::<1>, paged::<4>, paged::<16>];
+/// Caches that hold something, of 3 layers and at most `BOUND` tokens.
+pub(crate) const BOUNDED: [fn() -> Rig; 4] =
+    [fixed, paged_fixed::<1>, paged_fixed::<4>, paged_fixed::<16>];
+
+/// A cache of each kind that holds something.
+pub(crate) fn all() -> impl Iterator<Item = fn() -> Rig> {
+    GROWING.into_iter().chain(BOUNDED)
 }
 
 pub(crate) fn noise(dtype: DType, shape: [usize; 4]) -> Tensor {
@@ -111,7 +153,7 @@ pub(crate) fn update_refused(
 ) {
     let name = format!("K {}, V {}", described(&key), described(&value));
     let name = format!("{name}, layer {layer}, {position:?}");
-    for make in [dynamic, fixed, paged, paged_fixed] {
+    for make in all() {
         refused(
             make,
             &name,
@@ -130,9 +172,11 @@ pub(crate) fn never_taken(
     words: &[&str],
 ) {
     update_refused((key, value), (2, position), due, words);
-    let empty: [fn() -> Rig; 3] = [
+    let empty: [fn() -> Rig; 5] = [
         || Rig::dynamic(&gpu()),
         || Rig::fixed(&gpu(), BOUND, 3),
+        || Rig::paged(&gpu(), 1),
+        || Rig::paged(&gpu(), 4),
         || Rig::paged_fixed(&gpu(), 16, BOUND, 3),
     ];
     for make in empty {

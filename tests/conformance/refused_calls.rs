@@ -7,7 +7,7 @@ use wgpu_kvcache::{BatchChange, CachePosition, DType, Error, KVCache, TensorView
 
 use crate::gpu;
 use crate::model::Block;
-use crate::refusals::{Due, dynamic, fixed, paged, refused, update_refused};
+use crate::refusals::{BOUNDED, Due, GROWING, all, refused, update_refused};
 use crate::rig::{Rig, upload};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
@@ -42,7 +42,7 @@ fn as_many_positions_as_tokens() {
     }
 }
 
-/// A static cache of 12 tokens, of which 9 are live.
+/// Caches of 12 tokens a row, of which 9 are live.
 #[test]
 fn positions_past_a_static_bound() {
     let key = upload(&gpu(), DType::F32, &Block::noise([3, 2, 4, 4], 4, 5));
@@ -64,7 +64,9 @@ fn positions_past_a_static_bound() {
         let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {
             cache.update(pass, &key.view(), &value.view(), 0, position).map(|_| ())
         };
-        refused(fixed, &format!("{position:?}"), call, due, words);
+        for make in BOUNDED {
+            refused(make, &format!("{position:?}"), call, due, words);
+        }
     }
     let one = upload(&gpu(), DType::F32, &Block::noise([3, 2, 1, 6], 4, 6));
     for position in [12, 13, u32::MAX - 1, u32::MAX] {
@@ -75,7 +77,9 @@ fn positions_past_a_static_bound() {
                 let key = TensorView::new(one.buffer(), DType::F32, &[3, 2, 1, 4])?;
                 cache.update(pass, &key, &one.view(), layer, at).map(|_| ())
             };
-            refused(fixed, &format!("{at:?}, layer {layer}"), call, out, &words);
+            for make in BOUNDED {
+                refused(make, &format!("{at:?}, layer {layer}"), call, out, &words);
+            }
         }
     }
 }
@@ -85,32 +89,49 @@ fn positions_past_a_static_bound() {
 fn positions_past_any_memory() {
     let due: Due =
         |error| matches!(error, Error::LayerTooLarge { .. } | Error::SizeOverflow { .. });
-    let begin = Instant::now();
-    for far in [100_000_000, 1_000_000_000, u32::MAX / 2, u32::MAX - 1, u32::MAX] {
-        let list = [far, 3];
-        let rows = [vec![0, 1], vec![1, far], vec![2, 3]];
-        for position in [CachePosition::PerToken(&list), CachePosition::PerRow(&rows)] {
-            let key = upload(&gpu(), DType::F32, &Block::noise([3, 2, 2, 4], 4, 5));
-            let value = upload(&gpu(), DType::F32, &Block::noise([3, 2, 2, 6], 4, 6));
-            for layer in [0, 2] {
-                let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {
-                    cache.update(pass, &key.view(), &value.view(), layer, position).map(|_| ())
-                };
-                refused(dynamic, &format!("{position:?}"), call, due, &[]);
+    for make in GROWING {
+        let begin = Instant::now();
+        for far in [100_000_000, 1_000_000_000, u32::MAX / 2, u32::MAX - 1, u32::MAX] {
+            let list = [far, 3];
+            let rows = [vec![0, 1], vec![1, far], vec![2, 3]];
+            for position in [CachePosition::PerToken(&list), CachePosition::PerRow(&rows)] {
+                let key = upload(&gpu(), DType::F32, &Block::noise([3, 2, 2, 4], 4, 5));
+                let value = upload(&gpu(), DType::F32, &Block::noise([3, 2, 2, 6], 4, 6));
+                for layer in [0, 2] {
+                    let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {
+                        cache.update(pass, &key.view(), &value.view(), layer, position).map(|_| ())
+                    };
+                    refused(make, &format!("{position:?}"), call, due, &[]);
+                }
             }
+            let one = upload(&gpu(), DType::F32, &Block::noise([3, 2, 1, 4], 4, 5));
+            let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {
+                cache.update(pass, &one.view(), &one.view(), 2, CachePosition::At(far)).map(|_| ())
+            };
+            refused(make, &format!("At({far})"), call, due, &[]);
         }
-        let one = upload(&gpu(), DType::F32, &Block::noise([3, 2, 1, 4], 4, 5));
-        let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {
-            cache.update(pass, &one.view(), &one.view(), 2, CachePosition::At(far)).map(|_| ())
-        };
-        refused(dynamic, &format!("At({far})"), call, due, &[]);
+        assert!(begin.elapsed() < Duration::from_secs(20), "took {:?}", begin.elapsed());
     }
-    assert!(begin.elapsed() < Duration::from_secs(20), "took {:?}", begin.elapsed());
+}
+
+/// Whether a cache of `refusals` has no room for `rows` rows: a ring in its buffers, pages in their table,
+/// which is all that they need for more rows. A device that binds gigabytes has room for many tables.
+fn is_too_many(make: fn() -> Rig, rows: usize) -> bool {
+    let rig = make();
+    let view = rig.cache.view(0).expect("it exists").expect("it was written");
+    let limits = rig.gpu.device().limits();
+    let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+    let row = match view.page_table() {
+        // Words of the table from one row to the next.
+        Some(_) => view.layout_words()[7] as usize,
+        None => 2 * view.value_strides()[0],
+    };
+    rows.saturating_mul(4 * row) as u64 > limit || u32::try_from(rows).is_err()
 }
 
 #[test]
 fn indices_and_counts() {
-    for make in [dynamic, fixed, paged] {
+    for make in all() {
         let selections: [(&[u32], Due, &[&str]); 6] = [
             (&[], |error| *error == Error::NoIndices, &["at least one row", "reset()"]),
             (&[3], past_the_batch, &["index 3", "place 0", "0 to 2", "beam indices"]),
@@ -151,26 +172,41 @@ fn indices_and_counts() {
                     | Error::ListTooLarge { .. }
             )
         };
-        for repeats in [10_000_000, 1 << 31, 1 << 40, usize::MAX / 3, usize::MAX] {
+        for repeats in [10_000_000, 12_000_000, 1 << 31, 1 << 40, usize::MAX / 3, usize::MAX] {
+            if !is_too_many(make, repeats.saturating_mul(3)) {
+                continue;
+            }
             let name = format!("{repeats} times");
             let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {
                 cache.batch_repeat_interleave(pass, repeats)
             };
             refused(make, &name, call, large, &[]);
         }
-        let many = vec![1; 20_000_000];
-        let name = "twenty million rows";
-        refused(make, name, |cache, pass| cache.reorder_cache(pass, &many), large, &[]);
+        for rows in [20_000_000, 40_000_000] {
+            if is_too_many(make, rows) {
+                let many = vec![1; rows];
+                let name = format!("{rows} rows");
+                refused(make, &name, |cache, pass| cache.reorder_cache(pass, &many), large, &[]);
+                break;
+            }
+        }
     }
     // Where no layer holds anything there is no batch to be past, but still nothing to do.
     let gpu = gpu();
-    for mut rig in [Rig::dynamic(&gpu), Rig::fixed(&gpu, 4, 2), Rig::paged(&gpu, 4)] {
+    for mut rig in empty() {
         gpu.submit_pass("empty", |pass| {
             assert_eq!(rig.cache.reorder_cache(pass, &[]), Err(Error::NoIndices));
             assert_eq!(rig.cache.batch_repeat_interleave(pass, 0), Err(Error::ZeroRepeats));
         });
         assert_eq!(rig.cache.stats(), Default::default());
     }
+}
+
+/// A cache of each kind that holds nothing.
+fn empty() -> Vec<Rig> {
+    let gpu = gpu();
+    let paged = [1, 4, 16].map(|size| Rig::paged(&gpu, size));
+    [Rig::dynamic(&gpu), Rig::fixed(&gpu, 12, 3)].into_iter().chain(paged).collect()
 }
 
 fn past_the_batch(error: &Error) -> bool {
@@ -181,14 +217,9 @@ fn past_the_batch(error: &Error) -> bool {
 #[test]
 fn one_layer_of_a_smaller_batch() {
     for small in 0..3 {
-        for kind in 0..3 {
+        for kind in 0..5 {
             let make = || {
-                let gpu = gpu();
-                let mut rig = match kind {
-                    0 => Rig::dynamic(&gpu),
-                    1 => Rig::fixed(&gpu, 12, 3),
-                    _ => Rig::paged(&gpu, 4),
-                };
+                let mut rig = empty().swap_remove(kind);
                 for layer in 0..2 {
                     let batch = if layer == small { 2 } else { 4 };
                     rig.update(layer, [batch, 2, 7, 4], 6, APPEND);
@@ -226,13 +257,15 @@ fn one_layer_of_a_smaller_batch() {
 
 #[test]
 fn layers_past_a_static_count() {
-    for layer in [3, 4, 1000, usize::MAX] {
+    for (layer, make) in
+        [3, 4, 1000, usize::MAX].into_iter().flat_map(|layer| BOUNDED.map(|make| (layer, make)))
+    {
         let due: Due = |error| matches!(error, Error::LayerOutOfRange { num_layers: 3, .. });
         let words = [&format!("layer {layer}"), "3 layers", "0 to 2"];
         let one = upload(&gpu(), DType::F32, &Block::noise([3, 2, 1, 4], 4, 5));
         let name = format!("layer {layer}");
         refused(
-            fixed,
+            make,
             &name,
             |cache, pass| {
                 let updated = cache.update(pass, &one.view(), &one.view(), layer, APPEND);
@@ -241,27 +274,28 @@ fn layers_past_a_static_count() {
             due,
             &words,
         );
-        refused(fixed, &name, |cache, _| cache.view(layer).map(|_| ()), due, &words);
-        refused(fixed, &name, |cache, _| cache.get(layer).map(|_| ()), due, &words);
-        refused(fixed, &name, |cache, _| cache.get_seq_length(layer).map(|_| ()), due, &words);
+        refused(make, &name, |cache, _| cache.view(layer).map(|_| ()), due, &words);
+        refused(make, &name, |cache, _| cache.get(layer).map(|_| ()), due, &words);
+        refused(make, &name, |cache, _| cache.get_seq_length(layer).map(|_| ()), due, &words);
         let get_async = |cache: &mut dyn KVCache, _: &mut ComputePass<'_>| {
             pollster::block_on(cache.get_async(layer)).map(|_| ())
         };
-        refused(fixed, &name, get_async, due, &words);
+        refused(make, &name, get_async, due, &words);
     }
-    // A dynamic cache has no last layer: those never written are empty.
-    let rig = dynamic();
-    for layer in [3, 1000, usize::MAX] {
-        assert_eq!(rig.cache.get(layer), Ok(None));
-        assert_eq!(rig.cache.get_seq_length(layer), Ok(0));
-        assert!(matches!(rig.cache.view(layer), Ok(None)));
+    // A cache that grows has no last layer: those never written are empty.
+    for rig in GROWING.map(|make| make()) {
+        for layer in [3, 1000, usize::MAX] {
+            assert_eq!(rig.cache.get(layer), Ok(None));
+            assert_eq!(rig.cache.get_seq_length(layer), Ok(0));
+            assert!(matches!(rig.cache.view(layer), Ok(None)));
+        }
     }
 }
 
 /// Refused calls among valid ones, all in one pass.
 #[test]
 fn refused_calls_leave_no_trace_in_a_pass() {
-    for mut rig in [dynamic(), fixed(), paged()] {
+    for mut rig in all().map(|make| make()) {
         let gpu = rig.gpu.clone();
         let (key, value) = rig.noise(DType::F32, [3, 2, 1, 4], 6);
         let (k, v) = (upload(&gpu, DType::F32, &key), upload(&gpu, DType::F32, &value));

@@ -4,7 +4,7 @@ use wgpu_kvcache::wgpu::{BufferUsages, ComputePass};
 use wgpu_kvcache::{CachePosition, DType, Error, KVCache, TensorView};
 
 use crate::gpu;
-use crate::refusals::{Due, dynamic, fixed, never_taken, noise, refused};
+use crate::refusals::{Due, all, never_taken, noise, refused};
 use crate::rig::buffer;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
@@ -107,7 +107,7 @@ fn views_off_the_words() {
 
 #[test]
 fn a_layer_read_and_written_at_once() {
-    for make in [dynamic, fixed] {
+    for make in all() {
         let good = noise(DType::F32, [3, 2, 1, 6]);
         for own in 0..4 {
             let call = |cache: &mut dyn KVCache, pass: &mut ComputePass<'_>| {

@@ -1,8 +1,8 @@
 //! The types go from thread to thread, and two caches of one device are used from two at once.
 
 use wgpu_kvcache::{
-    CachePosition, DynamicKVCache, EncoderDecoderCache, Error, Gpu, HostTensor, KVCache, LayerView,
-    PagedKVCache, StaticKVCache, Tensor, TensorView,
+    Attention, CachePosition, DynamicKVCache, EncoderDecoderCache, Error, Gpu, HostTensor, KVCache,
+    LayerView, PagedKVCache, StaticKVCache, Tensor, TensorView,
 };
 
 use crate::gpu;
@@ -14,7 +14,9 @@ fn types_are_send_and_sync() {
     check::<Gpu>();
     check::<DynamicKVCache>();
     check::<StaticKVCache>();
+    check::<PagedKVCache>();
     check::<EncoderDecoderCache>();
+    check::<Attention>();
     check::<Tensor>();
     check::<TensorView<'_>>();
     check::<LayerView<'_>>();

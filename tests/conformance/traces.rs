@@ -13,7 +13,7 @@ use wgpu_kvcache::{
 };
 
 use crate::gpu;
-use crate::rig::same_bits;
+use crate::rig::{read_back, same_bits};
 
 #[derive(Deserialize)]
 struct Trace {
@@ -131,7 +131,7 @@ fn step<E: Number>(
             update::<E>(gpu, cache, (*layer, shape, *base, position))?;
         }
         Op::Get { layer, expect } => {
-            let got = cache.get(*layer)?;
+            let got = read_back(|| cache.stats(), || cache.get(*layer), context)?;
             assert_eq!(got.is_some(), expect.is_some(), "{context}: presence");
             if let (Some((key, value)), Some(expect)) = (got, expect) {
                 for (what, tensor, numbers) in
