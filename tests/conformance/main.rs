@@ -8,6 +8,7 @@ mod faults;
 mod histories;
 mod inputs;
 mod kinds;
+mod layouts;
 mod limits;
 mod model;
 mod pages;

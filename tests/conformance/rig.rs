@@ -1,7 +1,9 @@
 //! A cache and its model side by side: what is done to one is done to the other, and `check` compares.
 
 use half::{bf16, f16};
-use wgpu_kvcache::wgpu::{Buffer, BufferDescriptor, BufferUsages, Features, Limits};
+use wgpu_kvcache::wgpu::{
+    Buffer, BufferDescriptor, BufferUsages, Features, Limits, MapMode, PollType,
+};
 use wgpu_kvcache::{
     CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, PagedKVCache,
     PagedOptions, StaticKVCache, Stats, Tensor,
@@ -21,6 +23,17 @@ pub(crate) fn plain_gpu(change: impl FnOnce(&mut Limits)) -> Gpu {
 pub(crate) fn buffer(gpu: &Gpu, size: u64, usage: BufferUsages) -> Buffer {
     let label = Some("test");
     gpu.device().create_buffer(&BufferDescriptor { label, size, usage, mapped_at_creation: false })
+}
+
+/// All bytes of a buffer that may be copied from.
+pub(crate) fn read_buffer(gpu: &Gpu, source: &Buffer) -> Vec<u8> {
+    let staging = buffer(gpu, source.size(), BufferUsages::COPY_DST | BufferUsages::MAP_READ);
+    let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    encoder.copy_buffer_to_buffer(source, 0, &staging, 0, source.size());
+    gpu.queue().submit([encoder.finish()]);
+    staging.map_async(MapMode::Read, .., |result| result.expect("mapped"));
+    gpu.device().poll(PollType::wait_indefinitely()).expect("the device answers");
+    staging.slice(..).get_mapped_range().expect("mapped").to_vec()
 }
 
 /// Puts a block into a buffer of its own.

@@ -1,0 +1,118 @@
+//! A shader of one's own, joined with the exported text of a layout, reads what `get` reads.
+
+use wgpu_kvcache::wgpu::{
+    BindGroupDescriptor, BindGroupEntry, BufferUsages, ComputePipelineDescriptor,
+    ShaderModuleDescriptor, ShaderSource,
+};
+use wgpu_kvcache::{CachePosition, Gpu, LayerView, Layout};
+
+use crate::gpu;
+use crate::rig::{Rig, buffer, read_buffer, same_bits};
+
+const APPEND: CachePosition<'_> = CachePosition::Append;
+
+/// Writes all live elements, row-major (B, H, T, D), through nothing but `kv_slot` and `KvLayout`.
+const SHADER: &str = "
+@group(0) @binding(0) var<uniform> kv: KvLayout;
+@group(0) @binding(1) var<storage, read> key: array<u32>;
+@group(0) @binding(2) var<storage, read> value: array<u32>;
+@group(0) @binding(3) var<storage, read> pages: array<u32>;
+@group(0) @binding(4) var<storage, read_write> keys: array<u32>;
+@group(0) @binding(5) var<storage, read_write> values: array<u32>;
+
+fn kv_table(i: u32) -> u32 {
+    return pages[i];
+}
+
+// A workgroup a token of a row and head.
+@compute @workgroup_size(1)
+fn main(@builtin(workgroup_id) id: vec3<u32>) {
+    let h = id.y % kv.heads;
+    let slot = kv_slot(kv, id.y / kv.heads, h, id.x);
+    let at = id.y * kv.len + id.x;
+    for (var d = 0u; d < kv.key_dim; d++) {
+        keys[at * kv.key_dim + d] = key[slot * kv.key_dim + d];
+    }
+    for (var d = 0u; d < kv.value_dim; d++) {
+        values[at * kv.value_dim + d] = value[slot * kv.value_dim + d];
+    }
+    // An unused binding would not be in the pipeline's layout.
+    _ = pages[0];
+}
+";
+
+/// K and V as the shader reads them.
+fn read_through(gpu: &Gpu, view: &LayerView<'_>) -> [Vec<u8>; 2] {
+    let (label, device) = (Some("layouts"), gpu.device());
+    let text = format!("{SHADER}{}", view.layout().wgsl());
+    let source = ShaderSource::Wgsl(text.into());
+    let module = device.create_shader_module(ShaderModuleDescriptor { label, source });
+    let pipeline = device.create_compute_pipeline(&ComputePipelineDescriptor {
+        label,
+        layout: None,
+        module: &module,
+        entry_point: None,
+        compilation_options: Default::default(),
+        cache: None,
+    });
+    let uniform = buffer(gpu, 32, BufferUsages::UNIFORM | BufferUsages::COPY_DST);
+    gpu.queue().write_buffer(&uniform, 0, bytemuck::cast_slice(&view.layout_words()));
+    let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+    let none = buffer(gpu, 4, usage);
+    let read = [view.key_shape(), view.value_shape()]
+        .map(|shape| buffer(gpu, 4 * shape.iter().product::<usize>() as u64, usage));
+    let pages = view.page_table().unwrap_or(&none);
+    let bound = [&uniform, view.key(), view.value(), pages, &read[0], &read[1]];
+    let entries: Vec<_> = (0..)
+        .zip(bound)
+        .map(|(binding, buffer)| BindGroupEntry { binding, resource: buffer.as_entire_binding() })
+        .collect();
+    let layout = pipeline.get_bind_group_layout(0);
+    let bindings = device.create_bind_group(&BindGroupDescriptor {
+        label,
+        layout: &layout,
+        entries: &entries,
+    });
+    let [b, h, t, _] = view.key_shape().map(|side| u32::try_from(side).expect("small"));
+    gpu.submit_pass("layouts", |pass| {
+        pass.set_pipeline(&pipeline);
+        pass.set_bind_group(0, &bindings, &[]);
+        pass.dispatch_workgroups(t, b * h, 1);
+    });
+    read.map(|buffer| read_buffer(gpu, &buffer))
+}
+
+fn check(rig: &Rig, due: Layout) {
+    let view = rig.cache.view(0).expect("it exists").expect("it was written");
+    assert_eq!(view.layout(), due);
+    let (key, value) = rig.model.get(0).expect("it was written");
+    let [keys, values] = read_through(&rig.gpu, &view);
+    assert!(same_bits(&keys, &key.bytes), "K, {due:?}");
+    assert!(same_bits(&values, &value.bytes), "V, {due:?}");
+}
+
+#[test]
+fn contiguous_and_wrapped() {
+    for mut rig in [Rig::dynamic(&gpu()), Rig::fixed(&gpu(), 11, 1)] {
+        rig.update(0, [2, 3, 11, 6], 5, APPEND);
+        check(&rig, Layout::Contiguous);
+        rig.crop(7);
+        check(&rig, Layout::Contiguous);
+        let room = rig.cache.view(0).expect("it exists").expect("it was written").capacity() - 7;
+        rig.update(0, [2, 3, room, 6], 5, APPEND);
+        check(&rig, Layout::Wrapped);
+    }
+}
+
+#[test]
+fn pages_that_rows_share() {
+    for size in [1, 4, 16] {
+        let mut rig = Rig::paged(&gpu(), size);
+        rig.update(0, [2, 3, 21, 6], 5, APPEND);
+        check(&rig, Layout::Paged);
+        rig.crop(18);
+        rig.select(&[1, 0, 1]);
+        rig.update(0, [3, 3, 2, 6], 5, APPEND);
+        check(&rig, Layout::Paged);
+    }
+}
