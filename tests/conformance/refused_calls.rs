@@ -124,7 +124,8 @@ fn is_too_many(make: fn() -> Rig, rows: usize) -> bool {
     let row = match view.page_table() {
         // Words of the table from one row to the next.
         Some(_) => view.layout_words()[7] as usize,
-        None => 2 * view.value_strides()[0],
+        // The wider of the two buffers, each of which is bound by itself.
+        None => view.value_strides()[0],
     };
     rows.saturating_mul(4 * row) as u64 > limit || u32::try_from(rows).is_err()
 }
