@@ -313,50 +313,121 @@ fn check_alias(
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
-    use crate::{Cache, CachePosition, DynamicKVCache, KVCache};
+    use crate::{
+        CachePosition, DynamicKVCache, KVCache, Layout, PagedKVCache, PagedOptions, StaticKVCache,
+        Tensor,
+    };
+
+    const APPEND: CachePosition<'_> = CachePosition::Append;
+
+    /// Numbers from -1 up to 1, or whole ones from -8 to 8.
+    fn random(state: &mut u32, count: usize, is_whole: bool) -> Vec<f32> {
+        let mut next = || {
+            *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let number = f32::from((*state >> 16) as u16) / 32_768.0 - 1.0;
+            if is_whole { (8.0 * number).round() } else { number }
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -> Tensor {
+        let tensor = match dtype {
+            DType::F32 => gpu.upload(values, shape),
+            DType::F16 => {
+                gpu.upload(&values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>(), shape)
+            }
+            DType::BF16 => {
+                gpu.upload(&values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>(), shape)
+            }
+        };
+        tensor.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// An empty cache for each layout.
+    fn caches(gpu: &Gpu, len: usize) -> [(Layout, Box<dyn KVCache>); 5] {
+        let paged = |page_tokens| -> (Layout, Box<dyn KVCache>) {
+            let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+            let cache = PagedKVCache::with_options(gpu, options).expect("a power of two");
+            (Layout::Paged, Box::new(cache))
+        };
+        [
+            (Layout::Contiguous, Box::new(DynamicKVCache::new(gpu))),
+            (Layout::Wrapped, Box::new(StaticKVCache::new(gpu, len, 1))),
+            paged(1),
+            paged(4),
+            paged(16),
+        ]
+    }
 
     /// Software adapters, which most tests run on, get the kernels in other forms than GPUs do.
+    ///
+    /// They are given the same work, over every layout and type. Those for CPUs are compared with f64
+    /// elsewhere. Whole numbers have exact scores, up to some thousands, so one token decides there.
     #[test]
     fn forms_for_a_gpu_and_for_a_cpu_agree() {
         let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
-        let mut state = 1_u32;
-        let mut random = |count: usize| -> Vec<f32> {
-            let mut next = || {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                f32::from((state >> 16) as u16) / 32_768.0 - 1.0
-            };
-            (0..count).map(|_| next()).collect()
-        };
-        for (dim, len, tokens) in [(6, 700, 3), (64, 2500, 1), (96, 40, 5), (256, 900, 2)] {
-            let mut cache = DynamicKVCache::new(&gpu);
-            let mut upload = |heads: usize, tokens: usize| {
-                gpu.upload(&random(2 * heads * tokens * dim), &[2, heads, tokens, dim])
-                    .unwrap_or_else(|error| panic!("{error}"))
-            };
-            let (key, value) = (upload(3, len), upload(3, len));
-            let (query, output) = (upload(6, tokens), upload(6, tokens));
-            let mut answers = Vec::new();
-            for is_cpu in [false, true] {
-                let mut attention = Attention { is_cpu, ..Attention::new(&gpu) };
-                let mut answer = DynamicKVCache::new(&gpu);
-                cache.reset();
-                gpu.submit_pass("attention", |pass| {
-                    let at = CachePosition::Append;
-                    let view = cache.update(pass, &key.view(), &value.view(), 0, at)?;
-                    let options = AttentionOptions::default();
-                    attention.record(pass, &query.view(), &view, &output.view(), options)?;
-                    answer.update(pass, &output.view(), &output.view(), 0, at).map(|_| ())
-                })
-                .unwrap_or_else(|error| panic!("{error}"));
-                let (answer, _) = answer.get(0).expect("read back").expect("written");
-                answers.push(answer.as_slice::<f32>().expect("f32").to_vec());
+        let mut attention =
+            [false, true].map(|is_cpu| Attention { is_cpu, ..Attention::new(&gpu) });
+        let mut state = 1;
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (dim, len, tokens, is_whole) in [
+                (50, 700, 3, false),
+                (32, 3000, 2, false),
+                (64, 2500, 1, true),
+                (96, 40, 5, false),
+                (128, 2100, 3, true),
+                (256, 900, 2, false),
+            ] {
+                for (layout, mut cache) in caches(&gpu, len) {
+                    // A second piece follows where the oldest are dropped: over the end of a ring, or
+                    // from amid a page on.
+                    let mut pieces = vec![(0, len)];
+                    if layout != Layout::Contiguous {
+                        pieces.push((len - len / 3, len / 3));
+                    }
+                    for (kept, tokens) in pieces {
+                        let shape = [2, 3, tokens, dim];
+                        let key = random(&mut state, 6 * tokens * dim, is_whole);
+                        let value = random(&mut state, 6 * tokens * dim, false);
+                        let [key, value] =
+                            [key, value].map(|values| upload(&gpu, dtype, &values, &shape));
+                        cache.crop(kept);
+                        gpu.submit_pass("fill", |pass| {
+                            cache.update(pass, &key.view(), &value.view(), 0, APPEND).map(|_| ())
+                        })
+                        .unwrap_or_else(|error| panic!("{error}"));
+                    }
+                    let view = cache.view(0).expect("it exists").expect("it was written");
+                    let case = format!("{layout:?}, {dtype:?}, {:?}", view.key_shape());
+                    assert!(view.layout() == layout && view.len == len, "{case}");
+
+                    let query = random(&mut state, 12 * tokens * dim, is_whole);
+                    let query = upload(&gpu, DType::F32, &query, &[2, 6, tokens, dim]);
+                    let scale = is_whole.then_some(2.0);
+                    let options = AttentionOptions { scale, is_causal: true };
+                    let answers = attention.each_mut().map(|attention| {
+                        let unwritten = vec![f32::NAN; 12 * tokens * dim];
+                        let output = upload(&gpu, DType::F32, &unwritten, &query.shape());
+                        let mut answer = DynamicKVCache::new(&gpu);
+                        gpu.submit_pass("attention", |pass| {
+                            let to = output.view();
+                            attention.record(pass, &query.view(), &view, &to, options)?;
+                            answer.update(pass, &to, &to, 0, APPEND).map(|_| ())
+                        })
+                        .unwrap_or_else(|error| panic!("{case}: {error}"));
+                        answer.get(0).expect("read back").expect("written").0.to_f32()
+                    });
+                    let square = |numbers: &mut dyn Iterator<Item = f32>| {
+                        numbers.map(|n| n * n).sum::<f32>()
+                    };
+                    let apart = &mut answers[0].iter().zip(&answers[1]).map(|(a, b)| a - b);
+                    let (apart, whole) = (square(apart), square(&mut answers[1].iter().copied()));
+                    assert!(apart <= 1e-10 * whole && whole > 0.0, "{case}: {apart} of {whole}");
+                }
             }
-            let square =
-                |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|n| n * n).sum::<f32>();
-            let apart = &mut answers[0].iter().zip(&answers[1]).map(|(a, b)| a - b);
-            let (apart, whole) = (square(apart), square(&mut answers[1].iter().copied()));
-            assert!(apart <= 1e-10 * whole && whole > 0.0, "D {dim}: {apart} of {whole}");
         }
     }
 

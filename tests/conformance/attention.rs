@@ -3,17 +3,22 @@
 use half::{bf16, f16};
 use wgpu_kvcache::wgpu::{BufferUsages, MapMode, PollType};
 use wgpu_kvcache::{
-    Attention, AttentionOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, Layout,
+    Attention, AttentionOptions, CachePosition, DType, DynamicKVCache, Gpu, KVCache, Layout,
     PagedKVCache, PagedOptions, StaticKVCache, Tensor, TensorView,
 };
 
 use crate::rig::{buffer, plain_gpu};
 use crate::{gpu, kernels_run};
 
-const BOUND: f64 = 1e-5;
+pub(crate) const BOUND: f64 = 1e-5;
+
+pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Lies between the rows of q and of the output, where the kernel has no business.
+const GAP: f32 = 3.0e38;
 
 /// Numbers that look random, the same at every run.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -23,48 +28,144 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
     }
 
-    fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         usize::try_from(self.next()).expect("48 bits") % end
     }
 
     /// About normal, with a deviation of about `size`.
     fn float(&mut self, size: f32) -> f32 {
-        let sum: u16 = (0..4).map(|_| u16::try_from(self.next() % 16_384).expect("small")).sum();
-        size * (f32::from(sum) / 32_768.0 - 1.0) * 3.4
+        let bits = self.next();
+        let part = |i: u32| u16::try_from((bits >> (12 * i)) % 4096).expect("12 bits");
+        size * (f32::from((0..4).map(part).sum::<u16>()) / 8192.0 - 1.0) * 3.4
     }
 
-    fn floats(&mut self, count: usize, size: f32) -> Vec<f32> {
+    pub(crate) fn floats(&mut self, count: usize, size: f32) -> Vec<f32> {
         (0..count).map(|_| self.float(size)).collect()
     }
 }
 
 /// How the tokens come to lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lie {
+pub(crate) enum Lie {
     Contiguous,
     Wrapped,
+    /// In pages of that many tokens.
     Paged(usize),
+}
+
+/// Every lie with every type.
+pub(crate) fn lies_and_dtypes() -> Vec<(Lie, DType)> {
+    let pages = [1, 4, 16].map(Lie::Paged);
+    let lies = [Lie::Contiguous, Lie::Wrapped].into_iter().chain(pages);
+    lies.flat_map(|lie| DTYPES.map(|dtype| (lie, dtype))).collect()
+}
+
+/// How q or the output lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// (B, H, T, D).
+    HeadsFirst,
+    /// (B, T, H, D), as a projection writes it.
+    TokensFirst,
+    /// (B, T, H, D) with other columns before and after, as in one tensor of Q, K and V.
+    Fused,
+}
+
+/// A form for q and one for the output; numbers that follow one another give all pairs.
+pub(crate) fn forms(number: usize) -> [Form; 2] {
+    let all = [Form::HeadsFirst, Form::TokensFirst, Form::Fused];
+    [all[number % 3], all[number / 3 % 3]]
 }
 
 /// A layer, and queries over it.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    lie: Lie,
-    dtype: DType,
-    batch: usize,
-    heads: usize,
-    group: usize,
+pub(crate) struct Case {
+    pub(crate) lie: Lie,
+    pub(crate) dtype: DType,
+    pub(crate) batch: usize,
+    pub(crate) heads: usize,
+    pub(crate) group: usize,
     /// Live tokens, and how many of them are new.
-    len: usize,
-    tokens: usize,
-    dim: usize,
-    value_dim: usize,
-    is_causal: bool,
-    /// Deviation of q and K.
-    size: f32,
+    pub(crate) len: usize,
+    pub(crate) tokens: usize,
+    pub(crate) dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) is_causal: bool,
+    pub(crate) scale: Option<f32>,
+    /// Of q and of the output.
+    pub(crate) forms: [Form; 2],
 }
 
-fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -> Tensor {
+impl Case {
+    /// The shape of q, and that of the output.
+    pub(crate) fn shapes(&self) -> [[usize; 4]; 2] {
+        let heads = self.heads * self.group;
+        [self.dim, self.value_dim].map(|dim| [self.batch, heads, self.tokens, dim])
+    }
+}
+
+/// A [B, H, T, D] tensor of f32, in any form.
+pub(crate) struct Placed {
+    tensor: Tensor,
+    form: Form,
+    shape: [usize; 4],
+}
+
+impl Placed {
+    pub(crate) fn new(gpu: &Gpu, form: Form, shape: [usize; 4], values: &[f32]) -> Self {
+        let (starts, count) = Self::rows(form, shape);
+        let mut elements = vec![GAP; count];
+        for (start, row) in starts.into_iter().zip(values.chunks(shape[3])) {
+            elements[start..][..shape[3]].copy_from_slice(row);
+        }
+        Self { tensor: upload(gpu, DType::F32, &elements, &[1, 1, 1, count]), form, shape }
+    }
+
+    pub(crate) fn view(&self) -> TensorView<'_> {
+        let [b, h, t, d] = self.shape;
+        let plain = TensorView::new(self.tensor.buffer(), DType::F32, &self.shape);
+        let view = match self.form {
+            Form::HeadsFirst => plain,
+            Form::TokensFirst => TensorView::bthd(self.tensor.buffer(), DType::F32, &[b, t, h, d]),
+            Form::Fused => plain.map(|view| {
+                let columns = h * d + 8;
+                view.with_offset(3 * 4).with_strides([t * columns, d, columns, 1])
+            }),
+        };
+        view.expect("a shape")
+    }
+
+    /// The elements, row-major (B, H, T, D). What lies between the rows must be as it was.
+    pub(crate) fn read(&self, gpu: &Gpu) -> Vec<f32> {
+        let mut elements = read(gpu, &self.tensor);
+        let mut values = Vec::new();
+        for start in Self::rows(self.form, self.shape).0 {
+            let row = &mut elements[start..][..self.shape[3]];
+            values.extend_from_slice(row);
+            row.fill(GAP);
+        }
+        assert!(elements.iter().all(|&x| x == GAP), "written between the rows");
+        values
+    }
+
+    /// Where each row of D elements begins, and how many elements the buffer holds.
+    fn rows(form: Form, [batch, heads, tokens, dim]: [usize; 4]) -> (Vec<usize>, usize) {
+        let columns = heads * dim + if form == Form::Fused { 8 } else { 0 };
+        let mut starts = Vec::new();
+        for b in 0..batch {
+            for h in 0..heads {
+                starts.extend((0..tokens).map(|t| match form {
+                    Form::HeadsFirst => ((b * heads + h) * tokens + t) * dim,
+                    Form::TokensFirst => (b * tokens + t) * columns + h * dim,
+                    Form::Fused => (b * tokens + t) * columns + h * dim + 3,
+                }));
+            }
+        }
+        (starts, batch * tokens * columns)
+    }
+}
+
+pub(crate) fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -> Tensor {
     let tensor = match dtype {
         DType::F32 => gpu.upload(values, shape),
         DType::F16 => {
@@ -77,49 +178,59 @@ fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -> Tensor {
     tensor.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A cache of which layer 0 holds `len` tokens that lie as asked.
-fn filled(gpu: &Gpu, case: &Case, random: &mut Random) -> Box<dyn KVCache> {
-    let Case { lie, dtype, batch, heads, len, dim, value_dim, size, .. } = *case;
-    let dropped = match lie {
-        Lie::Contiguous => 0,
-        Lie::Wrapped => len / 2 + 1,
-        Lie::Paged(page) => page / 2 + 1,
-    };
-    let mut cache: Box<dyn KVCache> = match lie {
-        Lie::Contiguous => Box::new(DynamicKVCache::new(gpu)),
-        Lie::Wrapped => Box::new(StaticKVCache::new(gpu, len, 1)),
-        Lie::Paged(page_tokens) => {
-            let options = PagedOptions { page_tokens, ..PagedOptions::default() };
-            Box::new(PagedKVCache::with_options(gpu, options).expect("a power of two"))
-        }
-    };
-    let mut append = |cache: &mut dyn KVCache, batch: usize, tokens: usize| {
-        let k = random.floats(batch * heads * tokens * dim, size);
-        let v = random.floats(batch * heads * tokens * value_dim, 1.0);
-        let k = upload(gpu, dtype, &k, &[batch, heads, tokens, dim]);
-        let v = upload(gpu, dtype, &v, &[batch, heads, tokens, value_dim]);
+/// A cache of which layer 0 holds `key` and `value`, [B, H, T, D], and they lie as asked.
+///
+/// Tokens that are dropped on the way are NaN: a kernel that weighs them, by zero even, is found out. Of a
+/// paged layer the rows share their first half, that of row 0, and come in reverse.
+pub(crate) fn filled(gpu: &Gpu, case: &Case, key: &[f32], value: &[f32]) -> Box<dyn KVCache> {
+    let Case { lie, dtype, batch, heads, len, dim, value_dim, .. } = *case;
+    // Appends the tokens of a range, after some dead ones.
+    let append = |cache: &mut dyn KVCache, batch: usize, dead: usize, range: [usize; 2]| {
+        let piece = |values: &[f32], dim: usize| {
+            let mut piece = Vec::new();
+            for row in values.chunks(len * dim).take(batch * heads) {
+                piece.resize(piece.len() + dead * dim, f32::NAN);
+                piece.extend_from_slice(&row[range[0] * dim..range[1] * dim]);
+            }
+            upload(gpu, dtype, &piece, &[batch, heads, dead + range[1] - range[0], dim])
+        };
+        let (k, v) = (piece(key, dim), piece(value, value_dim));
         gpu.submit_pass("fill", |pass| {
             cache.update(pass, &k.view(), &v.view(), 0, CachePosition::Append).map(|_| ())
         })
         .unwrap_or_else(|error| panic!("{case:?}: {error}"));
     };
+    let dead = len % 3;
+    let mut cache: Box<dyn KVCache> = match lie {
+        Lie::Contiguous => Box::new(DynamicKVCache::new(gpu)),
+        Lie::Wrapped => Box::new(StaticKVCache::new(gpu, len + dead, 1)),
+        Lie::Paged(page_tokens) => {
+            let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+            Box::new(PagedKVCache::with_options(gpu, options).expect("a power of two"))
+        }
+    };
     match lie {
-        Lie::Contiguous => append(cache.as_mut(), batch, len),
-        // Full, the oldest dropped, full again: over the end.
+        // From a slot past the first on, if there are dead ones.
+        Lie::Contiguous => {
+            append(cache.as_mut(), batch, dead, [0, len]);
+            cache.crop(len);
+        }
+        // Full, the oldest dropped, and over the end.
         Lie::Wrapped => {
-            append(cache.as_mut(), batch, len);
-            cache.crop(len - dropped.min(len));
-            append(cache.as_mut(), batch, dropped.min(len));
+            let over = len.div_ceil(2);
+            append(cache.as_mut(), batch, dead + over, [0, len - over]);
+            cache.crop(len - over);
+            append(cache.as_mut(), batch, 0, [len - over, len]);
         }
         // Rows that share a beginning and have changed places, in pages out of order.
-        Lie::Paged(_) => {
+        Lie::Paged(page) => {
             let shared = len.div_ceil(2);
-            append(cache.as_mut(), 1, shared + dropped);
+            append(cache.as_mut(), 1, page / 2 + 1, [0, shared]);
             let rows = vec![0; batch];
             gpu.submit_pass("fork", |pass| cache.reorder_cache(pass, &rows)).expect("row 0 exists");
             cache.crop(shared);
             if len > shared {
-                append(cache.as_mut(), batch, len - shared);
+                append(cache.as_mut(), batch, 0, [shared, len]);
             }
             let turned: Vec<u32> = (0..u32::try_from(batch).expect("few")).rev().collect();
             gpu.submit_pass("turn", |pass| cache.reorder_cache(pass, &turned)).expect("rows exist");
@@ -129,7 +240,7 @@ fn filled(gpu: &Gpu, case: &Case, random: &mut Random) -> Box<dyn KVCache> {
     assert_eq!(view.len(), len, "{case:?}");
     match lie {
         Lie::Contiguous => assert_eq!(view.layout(), Layout::Contiguous),
-        Lie::Wrapped => assert!(view.layout() == Layout::Wrapped || len < 3, "{case:?}"),
+        Lie::Wrapped => assert!(view.layout() == Layout::Wrapped || len == 1, "{case:?}"),
         Lie::Paged(_) => assert_eq!(view.layout(), Layout::Paged),
     }
     cache
@@ -147,8 +258,10 @@ pub(crate) fn read(gpu: &Gpu, tensor: &Tensor) -> Vec<f32> {
 }
 
 /// softmax(q·Kᵀ·scale)·V in f64, row-major (B, Hq, Tq, D of V).
-fn reference(case: &Case, q: &[f32], k: &[f32], v: &[f32], scale: f32) -> Vec<f64> {
-    let Case { batch, heads, group, len, tokens, dim, value_dim, is_causal, .. } = *case;
+fn reference(case: &Case, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
+    let Case { batch, heads, group, len, tokens, dim, value_dim, is_causal, scale, .. } = *case;
+    let inverse = 1.0 / f32::from(u16::try_from(dim).expect("small")).sqrt();
+    let scale = f64::from(scale.unwrap_or(inverse));
     let mut out = Vec::new();
     for row in 0..batch * heads * group {
         let kv = row / (heads * group) * heads + row % (heads * group) / group;
@@ -160,7 +273,7 @@ fn reference(case: &Case, q: &[f32], k: &[f32], v: &[f32], scale: f32) -> Vec<f6
                     let k = &k[(kv * len + t) * dim..][..dim];
                     let dot: f64 =
                         q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-                    dot * f64::from(scale)
+                    dot * scale
                 })
                 .collect();
             let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -177,60 +290,54 @@ fn reference(case: &Case, q: &[f32], k: &[f32], v: &[f32], scale: f32) -> Vec<f6
     out
 }
 
-fn distance(got: &[f32], expected: &[f64]) -> f64 {
+pub(crate) fn distance(got: &[f32], expected: &[f64]) -> f64 {
     assert_eq!(got.len(), expected.len());
     let apart: f64 = got.iter().zip(expected).map(|(&a, b)| (f64::from(a) - b).powi(2)).sum();
     let size: f64 = expected.iter().map(|b| b * b).sum();
     (apart / size).sqrt()
 }
 
-/// Runs attention on a case, with q and the output as (B, T, H, D) or (B, H, T, D), and compares.
-fn check(gpu: &Gpu, attention: &mut Attention, case: &Case, random: &mut Random) {
-    let Case { batch, heads, group, tokens, dim, value_dim, is_causal, size, .. } = *case;
-    let cache = filled(gpu, case, random);
-    let (key, value) = cache.get(0).expect("it is submitted").expect("it was written");
-    let q = random.floats(batch * heads * group * tokens * dim, size);
-    let all = heads * group;
-    let query = upload(gpu, DType::F32, &q, &[batch, all, tokens, dim]);
-    let count = batch * all * tokens * value_dim;
+/// What attention of `q` over a cache gives, and what it should, both row-major (B, Hq, Tq, D of V).
+/// Nothing where no kernel runs.
+pub(crate) fn attend(
+    gpu: &Gpu,
+    attention: &mut Attention,
+    case: &Case,
+    q: &[f32],
+    cache: &dyn KVCache,
+) -> Option<(Vec<f32>, Vec<f64>)> {
+    let [query, output] = case.shapes();
     // Whatever was there before: NaN.
-    let output = upload(gpu, DType::F32, &vec![f32::NAN; count], &[batch, all, tokens, value_dim]);
-    let is_tokens_first = tokens > 1 && random.below(2) == 0;
-    let to = if is_tokens_first {
-        TensorView::bthd(output.buffer(), DType::F32, &[batch, tokens, all, value_dim])
-            .expect("a shape")
-    } else {
-        output.view()
-    };
-    let scale = if random.below(2) == 0 { None } else { Some(0.09) };
+    let nan = vec![f32::NAN; output.iter().product()];
+    let query = Placed::new(gpu, case.forms[0], query, q);
+    let output = Placed::new(gpu, case.forms[1], output, &nan);
     let view = cache.view(0).expect("it exists").expect("it was written");
-    let options = AttentionOptions { scale, is_causal };
-    gpu.submit_pass("attention", |pass| attention.record(pass, &query.view(), &view, &to, options))
-        .unwrap_or_else(|error| panic!("{case:?}: {error}"));
+    let options = AttentionOptions { scale: case.scale, is_causal: case.is_causal };
+    gpu.submit_pass("attention", |pass| {
+        attention.record(pass, &query.view(), &view, &output.view(), options)
+    })
+    .unwrap_or_else(|error| panic!("{case:?}: {error}"));
+    let (key, value) = cache.get(0).expect("it is submitted").expect("it was written");
     if !kernels_run() {
-        return;
+        return None;
     }
-    let mut got = read(gpu, &output);
-    if is_tokens_first {
-        let at = |b, h, t, d| got[((b * tokens + t) * all + h) * value_dim + d];
-        let mut turned = Vec::new();
-        for b in 0..batch {
-            for h in 0..all {
-                for t in 0..tokens {
-                    turned.extend((0..value_dim).map(|d| at(b, h, t, d)));
-                }
-            }
-        }
-        got = turned;
-    }
+    let got = output.read(gpu);
     assert!(got.iter().all(|x| x.is_finite()), "{case:?}: not finite");
-    let inverse = 1.0 / f32::from(u16::try_from(dim).expect("small")).sqrt();
-    let expected = reference(case, &q, &key.to_f32(), &value.to_f32(), scale.unwrap_or(inverse));
-    let apart = distance(&got, &expected);
-    assert!(apart < BOUND, "{case:?}, scale {scale:?}: off by {apart:e}");
+    Some((got, reference(case, q, &key.to_f32(), &value.to_f32())))
 }
 
-const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+/// Attention on a case, with q and K of a deviation of `size`.
+fn check(gpu: &Gpu, attention: &mut Attention, case: &Case, random: &mut Random, size: f32) {
+    let rows = case.batch * case.heads * case.len;
+    let k = random.floats(rows * case.dim, size);
+    let v = random.floats(rows * case.value_dim, 1.0);
+    let q = random.floats(case.shapes()[0].iter().product(), size);
+    let cache = filled(gpu, case, &k, &v);
+    if let Some((got, expected)) = attend(gpu, attention, case, &q, cache.as_ref()) {
+        let apart = distance(&got, &expected);
+        assert!(apart < BOUND, "{case:?}, size {size}: off by {apart:e}");
+    }
+}
 
 /// Every layout and type, at lengths around those at which something changes.
 #[test]
@@ -238,192 +345,103 @@ fn every_layout_and_type() {
     let gpu = gpu();
     let mut attention = Attention::new(&gpu);
     let mut random = Random(7);
-    for lie in [Lie::Contiguous, Lie::Wrapped, Lie::Paged(1), Lie::Paged(4), Lie::Paged(16)] {
-        for dtype in DTYPES {
-            for len in [1, 2, 3, 31, 32, 33, 127, 128, 129, 513, 2049] {
-                let dim = [32, 64, 80, 128, 256][random.below(5)];
-                let (batch, heads) = (1 + random.below(3), 1 + random.below(3));
-                let group = 1 + random.below(6);
-                let tokens = if len > 3 && random.below(2) == 0 { 1 + random.below(7) } else { 1 };
-                let case = Case {
-                    lie,
-                    dtype,
-                    batch,
-                    heads,
-                    group,
-                    len,
-                    tokens: tokens.min(len),
-                    dim,
-                    value_dim: dim,
-                    is_causal: true,
-                    size: 1.0,
-                };
-                check(&gpu, &mut attention, &case, &mut random);
-            }
-        }
-    }
-}
-
-/// Random shapes: any even D up to 256, odd ones in f32, K and V of different D, causal or not.
-#[test]
-fn random_shapes() {
-    let gpus = [gpu(), plain_gpu(|_| ())];
-    let mut attention = gpus.each_ref().map(Attention::new);
-    let mut random = Random(11);
-    for number in 0..120 {
-        let dtype = DTYPES[random.below(3)];
-        let mut some_dim = || match dtype {
-            DType::F32 => 1 + random.below(256),
-            _ => 2 + 2 * random.below(128),
-        };
-        let (dim, other) = (some_dim(), some_dim());
-        let value_dim = if random.below(2) == 0 { dim } else { other };
-        let len = [1 + random.below(40), 1 + random.below(700)][random.below(2)];
-        let tokens = [1, 1 + random.below(len.min(40))][random.below(2)];
-        let case = Case {
-            lie: [Lie::Contiguous, Lie::Wrapped, Lie::Paged(16), Lie::Paged(2)][random.below(4)],
-            dtype,
-            batch: 1 + random.below(4),
-            heads: 1 + random.below(4),
-            group: 1 + random.below(9),
-            len,
-            tokens,
-            dim,
-            value_dim,
-            is_causal: random.below(4) > 0,
-            size: [0.3, 1.0, 2.0][random.below(3)],
-        };
-        let which = number % 2;
-        check(&gpus[which], &mut attention[which], &case, &mut random);
-    }
-}
-
-/// Long rows, split over workgroups.
-#[test]
-fn long_rows() {
-    let gpu = gpu();
-    let mut attention = Attention::new(&gpu);
-    let mut random = Random(13);
-    for (lie, dtype, len, dim, group) in [
-        (Lie::Contiguous, DType::F32, 8192, 64, 4),
-        (Lie::Contiguous, DType::BF16, 8191, 128, 1),
-        (Lie::Wrapped, DType::F16, 8192, 32, 8),
-        (Lie::Wrapped, DType::F32, 4097, 256, 2),
-        (Lie::Paged(16), DType::F32, 8192, 64, 4),
-        (Lie::Paged(64), DType::F16, 5000, 96, 3),
-    ] {
-        for tokens in [1, 3] {
+    for (number, (lie, dtype)) in lies_and_dtypes().into_iter().enumerate() {
+        for (nth, len) in [1, 2, 3, 31, 32, 33, 127, 128, 129, 513, 2049].into_iter().enumerate() {
+            let dim = [32, 64, 80, 128, 256][random.below(5)];
+            let tokens = if len > 3 && random.below(2) == 0 { 1 + random.below(7) } else { 1 };
             let case = Case {
                 lie,
                 dtype,
-                batch: 1,
-                heads: 2,
-                group,
+                batch: 1 + random.below(3),
+                heads: 1 + random.below(3),
+                group: 1 + random.below(6),
                 len,
                 tokens,
                 dim,
                 value_dim: dim,
                 is_causal: true,
-                size: 1.0,
+                scale: None,
+                forms: forms(number + nth),
             };
-            check(&gpu, &mut attention, &case, &mut random);
+            check(&gpu, &mut attention, &case, &mut random, 1.0);
         }
     }
 }
 
-/// Scores of ±1e4, and rows that one token decides: they stay finite, and come out as that token's V.
+/// Random shapes, for every layout and type: a length between any two powers of two up to 8192, one or
+/// more rows, any even D up to 256, odd ones in f32, K and V of different D, causal or not.
 #[test]
-fn scores_that_one_token_decides() {
-    let gpu = gpu();
-    let mut attention = Attention::new(&gpu);
-    for (len, winner) in [(1, 0), (130, 0), (130, 129), (3000, 1700)] {
-        for height in [1.0e4_f32, -1.0e4] {
-            // q is 1 in element 0, and so is each K: `height`, but for the winner, which is higher.
-            let dim = 64;
-            let mut k = vec![0.0; len * dim];
-            (0..len).for_each(|t| k[t * dim] = height);
-            k[winner * dim] = height + 200.0;
-            let v: Vec<f32> = Random(3).floats(len * dim, 1.0);
-            let mut q = vec![0.0; 4 * dim];
-            (0..4).for_each(|head| q[head * dim] = 1.0);
-            let [k, v_, q] = [(&k, len), (&v, len), (&q, 4)]
-                .map(|(values, rows)| upload(&gpu, DType::F32, values, &[1, 1, rows, dim]));
-            let query = TensorView::new(q.buffer(), DType::F32, &[1, 4, 1, dim]).expect("a shape");
-            let output = upload(&gpu, DType::F32, &vec![f32::NAN; 4 * dim], &[1, 4, 1, dim]);
-            let mut cache = DynamicKVCache::new(&gpu);
-            gpu.submit_pass("decided", |pass| {
-                let view = cache.update(pass, &k.view(), &v_.view(), 0, CachePosition::Append)?;
-                let options = AttentionOptions { scale: Some(1.0), is_causal: true };
-                attention.record(pass, &query, &view, &output.view(), options)
-            })
-            .unwrap_or_else(|error| panic!("{error}"));
-            if !kernels_run() {
-                continue;
-            }
-            let expected: Vec<f64> =
-                v[winner * dim..][..dim].iter().map(|&x| f64::from(x)).collect();
-            for head in read(&gpu, &output).chunks(dim) {
-                let apart = distance(head, &expected);
-                assert!(apart < BOUND, "{len}, {winner}, {height}: off by {apart:e}");
-            }
+fn random_shapes() {
+    // So many elements of K, and so many products with q, that a case takes no longer than needed.
+    const ELEMENTS: usize = 1 << 21;
+    const PRODUCTS: usize = 1 << 23;
+    let gpus = [gpu(), plain_gpu(|_| ())];
+    let mut attention = gpus.each_ref().map(Attention::new);
+    let mut random = Random(11);
+    for (number, (lie, dtype)) in lies_and_dtypes().into_iter().enumerate() {
+        for octave in 0..13 {
+            let len = (1 << octave) + random.below(1 << octave);
+            // Every fourth is below the 32 that models begin at.
+            let mut some_dim = || match (dtype, random.below(4)) {
+                (DType::F32, 0) => 1 + random.below(31),
+                (DType::F32, _) => 32 + random.below(225),
+                (_, 0) => 2 + 2 * random.below(15),
+                _ => 32 + 2 * random.below(113),
+            };
+            let (dim, other) = (some_dim(), some_dim());
+            let value_dim = if random.below(2) == 0 { dim } else { other };
+            let size = len * dim.max(value_dim);
+            // Every second has several rows.
+            let batch = 1 + octave % 2 + random.below((ELEMENTS / size).clamp(1, 3));
+            let heads = 1 + random.below((ELEMENTS / size / batch).clamp(1, 4));
+            let products = size * batch * heads;
+            let group = 1 + random.below((PRODUCTS / products).clamp(1, 9));
+            let most = (PRODUCTS / products / group).clamp(1, len.min(40));
+            let tokens = [1, 1 + random.below(most)][random.below(2)];
+            let case = Case {
+                lie,
+                dtype,
+                batch,
+                heads,
+                group,
+                len,
+                tokens,
+                dim,
+                value_dim,
+                is_causal: random.below(4) > 0,
+                scale: [None, Some(0.09)][random.below(2)],
+                forms: forms(number + octave),
+            };
+            let which = (number + octave / 2) % 2;
+            let size = [0.3, 1.0, 2.0][random.below(3)];
+            check(&gpus[which], &mut attention[which], &case, &mut random, size);
         }
     }
 }
 
+/// Rows as long as the contract goes, split over workgroups, and pages of more than 16 tokens.
 #[test]
-fn what_does_not_fit_is_refused() {
+fn long_rows() {
     let gpu = gpu();
     let mut attention = Attention::new(&gpu);
-    let mut cache = DynamicKVCache::new(&gpu);
-    let k = upload(&gpu, DType::F32, &[0.5; 2 * 2 * 3 * 8], &[2, 2, 3, 8]);
-    let v = upload(&gpu, DType::F32, &[0.5; 2 * 2 * 3 * 6], &[2, 2, 3, 6]);
-    gpu.submit_pass("fill", |pass| {
-        cache.update(pass, &k.view(), &v.view(), 0, CachePosition::Append).map(|_| ())
-    })
-    .expect("a valid update");
-    let zeros =
-        |dtype, shape: &[usize]| upload(&gpu, dtype, &vec![0.0; shape.iter().product()], shape);
-    let f32 = DType::F32;
-    let shapes = [
-        ([1, 4, 1, 8], [1, 4, 1, 6], "differ in batch rows"),
-        ([2, 3, 1, 8], [2, 3, 1, 6], "no multiple"),
-        ([2, 4, 1, 6], [2, 4, 1, 6], "differ in head_dim"),
-        ([2, 4, 1, 8], [2, 4, 1, 8], "output must be"),
-        ([2, 4, 2, 8], [2, 4, 1, 6], "output must be"),
-        ([2, 4, 4, 8], [2, 4, 4, 6], "every new token"),
-    ];
-    let refused =
-        |attention: &mut Attention, query: &Tensor, output: &Tensor, layer: &DynamicKVCache| {
-            let view = layer.view(0).expect("it exists").expect("it was written");
-            let record = |pass: &mut wgpu_kvcache::wgpu::ComputePass<'_>| {
-                attention.record(pass, &query.view(), &view, &output.view(), Default::default())
-            };
-            gpu.submit_pass("refused", record).expect_err("it does not fit")
+    let mut random = Random(13);
+    let large_pages = DTYPES.map(|dtype| (Lie::Paged(64), dtype));
+    for (number, (lie, dtype)) in lies_and_dtypes().into_iter().chain(large_pages).enumerate() {
+        let dim = [64, 256, 32, 128, 96][number % 5];
+        let case = Case {
+            lie,
+            dtype,
+            batch: 1 + number % 2,
+            heads: 1 + usize::from(dim < 128),
+            group: [4, 1, 8, 2, 3][number % 5],
+            len: 8192 - number % 2,
+            tokens: [1, 3][number / 2 % 2],
+            dim,
+            value_dim: dim,
+            is_causal: true,
+            scale: None,
+            forms: forms(number),
         };
-    for (query, output, words) in shapes {
-        let error = refused(&mut attention, &zeros(f32, &query), &zeros(f32, &output), &cache);
-        assert!(matches!(error, Error::AttentionShape { .. }), "{error:?}");
-        assert!(error.to_string().contains(words), "'{words}' is not in '{error}'");
-        assert!(error.to_string().contains(&format!("{query:?}")), "{error}");
+        check(&gpu, &mut attention, &case, &mut random, 1.0);
     }
-    let (query, output) = (zeros(f32, &[2, 4, 1, 8]), zeros(f32, &[2, 4, 1, 6]));
-    let half = zeros(DType::F16, &[2, 4, 1, 8]);
-    let error = refused(&mut attention, &half, &output, &cache);
-    assert!(matches!(error, Error::WrongDType { what: "query", .. }), "{error:?}");
-    let error = refused(&mut attention, &query, &zeros(DType::BF16, &[2, 4, 1, 6]), &cache);
-    assert!(matches!(error, Error::WrongDType { what: "output", .. }), "{error:?}");
-    let view = cache.view(0).expect("it exists").expect("it was written");
-    for (what, buffer) in [("query", query.buffer()), ("K", view.key()), ("V", view.value())] {
-        let output = TensorView::new(buffer, f32, &[2, 4, 1, 6]).expect("a shape");
-        let error = gpu
-            .submit_pass("refused", |pass| {
-                attention.record(pass, &query.view(), &view, &output, Default::default())
-            })
-            .expect_err("it is read");
-        assert_eq!(error, Error::OutputIsRead { what });
-    }
-    use wgpu_kvcache::Cache;
-    cache.crop(0);
-    let error = refused(&mut attention, &query, &output, &cache);
-    assert!(error.to_string().contains("no token"), "{error}");
 }

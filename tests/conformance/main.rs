@@ -2,6 +2,8 @@
 //! once.
 
 mod attention;
+mod attention_refusals;
+mod attention_scores;
 mod batch;
 mod encoder_decoder;
 mod faults;
