@@ -1,13 +1,12 @@
 //! Attention over every view, against a reference in f64 over the values that the cache holds.
 
 use half::{bf16, f16};
-use wgpu_kvcache::wgpu::{BufferUsages, MapMode, PollType};
 use wgpu_kvcache::{
     Attention, AttentionOptions, CachePosition, DType, DynamicKVCache, Gpu, KVCache, Layout,
     PagedKVCache, PagedOptions, StaticKVCache, Tensor, TensorView,
 };
 
-use crate::rig::{buffer, plain_gpu};
+use crate::rig::{plain_gpu, read_buffer};
 use crate::{gpu, kernels_run};
 
 pub(crate) const BOUND: f64 = 1e-5;
@@ -247,14 +246,7 @@ pub(crate) fn filled(gpu: &Gpu, case: &Case, key: &[f32], value: &[f32]) -> Box<
 }
 
 pub(crate) fn read(gpu: &Gpu, tensor: &Tensor) -> Vec<f32> {
-    let bytes = tensor.buffer().size();
-    let staging = buffer(gpu, bytes, BufferUsages::COPY_DST | BufferUsages::MAP_READ);
-    let mut encoder = gpu.device().create_command_encoder(&Default::default());
-    encoder.copy_buffer_to_buffer(tensor.buffer(), 0, &staging, 0, bytes);
-    gpu.queue().submit([encoder.finish()]);
-    staging.map_async(MapMode::Read, .., |result| result.expect("mapped"));
-    gpu.device().poll(PollType::wait_indefinitely()).expect("the device answers");
-    bytemuck::pod_collect_to_vec(&staging.slice(..).get_mapped_range().expect("mapped"))
+    bytemuck::pod_collect_to_vec(&read_buffer(gpu, tensor.buffer()))
 }
 
 /// softmax(q·Kᵀ·scale)·V in f64, row-major (B, Hq, Tq, D of V).
