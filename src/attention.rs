@@ -225,7 +225,7 @@ impl Attention {
         let limit = binding_limit(self.gpu.limits());
         let bytes = bytes.max(least.min(limit)).next_multiple_of(4);
         let usage = wgpu::BufferUsages::STORAGE;
-        let scratch = self.gpu.create_buffer("kvcache attention splits", bytes, usage)?;
+        let scratch = self.gpu.handle().create_buffer("kvcache attention splits", bytes, usage)?;
         Ok(self.scratch.insert(scratch).clone())
     }
 }

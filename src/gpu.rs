@@ -208,23 +208,9 @@ impl Gpu {
         &self.0.kernels
     }
 
-    pub(crate) fn create_buffer(
-        &self,
-        label: &str,
-        bytes: u64,
-        usage: wgpu::BufferUsages,
-    ) -> Result<wgpu::Buffer> {
-        self.0.handle.create_buffer(label, bytes, usage)
-    }
-
-    /// Makes a part of the device, and says so where that fails.
-    pub(crate) fn checked<T>(
-        &self,
-        label: &str,
-        bytes: u64,
-        make: impl FnOnce(&wgpu::Device) -> T,
-    ) -> Result<T> {
-        self.0.handle.checked(label, bytes, make)
+    /// The device with what belongs to it, which makes buffers and other parts.
+    pub(crate) fn handle(&self) -> &DeviceHandle {
+        &self.0.handle
     }
 
     /// Puts a list or parameters where a dispatch can read them.

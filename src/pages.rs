@@ -97,10 +97,14 @@ impl PageMap {
         self.counts.iter().filter(|&&count| count > 1).count()
     }
 
+    /// Pages of a row of `len` tokens, the oldest of which lies where it does.
+    fn pages_of(&self, len: usize) -> usize {
+        if len == 0 { 0 } else { (self.start + len).div_ceil(self.page_tokens) }
+    }
+
     /// Pages that the rows need beside those in use to be `new_len` tokens long, copies of shared ones aside.
     pub(crate) fn new_pages(&self, new_len: usize) -> usize {
-        let pages = (self.start + new_len).div_ceil(self.page_tokens);
-        self.batch().saturating_mul(pages.saturating_sub(self.row_pages()))
+        self.batch().saturating_mul(self.pages_of(new_len).saturating_sub(self.row_pages()))
     }
 
     /// Tokens that each row can hold with appends where at most `most` pages exist.
@@ -132,8 +136,7 @@ impl PageMap {
         let mut free = self.free.clone();
         free.sort_unstable();
         let unnamed = (0..).zip(&counts).filter(|(_, count)| **count == 0).map(|(page, _)| page);
-        let pages =
-            if self.len == 0 { 0 } else { (self.start + self.len).div_ceil(self.page_tokens) };
+        let pages = self.pages_of(self.len);
         counts == self.counts
             && unnamed.eq(free.iter().copied())
             && self.rows.iter().all(|row| row.len() == pages)
@@ -154,7 +157,7 @@ impl PageMap {
     ) -> Result<Vec<(u32, u32)>, OutOfPages> {
         let before = self.used();
         let old_pages = self.row_pages();
-        let new_pages = (self.start + new_len).div_ceil(self.page_tokens);
+        let new_pages = self.pages_of(new_len);
         let mut copies = Vec::new();
         for row in 0..self.rows.len() {
             for index in self.touched(order, row, tokens, old_pages) {
@@ -208,9 +211,7 @@ impl PageMap {
     /// Keeps the first `len` tokens; whole pages behind them go back.
     pub(crate) fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
-        let kept =
-            if self.len == 0 { 0 } else { (self.start + self.len).div_ceil(self.page_tokens) };
-        self.keep(0, kept);
+        self.keep(0, self.pages_of(self.len));
     }
 
     /// Keeps the latest `len` tokens; whole pages before them go back. Returns how many of each row.

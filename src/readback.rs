@@ -184,8 +184,8 @@ fn copy_pages(
     let rows = usize::try_from(limit).unwrap_or(batch).clamp(1, batch);
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
     let straight = [
-        gpu.create_buffer("kvcache get", row_bytes[0] * rows as u64, usage)?,
-        gpu.create_buffer("kvcache get", row_bytes[1] * rows as u64, usage)?,
+        gpu.handle().create_buffer("kvcache get", row_bytes[0] * rows as u64, usage)?,
+        gpu.handle().create_buffer("kvcache get", row_bytes[1] * rows as u64, usage)?,
     ];
     for first in (0..batch).step_by(rows) {
         let some = first..batch.min(first + rows);
@@ -210,7 +210,7 @@ impl Staging {
     fn new(gpu: &Gpu, view: &LayerView<'_>, shape: [usize; 4]) -> Result<Self> {
         let bytes = (shape.iter().product::<usize>() * view.dtype().size()) as u64;
         let usage = wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ;
-        let buffer = (bytes > 0).then(|| gpu.create_buffer("kvcache get", bytes, usage));
+        let buffer = (bytes > 0).then(|| gpu.handle().create_buffer("kvcache get", bytes, usage));
         let mut mapped = Mapped::default();
         if bytes == 0 {
             mapped.result = Some(Ok(()));

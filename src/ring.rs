@@ -214,12 +214,10 @@ impl Ring {
             Growth::Static { tokens } => capacity_for(gpu, layer, shape, growth, 0, tokens),
             // Keep the room that there is, as far as it can be bound.
             Growth::Dynamic { .. } => {
-                let fits = shape.tokens_in(shape.batch, [binding_limit(gpu.limits()); 2]);
-                if fits < self.len.max(1) {
-                    let needed = shape.bytes(shape.batch, self.len.max(1));
-                    return Err(shape.too_large(gpu, layer, needed, self.len, fits));
-                }
-                Ok(self.capacity.min(fits))
+                let live = Growth::Dynamic { tokens: 0 };
+                capacity_for(gpu, layer, shape, live, 0, self.len.max(1))?;
+                let limit = binding_limit(gpu.limits());
+                Ok(self.capacity.min(shape.tokens_in(shape.batch, [limit; 2])))
             }
         }
     }

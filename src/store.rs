@@ -106,7 +106,7 @@ impl Store {
             | wgpu::BufferUsages::COPY_SRC
             | wgpu::BufferUsages::COPY_DST;
         let make = |role: &str, bytes: u64| {
-            gpu.create_buffer(&format!("kvcache layer {layer} {role}"), bytes, usage)
+            gpu.handle().create_buffer(&format!("kvcache layer {layer} {role}"), bytes, usage)
         };
         Ok(Self {
             key: make("key", bytes[0])?,

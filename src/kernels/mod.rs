@@ -153,7 +153,7 @@ impl Kernel {
             Entry::Occupied(compiled) => Ok(compiled.get().clone()),
             Entry::Vacant(place) => {
                 let make = |device: &wgpu::Device| self.compile(device, variant);
-                Ok(place.insert(gpu.checked(self.source.label, 0, make)?).clone())
+                Ok(place.insert(gpu.handle().checked(self.source.label, 0, make)?).clone())
             }
         }
     }
