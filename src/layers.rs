@@ -114,8 +114,14 @@ impl<L: Held> Layers<L> {
         self.prepared = None;
         self.check_layer(layer_idx)?;
         self.ledger.check()?;
-        let layer = self.layers.entry(layer_idx).or_insert_with(|| Layer::new(layer_idx));
+        // A layer that was never written is only kept where it is written now.
+        let mut fresh = None;
+        let layer = match self.layers.get_mut(&layer_idx) {
+            Some(layer) => layer,
+            None => fresh.insert(Layer::new(layer_idx)),
+        };
         let staged = layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
+        self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));
         let allocated = staged.allocated();
         if allocated > 0 {
             self.note_peak(allocated);

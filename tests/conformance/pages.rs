@@ -193,6 +193,26 @@ fn a_bounded_pool() {
     rig.check("given back and used again");
 }
 
+/// A first write that is refused leaves no trace of its layer: not even where the only other one is empty.
+#[test]
+fn a_first_write_that_is_refused() {
+    let gpu = gpu();
+    let options = PagedOptions { page_tokens: 4, max_pages: Some(8), ..PagedOptions::default() };
+    let mut rig = Rig::in_pages(&gpu, options, Model::dynamic());
+    rig.update(0, [2, 1, 1, 4], 6, APPEND);
+    rig.truncate(0);
+    let before = rig.cache.stats();
+    assert_eq!((before.pages_used, before.pages_free), (0, 8));
+    let tokens = upload(&gpu, DType::F32, &Block::noise([2, 1, 33, 4], 4, 1));
+    let error = gpu
+        .submit_pass("refused", |pass| {
+            rig.cache.update(pass, &tokens.view(), &tokens.view(), 1, APPEND).map(|_| ())
+        })
+        .expect_err("nine pages a row");
+    assert!(matches!(error, Error::OutOfPages { wanted: 18, .. }), "{error:?}");
+    assert_eq!(rig.cache.stats(), before);
+}
+
 /// A page of its own for a row that writes into a shared one counts as well as a new page.
 #[test]
 fn a_bound_counts_copies() {
