@@ -53,7 +53,7 @@ struct Arguments {
     )]
     lengths: Vec<u32>,
     /// Timed steps of each kind at each length; the median counts.
-    #[arg(long, value_name = "N", default_value_t = 31, value_parser = positive)]
+    #[arg(long, value_name = "N", default_value_t = 61, value_parser = positive)]
     repeats: usize,
     /// Where the picture goes.
     #[arg(long, value_name = "FILE", default_value = "docs/speed.svg")]
