@@ -1,5 +1,6 @@
-//! Times of every call beside the limit of the same adapter, in one run. Ratios hold where absolute
-//! times drift, and what is compared is measured in turns. `cargo bench` prints them; `target/criterion/**/estimates.json` has them for programs.
+//! Times of every call beside the limit of the same adapter, in one run. Ratios hold where absolute times
+//! drift, and what is compared is measured in turns. `cargo bench` prints them;
+//! `target/criterion/**/estimates.json` has them for programs.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};

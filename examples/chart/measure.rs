@@ -84,10 +84,12 @@ fn times(
             // The first steps of a turn find the processor's caches full of another kind's data, and its
             // threads where that kind left them. In a decode loop a step follows its own kind.
             let start = Instant::now();
-            while {
+            loop {
                 step(gpu, subject.as_mut(), tokens, &one)?;
-                start.elapsed() < SETTLE
-            } {}
+                if start.elapsed() >= SETTLE {
+                    break;
+                }
+            }
             times.push(step(gpu, subject.as_mut(), tokens, &one)?);
             bar.inc(1);
         }

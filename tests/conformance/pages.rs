@@ -1,7 +1,9 @@
 //! What only pages promise: rows share them, a change of the batch moves nothing, and what is given back
 //! is used again.
 
-use wgpu_kvcache::{CachePosition, DType, Error, Layout, PagedKVCache, PagedOptions, Stats};
+use wgpu_kvcache::{
+    CachePosition, DType, Error, Layout, PagedKVCache, PagedOptions, Stats, Tensor,
+};
 
 use crate::gpu;
 use crate::model::{Block, Model};
@@ -11,6 +13,27 @@ const APPEND: CachePosition<'_> = CachePosition::Append;
 
 fn pages_used(rig: &Rig) -> u64 {
     rig.cache.stats().pages_used
+}
+
+/// An empty cache of at most `pages` pages of four tokens.
+fn bounded(pages: usize) -> Rig {
+    let options =
+        PagedOptions { page_tokens: 4, max_pages: Some(pages), ..PagedOptions::default() };
+    Rig::in_pages(&gpu(), options, Model::dynamic())
+}
+
+/// The error of an update that needs more pages than there are.
+fn refused(
+    rig: &mut Rig,
+    layer: usize,
+    [key, value]: [&Tensor; 2],
+    position: CachePosition<'_>,
+) -> Error {
+    gpu()
+        .submit_pass("refused", |pass| {
+            rig.cache.update(pass, &key.view(), &value.view(), layer, position).map(|_| ())
+        })
+        .expect_err("more pages than there are")
 }
 
 /// Eight beams over a long prompt, which change places at every step.
@@ -148,8 +171,7 @@ fn pages_given_back_are_used_again() {
 /// A pool of so many pages: it is made at once, and an update that needs more is refused.
 #[test]
 fn a_bounded_pool() {
-    let options = PagedOptions { page_tokens: 4, max_pages: Some(7), ..PagedOptions::default() };
-    let mut rig = Rig::in_pages(&gpu(), options, Model::dynamic());
+    let mut rig = bounded(7);
     rig.update(0, [2, 2, 6, 4], 6, APPEND);
     let stats = rig.cache.stats();
     let page = 4 * 2 * (4 + 6) * 4;
@@ -158,23 +180,18 @@ fn a_bounded_pool() {
     let block = Block::noise([5, 2, 1, 4], 4, 1);
     let value = Block::noise([5, 2, 1, 6], 4, 2);
     let (k, v) = (upload(&gpu(), DType::F32, &block), upload(&gpu(), DType::F32, &value));
-    let (gpu, before) = (gpu(), rig.cache.stats());
+    let before = rig.cache.stats();
     for _ in 0..2 {
         // Rows 0 to 2 share two pages, and rows 3 and 4 two others: three rows need a page of their own.
         rig.truncate(6);
-        let mut refused = |position| {
-            gpu.submit_pass("refused", |pass| {
-                rig.cache.update(pass, &k.view(), &v.view(), 0, position).map(|_| ())
-            })
-        };
         // Each row needs a new page, and three of them copies of the last ones, where the gap is zeroed.
-        let error = refused(CachePosition::At(8)).expect_err("eight pages more");
+        let error = refused(&mut rig, 0, [&k, &v], CachePosition::At(8));
         let due = Error::OutOfPages { used: 4, shared: 4, wanted: 8, limit: 7, page_tokens: 4 };
         assert_eq!(error, due);
         for word in ["8 more pages of 4 tokens", "4 in use", "4 of them shared", "made for 7"] {
             assert!(error.to_string().contains(word), "'{word}' is not in '{error}'");
         }
-        let error = refused(CachePosition::At(1 << 30)).expect_err("far too many");
+        let error = refused(&mut rig, 0, [&k, &v], CachePosition::At(1 << 30));
         assert!(matches!(error, Error::OutOfPages { limit: 7, .. }), "{error:?}");
         let now = Stats { bytes_read_back: before.bytes_read_back, ..rig.cache.stats() };
         assert_eq!(now, before);
@@ -196,19 +213,14 @@ fn a_bounded_pool() {
 /// A first write that is refused leaves no trace of its layer: not even where the only other one is empty.
 #[test]
 fn a_first_write_that_is_refused() {
-    let gpu = gpu();
-    let options = PagedOptions { page_tokens: 4, max_pages: Some(8), ..PagedOptions::default() };
-    let mut rig = Rig::in_pages(&gpu, options, Model::dynamic());
+    let mut rig = bounded(8);
     rig.update(0, [2, 1, 1, 4], 6, APPEND);
     rig.truncate(0);
     let before = rig.cache.stats();
     assert_eq!((before.pages_used, before.pages_free), (0, 8));
-    let tokens = upload(&gpu, DType::F32, &Block::noise([2, 1, 33, 4], 4, 1));
-    let error = gpu
-        .submit_pass("refused", |pass| {
-            rig.cache.update(pass, &tokens.view(), &tokens.view(), 1, APPEND).map(|_| ())
-        })
-        .expect_err("nine pages a row");
+    let tokens = upload(&gpu(), DType::F32, &Block::noise([2, 1, 33, 4], 4, 1));
+    // Nine pages a row.
+    let error = refused(&mut rig, 1, [&tokens, &tokens], APPEND);
     assert!(matches!(error, Error::OutOfPages { wanted: 18, .. }), "{error:?}");
     assert_eq!(rig.cache.stats(), before);
 }
@@ -216,24 +228,18 @@ fn a_first_write_that_is_refused() {
 /// A page of its own for a row that writes into a shared one counts as well as a new page.
 #[test]
 fn a_bound_counts_copies() {
-    let gpu = gpu();
-    let options = PagedOptions { page_tokens: 4, max_pages: Some(3), ..PagedOptions::default() };
-    let mut rig = Rig::in_pages(&gpu, options, Model::dynamic());
+    let mut rig = bounded(3);
     rig.update(0, [1, 2, 6, 4], 6, APPEND);
     rig.select(&[0, 0, 0]);
-    let key = upload(&gpu, DType::F32, &Block::noise([3, 2, 1, 4], 4, 1));
-    let value = upload(&gpu, DType::F32, &Block::noise([3, 2, 1, 6], 4, 2));
+    let key = upload(&gpu(), DType::F32, &Block::noise([3, 2, 1, 4], 4, 1));
+    let value = upload(&gpu(), DType::F32, &Block::noise([3, 2, 1, 6], 4, 2));
     let rows = [vec![0], vec![5], vec![5]];
     // All write into the last page: two of them get their own. In the list row 0 writes into the first page
     // and leaves the last one as it is, so that all three writes need a page.
     for (position, wanted) in
         [(APPEND, 2), (CachePosition::At(5), 2), (CachePosition::PerRow(&rows), 3)]
     {
-        let error = gpu
-            .submit_pass("refused", |pass| {
-                rig.cache.update(pass, &key.view(), &value.view(), 0, position).map(|_| ())
-            })
-            .expect_err("two pages more");
+        let error = refused(&mut rig, 0, [&key, &value], position);
         let due = Error::OutOfPages { used: 2, shared: 2, wanted, limit: 3, page_tokens: 4 };
         assert_eq!(error, due, "{position:?}");
         rig.check("after what was refused");
