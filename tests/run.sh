@@ -18,6 +18,6 @@ cd "$(dirname "$0")/.."
 # Mesa complains where this is unset, as it is in containers.
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
-cargo build --example adapter
+cargo build -p decode --bin adapter
 examples/decode/setup.sh
-cargo test "$@"
+cargo test --workspace "$@"

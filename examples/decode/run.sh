@@ -14,9 +14,9 @@ if [ $# -gt 0 ]; then
 fi
 # A build from nothing takes minutes and shows its progress; later ones are silent.
 quiet=()
-decode=${CARGO_TARGET_DIR:-target}/release/examples/decode
+decode=${CARGO_TARGET_DIR:-target}/release/decode
 if [ -x "$decode" ]; then quiet=(--quiet); fi
-cargo build "${quiet[@]}" --release --example adapter --example decode
+cargo build "${quiet[@]}" --release -p decode
 examples/decode/setup.sh --release
 exec "$decode" \
   --model examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf --prompt "$prompt" "$@"

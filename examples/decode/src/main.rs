@@ -2,12 +2,10 @@
 //! crate.
 //!
 //! ```sh
-//! cargo run --release --example decode -- --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt "The capital of France is"
+//! cargo run --release -p decode -- --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt "The capital of France is"
 //! ```
 //!
-//! Start reading at `llama/engine.rs`.
-
-mod llama;
+//! Start reading at `engine.rs`.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -20,7 +18,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache};
 
-use llama::{Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer};
+use decode_engine::{
+    Config, Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer, beam_search,
+    cache_share, greedy,
+};
 
 /// Generates text with a Llama model, its K/V cache kept on the GPU.
 #[derive(Parser)]
@@ -105,7 +106,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         "the prompt is empty; --prompt takes the text to go on from"
     );
     let mut file = GgufFile::open(&arguments.model)?;
-    let config = llama::Config::from_gguf(&file)?;
+    let config = Config::from_gguf(&file)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let prompt = tokenizer.encode(&arguments.prompt)?;
     let max_tokens = prompt.len().saturating_add(arguments.max_new_tokens);
@@ -146,7 +147,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         ),
         prompt_tokens_per_second: per_second(prompt.len(), generation.prompt_time),
         cache_bytes,
-        cache_share: llama::cache_share(&engine, cache.as_mut(), &generation)?,
+        cache_share: cache_share(&engine, cache.as_mut(), &generation)?,
         adapter: gpu.device().adapter_info().name,
     };
     if arguments.json {
@@ -189,13 +190,12 @@ fn generate(
     };
     let generation = if arguments.beams == 1 {
         let mut stream = tokenizer.stream();
-        let generation = llama::greedy(engine, cache, prompt, settings, &mut |token| {
-            Ok(print(&stream.push(token)?)?)
-        })?;
+        let generation =
+            greedy(engine, cache, prompt, settings, &mut |token| Ok(print(&stream.push(token)?)?))?;
         print(&stream.finish()?)?;
         generation
     } else {
-        let generation = llama::beam_search(engine, cache, prompt, arguments.beams, settings)?;
+        let generation = beam_search(engine, cache, prompt, arguments.beams, settings)?;
         print(&tokenizer.decode(&generation.beams[0])?)?;
         generation
     };

@@ -26,18 +26,18 @@ const NO_TOKEN: u32 = u32::MAX;
 
 /// What an engine is made for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Options {
+pub struct Options {
     /// The type in which K and V are cached.
-    pub(crate) dtype: DType,
+    pub dtype: DType,
     /// The longest sequence, in tokens.
-    pub(crate) max_tokens: usize,
+    pub max_tokens: usize,
     /// The most batch rows.
-    pub(crate) max_batch: usize,
+    pub max_batch: usize,
 }
 
 /// What becomes of the cache's batch rows before a step.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Rows<'a> {
+pub enum Rows<'a> {
     /// They stay.
     Keep,
     /// Each row becomes so many equal rows.
@@ -58,7 +58,7 @@ enum Ending {
 }
 
 /// A model with its pipelines, buffers and bind groups, made once; a step creates none of them.
-pub(crate) struct Engine {
+pub struct Engine {
     gpu: Gpu,
     model: Model,
     options: Options,
@@ -75,7 +75,7 @@ impl Engine {
     /// # Errors
     ///
     /// Where the options ask for more than the model or the device can do.
-    pub(crate) fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
+    pub fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
         let context = model.config.context;
         ensure!(
             options.max_tokens <= context,
@@ -101,7 +101,7 @@ impl Engine {
     }
 
     /// The dimensions of the model.
-    pub(crate) fn config(&self) -> &Config {
+    pub fn config(&self) -> &Config {
         &self.model.config
     }
 
@@ -112,7 +112,7 @@ impl Engine {
     /// # Errors
     ///
     /// As for [`Self::next_tokens`].
-    pub(crate) fn warm_up(&mut self, mut cache: Box<dyn KVCache>) -> Result<()> {
+    pub fn warm_up(&mut self, mut cache: Box<dyn KVCache>) -> Result<()> {
         for tokens in [8, 3, 1] {
             if tokens <= self.options.max_tokens {
                 self.next_tokens(cache.as_mut(), &vec![0; tokens], 1, None)?;
@@ -130,7 +130,7 @@ impl Engine {
     /// # Errors
     ///
     /// Where the tokens do not fit the engine or the cache. The cache is then of no more use.
-    pub(crate) fn next_tokens(
+    pub fn next_tokens(
         &mut self,
         cache: &mut dyn KVCache,
         tokens: &[u32],
@@ -147,7 +147,7 @@ impl Engine {
     /// # Errors
     ///
     /// As for [`Self::next_tokens`].
-    pub(crate) fn logits(
+    pub fn logits(
         &mut self,
         cache: &mut dyn KVCache,
         tokens: &[u32],
@@ -166,7 +166,7 @@ impl Engine {
     /// # Errors
     ///
     /// Where the cache refuses.
-    pub(crate) fn time_cache_alone(
+    pub fn time_cache_alone(
         &self,
         cache: &mut dyn KVCache,
         parents: Option<&[u32]>,

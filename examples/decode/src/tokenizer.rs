@@ -18,12 +18,12 @@ use super::gguf::GgufFile;
 const CONTROL: i64 = 3;
 
 /// A byte-level BPE tokenizer.
-pub(crate) struct Tokenizer {
+pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The token that opens every text, for models that want one.
     opening: Option<u32>,
     /// The token that ends an answer.
-    pub(crate) end: Option<u32>,
+    pub end: Option<u32>,
 }
 
 impl Tokenizer {
@@ -32,7 +32,7 @@ impl Tokenizer {
     /// # Errors
     ///
     /// Where the file describes a kind that is not served, or lacks a key.
-    pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self> {
+    pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let model = file.text("tokenizer.ggml.model")?;
         ensure!(
             model == "gpt2",
@@ -94,7 +94,7 @@ impl Tokenizer {
     /// # Errors
     ///
     /// Where the text cannot be split.
-    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>> {
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(anyhow::Error::from_boxed)?;
         Ok(self.opening.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
@@ -104,12 +104,12 @@ impl Tokenizer {
     /// # Errors
     ///
     /// Where the ids cannot be decoded.
-    pub(crate) fn decode(&self, ids: &[u32]) -> Result<String> {
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(anyhow::Error::from_boxed)
     }
 
     /// Starts a text that comes token by token.
-    pub(crate) fn stream(&self) -> TextStream<'_> {
+    pub fn stream(&self) -> TextStream<'_> {
         TextStream {
             tokenizer: self,
             inner: self.inner.decode_stream(true),
@@ -121,7 +121,7 @@ impl Tokenizer {
 
 /// A text that comes token by token, in whole characters: one that spans tokens waits for its last
 /// byte.
-pub(crate) struct TextStream<'a> {
+pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
     inner: DecodeStream<
         'a,
@@ -142,7 +142,7 @@ impl TextStream<'_> {
     /// # Errors
     ///
     /// Where the id cannot be decoded.
-    pub(crate) fn push(&mut self, id: u32) -> Result<String> {
+    pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.inner.step(id).map_err(anyhow::Error::from_boxed)?.unwrap_or_default();
         self.given += text.len();
@@ -154,7 +154,7 @@ impl TextStream<'_> {
     /// # Errors
     ///
     /// Where the ids cannot be decoded.
-    pub(crate) fn finish(self) -> Result<String> {
+    pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.ids)?;
         Ok(text.get(self.given..).unwrap_or_default().to_owned())
     }

@@ -9,29 +9,29 @@ use super::engine::{Engine, Rows};
 
 /// When to stop, and on what not to.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Settings {
+pub struct Settings {
     /// The most tokens to generate.
-    pub(crate) max_new_tokens: usize,
+    pub max_new_tokens: usize,
     /// The token that ends an answer.
-    pub(crate) end: Option<u32>,
+    pub end: Option<u32>,
     /// Never choose `end`, and so go on to the last of `max_new_tokens`.
-    pub(crate) ignore_end: bool,
+    pub ignore_end: bool,
 }
 
 /// What came out, and how long it took.
 #[derive(Debug, Default)]
-pub(crate) struct Generation {
+pub struct Generation {
     /// Generated ids, without the end token: the best list first, and only one for greedy decoding.
-    pub(crate) beams: Vec<Vec<u32>>,
+    pub beams: Vec<Vec<u32>>,
     /// For each list of a beam search the sum of the log-probabilities of its tokens; empty for
     /// greedy decoding, which never sees the logits.
-    pub(crate) scores: Vec<f64>,
+    pub scores: Vec<f64>,
     /// From the prompt to the first choice.
-    pub(crate) prompt_time: Duration,
+    pub prompt_time: Duration,
     /// The steps after that, one by one.
-    pub(crate) step_times: Vec<Duration>,
+    pub step_times: Vec<Duration>,
     /// How the cache's batch rows moved before the last step: `[0]` for greedy decoding.
-    pub(crate) last_parents: Vec<u32>,
+    pub last_parents: Vec<u32>,
 }
 
 /// Takes the best token at every step. `on_token` hears of each as it comes.
@@ -39,7 +39,7 @@ pub(crate) struct Generation {
 /// # Errors
 ///
 /// Where a step fails, or `on_token` does.
-pub(crate) fn greedy(
+pub fn greedy(
     engine: &mut Engine,
     cache: &mut dyn KVCache,
     prompt: &[u32],
@@ -91,7 +91,7 @@ struct Candidate {
 /// # Errors
 ///
 /// Where a step fails.
-pub(crate) fn beam_search(
+pub fn beam_search(
     engine: &mut Engine,
     cache: &mut dyn KVCache,
     prompt: &[u32],

@@ -22,7 +22,7 @@ const REPEATS: usize = 15;
 /// # Errors
 ///
 /// Where a pass fails.
-pub(crate) fn cache_share(
+pub fn cache_share(
     engine: &Engine,
     cache: &mut dyn KVCache,
     generation: &Generation,

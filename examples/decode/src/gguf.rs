@@ -18,17 +18,17 @@ const DECODED: u64 = 64;
 
 /// A matrix as it is stored: `values` is `[outputs, inputs]`, row-major. A vector has one output
 /// row.
-pub(crate) struct Stored {
+pub struct Stored {
     /// The numbers, row by row.
-    pub(crate) values: Vec<f32>,
+    pub values: Vec<f32>,
     /// Rows: GGUF's second dimension.
-    pub(crate) outputs: usize,
+    pub outputs: usize,
     /// Elements a row: GGUF's first dimension.
-    pub(crate) inputs: usize,
+    pub inputs: usize,
 }
 
 /// An open GGUF file whose every tensor is known to lie inside it.
-pub(crate) struct GgufFile {
+pub struct GgufFile {
     path: PathBuf,
     reader: GGUFFileReader<BufReader<File>>,
     /// Tensors that were taken, to tell at the end which the engine does not know.
@@ -41,7 +41,7 @@ impl GgufFile {
     /// # Errors
     ///
     /// Where the file cannot be read, is no GGUF file, or ends before its last tensor does.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let name = path.display();
         let file = File::open(path).with_context(|| format!("cannot open {name}"))?;
         let found = file.metadata().with_context(|| format!("cannot read {name}"))?;
@@ -85,12 +85,12 @@ impl GgufFile {
     /// # Errors
     ///
     /// Where the file lacks the key, or keeps something else under it.
-    pub(crate) fn text(&self, key: &str) -> Result<&str> {
+    pub fn text(&self, key: &str) -> Result<&str> {
         self.keys().get_string(key).ok_or_else(|| self.missing(key, "a text"))
     }
 
     /// The key's text, if the file has it.
-    pub(crate) fn optional_text(&self, key: &str) -> Option<&str> {
+    pub fn optional_text(&self, key: &str) -> Option<&str> {
         self.keys().get_string(key)
     }
 
@@ -99,7 +99,7 @@ impl GgufFile {
     /// # Errors
     ///
     /// As for [`Self::text`].
-    pub(crate) fn count(&self, key: &str) -> Result<usize> {
+    pub fn count(&self, key: &str) -> Result<usize> {
         self.optional_count(key)?.ok_or_else(|| self.missing(key, "a whole number"))
     }
 
@@ -108,7 +108,7 @@ impl GgufFile {
     /// # Errors
     ///
     /// Where the number is too large for this machine.
-    pub(crate) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+    pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let number = self.keys().get_u64(key).map(usize::try_from).transpose();
         number.with_context(|| format!("{}: {key} is too large", self.path.display()))
     }
@@ -118,12 +118,12 @@ impl GgufFile {
     /// # Errors
     ///
     /// As for [`Self::text`].
-    pub(crate) fn number(&self, key: &str) -> Result<f64> {
+    pub fn number(&self, key: &str) -> Result<f64> {
         self.keys().get_f64(key).ok_or_else(|| self.missing(key, "a number"))
     }
 
     /// The key's truth value; false where the file lacks it.
-    pub(crate) fn flag(&self, key: &str) -> bool {
+    pub fn flag(&self, key: &str) -> bool {
         self.keys().get_bool(key).unwrap_or(false)
     }
 
@@ -132,7 +132,7 @@ impl GgufFile {
     /// # Errors
     ///
     /// As for [`Self::text`].
-    pub(crate) fn texts(&self, key: &str) -> Result<Vec<&str>> {
+    pub fn texts(&self, key: &str) -> Result<Vec<&str>> {
         self.list(key, "a list of texts", MetadataValue::as_str)
     }
 
@@ -141,17 +141,17 @@ impl GgufFile {
     /// # Errors
     ///
     /// As for [`Self::text`].
-    pub(crate) fn integers(&self, key: &str) -> Result<Vec<i64>> {
+    pub fn integers(&self, key: &str) -> Result<Vec<i64>> {
         self.list(key, "a list of whole numbers", MetadataValue::as_i64)
     }
 
     /// Whether the file has a tensor of that name.
-    pub(crate) fn has_tensor(&self, name: &str) -> bool {
+    pub fn has_tensor(&self, name: &str) -> bool {
         self.reader.get_tensor_info(name).is_some()
     }
 
     /// Bytes of all tensors, as stored.
-    pub(crate) fn tensor_bytes(&self) -> u64 {
+    pub fn tensor_bytes(&self) -> u64 {
         self.reader.tensor_infos().iter().map(|tensor| tensor.expected_data_size()).sum()
     }
 
@@ -161,7 +161,7 @@ impl GgufFile {
     /// # Errors
     ///
     /// Where the file lacks the tensor, or its type or shape is not served.
-    pub(crate) fn tensor(&mut self, name: &str) -> Result<(Stored, u64)> {
+    pub fn tensor(&mut self, name: &str) -> Result<(Stored, u64)> {
         let path = self.path.display().to_string();
         let info = self
             .reader
@@ -194,7 +194,7 @@ impl GgufFile {
     /// # Errors
     ///
     /// See above.
-    pub(crate) fn check_all_taken(&self) -> Result<()> {
+    pub fn check_all_taken(&self) -> Result<()> {
         match self.reader.tensor_names().into_iter().find(|name| !self.taken.contains(*name)) {
             None => Ok(()),
             Some(name) => bail!(

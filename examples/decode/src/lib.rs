@@ -14,12 +14,6 @@
 //! - `generate.rs`: the greedy loop and beam search.
 //! - `share.rs`: how much of a step the cache takes.
 
-#![allow(
-    dead_code,
-    unused_imports,
-    reason = "the program and the tests include this module, and each uses a part of it"
-)]
-
 mod buffers;
 mod dequant;
 mod engine;
@@ -30,9 +24,9 @@ mod model;
 mod share;
 mod tokenizer;
 
-pub(crate) use engine::{Engine, Options, Rows};
-pub(crate) use generate::{Generation, Settings, beam_search, greedy};
-pub(crate) use gguf::GgufFile;
-pub(crate) use model::{Config, Model};
-pub(crate) use share::cache_share;
-pub(crate) use tokenizer::{TextStream, Tokenizer};
+pub use engine::{Engine, Options, Rows};
+pub use generate::{Generation, Settings, beam_search, greedy};
+pub use gguf::GgufFile;
+pub use model::{Config, Model};
+pub use share::cache_share;
+pub use tokenizer::{TextStream, Tokenizer};

@@ -6,9 +6,6 @@
 //!
 //! The variable `KV_FUZZ_CASES` sets how many files are tried, `KV_FUZZ_SECONDS` how long.
 
-#[path = "../../examples/decode/llama/mod.rs"]
-mod llama;
-
 mod damage;
 mod reader;
 mod seed;

@@ -2,7 +2,7 @@
 //! that concatenates, measured in one run on the adapter at hand.
 //!
 //! ```sh
-//! cargo run --release --example chart
+//! cargo run --release -p chart
 //! ```
 //!
 //! Another kind of cache is one more entry of `KINDS` in `kinds.rs`.

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use decode_engine::{GgufFile, Model, Tokenizer};
 use wgpu_kvcache::{Gpu, wgpu};
 
 use crate::MEMORY;
-use crate::llama::{GgufFile, Model, Tokenizer};
 use crate::seed::seeds;
 
 /// Far more than any file here takes, and far less than a hang.

@@ -6,7 +6,7 @@ use wgpu_kvcache::{
     TensorView, wgpu,
 };
 
-#[path = "../../benches/support/concat.rs"]
+#[path = "../../../benches/support/concat.rs"]
 mod concat;
 use concat::ConcatCache;
 

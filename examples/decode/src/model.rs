@@ -7,31 +7,31 @@ use wgpu_kvcache::{Gpu, wgpu};
 use super::gguf::{GgufFile, Stored};
 
 /// Blocks that lie side by side in a [`Matrix`]: `LANES` in `matmul.wgsl`.
-pub(crate) const LANES: u32 = 8;
+pub const LANES: u32 = 8;
 
 /// The dimensions of a model.
 #[derive(Clone, Debug)]
-pub(crate) struct Config {
+pub struct Config {
     /// Layers.
-    pub(crate) layers: usize,
+    pub layers: usize,
     /// Elements of the residual stream.
-    pub(crate) width: usize,
+    pub width: usize,
     /// Query heads.
-    pub(crate) heads: usize,
+    pub heads: usize,
     /// K/V heads: a divisor of `heads`.
-    pub(crate) kv_heads: usize,
+    pub kv_heads: usize,
     /// Elements of a head.
-    pub(crate) head_dim: usize,
+    pub head_dim: usize,
     /// Elements inside the feed-forward part.
-    pub(crate) feed_forward: usize,
+    pub feed_forward: usize,
     /// Tokens that the model knows.
-    pub(crate) vocabulary: usize,
+    pub vocabulary: usize,
     /// Tokens that the model can look back on.
-    pub(crate) context: usize,
+    pub context: usize,
     /// Base of the rotary frequencies.
-    pub(crate) rope_base: f64,
+    pub rope_base: f64,
     /// What RMS norm adds under its root.
-    pub(crate) epsilon: f64,
+    pub epsilon: f64,
 }
 
 impl Config {
@@ -41,7 +41,7 @@ impl Config {
     ///
     /// Where the file is of another architecture, lacks a key, or has dimensions that are not
     /// served.
-    pub(crate) fn from_gguf(file: &GgufFile) -> Result<Self> {
+    pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let architecture = file.text("general.architecture")?;
         ensure!(
             architecture == "llama",
@@ -108,47 +108,47 @@ impl Config {
 
 /// A weight matrix on the GPU, `[outputs, inputs]`, in the order that `matmul.wgsl` wants.
 #[derive(Clone, Debug)]
-pub(crate) struct Matrix {
+pub struct Matrix {
     /// `[outputs / 4 / LANES, inputs / 4, LANES]` of blocks of four inputs by four outputs.
-    pub(crate) weight: wgpu::Buffer,
+    pub weight: wgpu::Buffer,
     /// The two dimensions, as the kernel reads them.
-    pub(crate) shape: wgpu::Buffer,
+    pub shape: wgpu::Buffer,
     /// Rows of the matrix: elements of its product.
-    pub(crate) outputs: u32,
+    pub outputs: u32,
 }
 
 /// The weights of one layer.
 #[derive(Clone, Debug)]
-pub(crate) struct LayerWeights {
+pub struct LayerWeights {
     /// Scale before attention: `[width]`.
-    pub(crate) attention_norm: wgpu::Buffer,
+    pub attention_norm: wgpu::Buffer,
     /// Query, key and value projections, one below the other.
-    pub(crate) qkv: Matrix,
+    pub qkv: Matrix,
     /// From the heads back to the residual stream.
-    pub(crate) attention_output: Matrix,
+    pub attention_output: Matrix,
     /// Scale before the feed-forward part: `[width]`.
-    pub(crate) feed_forward_norm: wgpu::Buffer,
+    pub feed_forward_norm: wgpu::Buffer,
     /// Gate and up projections, one below the other.
-    pub(crate) gate_up: Matrix,
+    pub gate_up: Matrix,
     /// From the feed-forward part back to the residual stream.
-    pub(crate) down: Matrix,
+    pub down: Matrix,
 }
 
 /// A model on the GPU. Clones share the weights.
 #[derive(Clone, Debug)]
-pub(crate) struct Model {
+pub struct Model {
     /// Its dimensions.
-    pub(crate) config: Config,
+    pub config: Config,
     /// The embedding: a row for each token.
-    pub(crate) embedding: Matrix,
+    pub embedding: Matrix,
     /// The layers, first to last.
-    pub(crate) layers: Vec<LayerWeights>,
+    pub layers: Vec<LayerWeights>,
     /// Scale before the head: `[width]`.
-    pub(crate) output_norm: wgpu::Buffer,
+    pub output_norm: wgpu::Buffer,
     /// The head: the embedding itself, where the model ties the two.
-    pub(crate) head: Matrix,
+    pub head: Matrix,
     /// Divisors of the rotary frequencies, `[head_dim / 2]`, for models that have them.
-    pub(crate) rope_divisors: Option<Vec<f32>>,
+    pub rope_divisors: Option<Vec<f32>>,
 }
 
 impl Model {
@@ -159,11 +159,7 @@ impl Model {
     ///
     /// Where the file does not hold a model that is served, or a matrix is too large for the
     /// device.
-    pub(crate) fn load(
-        gpu: &Gpu,
-        file: &mut GgufFile,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<Self> {
+    pub fn load(gpu: &Gpu, file: &mut GgufFile, progress: &mut dyn FnMut(u64)) -> Result<Self> {
         let config = Config::from_gguf(file)?;
         let Config { width, head_dim, feed_forward, vocabulary, .. } = config;
         let queries = config.heads * head_dim;

@@ -1,10 +1,7 @@
 //! A real model, decoded through the cache, gives the tokens that the reference gives.
 //!
-//! `tests/reference/smollm2.json` holds what transformers on torch answered in f32. The tests need the
+//! `reference/smollm2.json` holds what transformers on torch answered in f32. The tests need the
 //! model, which `examples/decode/setup.sh` gets. Its place may be given in the variable `KV_MODEL`.
-
-#[path = "../examples/decode/llama/mod.rs"]
-mod llama;
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -13,7 +10,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use serde::Deserialize;
 use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache};
 
-use llama::{Engine, GgufFile, Model, Options, Settings, Tokenizer};
+use decode_engine::{
+    Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer, beam_search, greedy,
+};
 
 #[derive(Deserialize)]
 struct Reference {
@@ -38,7 +37,7 @@ fn reference() -> Vec<Case> {
 
 /// Where the model is. A missing model is a failure that says how to get it.
 fn model_path() -> PathBuf {
-    let default = "examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf";
+    let default = "model/SmolLM2-135M-Instruct.Q4_1.gguf";
     let path = std::env::var_os("KV_MODEL")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(default), PathBuf::from);
     assert!(
@@ -102,7 +101,7 @@ impl Loaded {
         let settings = self.settings(case.greedy.len());
         let mut streamed = Vec::new();
         let generation =
-            llama::greedy(&mut engine, cache.as_mut(), &case.prompt_ids, settings, &mut |token| {
+            greedy(&mut engine, cache.as_mut(), &case.prompt_ids, settings, &mut |token| {
                 streamed.push(token);
                 Ok(())
             });
@@ -182,12 +181,12 @@ fn the_best_of_four_beams_and_its_score() {
         // One kind moves its rows, the other shares and copies pages; the third differs from the first in
         // its bound alone, so one case is enough for it.
         let kinds = if number == 0 { &kinds[..] } else { &kinds[..2] };
-        let mut first: Option<llama::Generation> = None;
+        let mut first: Option<Generation> = None;
         for &kind in kinds {
             let mut cache = loaded.cache(kind, room);
             let settings = loaded.settings(tokens);
             let generation =
-                llama::beam_search(&mut engine, cache.as_mut(), &case.prompt_ids, 4, settings)
+                beam_search(&mut engine, cache.as_mut(), &case.prompt_ids, 4, settings)
                     .expect("a generation");
             assert_eq!(generation.beams[0], case.beams[0], "{kind:?}, {}", case.prompt);
             let difference = (generation.scores[0] - case.beam_scores[0]).abs();
@@ -211,24 +210,9 @@ fn the_best_of_four_beams_and_its_score() {
     }
 }
 
-/// Builds the program where this test is built, and runs it.
+/// Runs the program.
 fn decode(arguments: &[&str]) -> Output {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    let program = PROGRAM.get_or_init(|| {
-        // This test lies in TARGET/PROFILE/deps.
-        let test = std::env::current_exe().expect("a path");
-        let profile = test.parent().and_then(|deps| deps.parent()).expect("a profile's folder");
-        let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--example", "decode", "--target-dir"]);
-        cargo.arg(profile.parent().expect("a target folder"));
-        cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
-        if profile.ends_with("release") {
-            cargo.arg("--release");
-        }
-        assert!(cargo.status().expect("cargo runs").success(), "the example does not build");
-        profile.join("examples").join(format!("decode{}", std::env::consts::EXE_SUFFIX))
-    });
-    Command::new(program).args(arguments).output().expect("the program runs")
+    Command::new(env!("CARGO_BIN_EXE_decode")).args(arguments).output().expect("the program runs")
 }
 
 /// What the program reports of a prompt, in a run that must go well and print nothing else.
