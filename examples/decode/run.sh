@@ -14,9 +14,9 @@ if [ $# -gt 0 ]; then
 fi
 # A build from nothing takes minutes and shows its progress; later ones are silent.
 quiet=()
-decode=${CARGO_TARGET_DIR:-target}/release/decode
+decode=${CARGO_TARGET_DIR:-target}/quick/decode
 if [ -x "$decode" ]; then quiet=(--quiet); fi
-cargo build "${quiet[@]}" --release -p decode
-examples/decode/setup.sh --release
+cargo build "${quiet[@]}" --profile quick -p decode
+examples/decode/setup.sh --profile quick
 exec "$decode" \
   --model examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf --prompt "$prompt" "$@"

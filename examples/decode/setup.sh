@@ -2,7 +2,7 @@
 # Gets what the decode example and the tests need and this machine lacks: a Vulkan driver where no
 # adapter is found or only GL in software answers, and the model. Says nothing about what is already there.
 #
-# Usage: examples/decode/setup.sh [cargo build flags, e.g. --release]
+# Usage: examples/decode/setup.sh [cargo build flags, e.g. --profile quick]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # Mesa complains where this is unset, as it is in containers.
