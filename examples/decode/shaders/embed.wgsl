@@ -1,26 +1,30 @@
 // Embedding: copies each token's row of the embedding matrix into the residual stream.
+//
+// Joined behind `weights.wgsl` and a text of `format/`; lines between `//: each` and `//: end` are repeated by
+// the host. Tokens outside this part of the matrix are left to the dispatch over their own.
 
-@group(0) @binding(0) var<storage, read> tokens: array<u32>;             // [rows]
-@group(0) @binding(1) var<storage, read> embedding: array<mat4x4<f32>>;  // as the weight in matmul.wgsl
-@group(0) @binding(2) var<storage, read_write> hidden: array<vec4<f32>>; // [rows, WIDTH]
+@group(0) @binding(3) var<storage, read> tokens: array<u32>;             // [rows]
+@group(0) @binding(4) var<storage, read_write> hidden: array<vec4<f32>>; // [rows, WIDTH]
 
 override WIDTH: u32;
 
-const LANES: u32 = 8;
-
 @compute @workgroup_size(64)
 fn main(
-    @builtin(global_invocation_id) id: vec3<u32>,
+    @builtin(global_invocation_id) global_id: vec3<u32>,
 ) {
-    let quad = id.x;
-    let row = id.y;
     let quads = WIDTH / 4u;
-    if quad >= quads {
+    let first = global_id.x * 8u; // quad of the row; a thread unpacks one panel
+    let token = global_id.y;
+    let row = tokens[token] - part.first; // wraps for tokens before this part
+    if first >= quads || row >= part.rows {
         return;
     }
-    let token = tokens[row];
-    // Column k of a block holds element k of four neighbouring tokens.
-    let block = embedding[(token / 4u / LANES * quads + quad) * LANES + token / 4u % LANES];
-    var transposed = transpose(block);
-    hidden[row * quads + quad] = transposed[token % 4u];
+    let panel = load_panel(Cursor(row / (4u * LANES), row % LANES, first / 8u));
+    let output = row / LANES % 4u;
+    //: each quad in QUADS
+    if first + {quad}u < quads {
+        var block = weights(panel, {quad}u);
+        hidden[token * quads + first + {quad}u] = block[output];
+    }
+    //: end
 }

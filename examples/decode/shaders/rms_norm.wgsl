@@ -1,9 +1,9 @@
 // RMS norm: scales each row to a root mean square of one, then by a weight per element.
 
 @group(0) @binding(0) var<uniform> stage: Stage;
-@group(0) @binding(1) var<storage, read> weight: array<vec4<f32>>;       // [WIDTH]
-@group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>;       // [batch * tokens, WIDTH]
-@group(0) @binding(3) var<storage, read_write> normed: array<vec4<f32>>; // [rows, WIDTH]
+@group(0) @binding(1) var<storage, read> weight: array<vec4<f32>>; // [WIDTH]
+@group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>; // [batch * tokens, WIDTH]
+@group(0) @binding(3) var normed: texture_storage_2d<rgba32float, write>; // [rows, WIDTH], four elements a texel
 
 struct Stage {
     rows: u32,   // rows of the matrix that the dispatch works on
@@ -48,6 +48,6 @@ fn main(
     let scale = inverseSqrt(total / f32(WIDTH) + EPSILON);
 
     for (var i = thread; i < quads; i += THREADS) {
-        normed[row * quads + i] = hidden[source + i] * scale * weight[i];
+        textureStore(normed, vec2<u32>(i, row), hidden[source + i] * scale * weight[i]);
     }
 }

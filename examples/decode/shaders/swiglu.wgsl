@@ -1,7 +1,7 @@
 // SwiGLU: the feed-forward activation, silu(gate) * up, from one fused projection.
 
-@group(0) @binding(0) var<storage, read> projected: array<vec4<f32>>;       // [rows, 2, WIDTH]: gate, then up
-@group(0) @binding(1) var<storage, read_write> activated: array<vec4<f32>>; // [rows, WIDTH]
+@group(0) @binding(0) var<storage, read> projected: array<vec4<f32>>; // [rows, 2, WIDTH]: gate, then up
+@group(0) @binding(1) var activated: texture_storage_2d<rgba32float, write>; // [rows, WIDTH], four elements a texel
 
 override WIDTH: u32;
 
@@ -17,5 +17,5 @@ fn main(
     }
     let gate = projected[row * 2u * quads + i];
     let up = projected[row * 2u * quads + quads + i];
-    activated[row * quads + i] = gate / (1.0 + exp(-gate)) * up;
+    textureStore(activated, vec2<u32>(i, row), gate / (1.0 + exp(-gate)) * up);
 }

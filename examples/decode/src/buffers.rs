@@ -6,16 +6,20 @@ use anyhow::{Result, ensure};
 use wgpu_kvcache::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu_kvcache::{DType, Gpu, TensorView, wgpu};
 
-use super::engine::Options;
-use super::kernels::Kernels;
-use super::model::{Config, Matrix, Model};
+use crate::engine::Options;
+use crate::kernels::{Bound, BoundMatrix, Kernels};
+use crate::model::{Config, Model};
+use crate::weights::Matrix;
 
 /// The most tokens of a prompt in one step; longer prompts take several. It bounds the size of the
 /// buffers.
 const PROMPT_ROWS: usize = 256;
 
-/// Rows that the matrix product reads at a time: the buffers hold a whole number of them.
+/// Rows that the matrix product computes at a time: what it writes has room for a whole number of them.
 const TILE: usize = 8;
+
+/// Panels of a step, at most: a matrix product reads whole steps.
+const PANELS: usize = 8;
 
 /// Bytes from one set of parameters to the next in a uniform buffer: the alignment that suffices on
 /// every device.
@@ -35,8 +39,8 @@ pub(crate) struct Buffers {
     pub(crate) turns: wgpu::Buffer,
     /// The residual stream: `[rows, width]`.
     pub(crate) hidden: wgpu::Buffer,
-    /// Its RMS norm.
-    pub(crate) normed: wgpu::Buffer,
+    /// Its RMS norm. What a matrix product reads is a texture.
+    pub(crate) normed: wgpu::TextureView,
     /// The fused projection: `[rows, heads + 2 * kv_heads, head_dim]`.
     pub(crate) projected: wgpu::Buffer,
     /// Turned queries: `[rows, heads, head_dim]`.
@@ -47,12 +51,14 @@ pub(crate) struct Buffers {
     pub(crate) value: wgpu::Buffer,
     /// What the heads read from the cache: `[rows, heads, head_dim]`.
     pub(crate) mixed: wgpu::Buffer,
+    /// The same, for the matrix product.
+    pub(crate) mixed_texels: wgpu::TextureView,
     /// Gate and up projections: `[rows, 2, feed_forward]`.
     pub(crate) gate_up: wgpu::Buffer,
     /// Their activation: `[rows, feed_forward]`.
-    pub(crate) activated: wgpu::Buffer,
+    pub(crate) activated: wgpu::TextureView,
     /// The norm of each batch row's last token: `[batch, width]`.
-    pub(crate) last: wgpu::Buffer,
+    pub(crate) last: wgpu::TextureView,
     /// `[batch, vocabulary]`.
     pub(crate) logits: wgpu::Buffer,
     /// The best token of each batch row: `[batch]`.
@@ -63,11 +69,12 @@ pub(crate) struct Buffers {
 
 /// Bind groups that no step changes.
 pub(crate) struct Groups {
-    pub(crate) embed: wgpu::BindGroup,
+    pub(crate) embed: BoundMatrix,
     pub(crate) rope: wgpu::BindGroup,
+    pub(crate) to_texture: wgpu::BindGroup,
     pub(crate) swiglu: wgpu::BindGroup,
     pub(crate) norm_last: wgpu::BindGroup,
-    pub(crate) head: wgpu::BindGroup,
+    pub(crate) head: BoundMatrix,
     pub(crate) argmax: wgpu::BindGroup,
     pub(crate) layers: Vec<LayerGroups>,
 }
@@ -75,11 +82,11 @@ pub(crate) struct Groups {
 /// The bind groups over one layer's weights.
 pub(crate) struct LayerGroups {
     pub(crate) attention_norm: wgpu::BindGroup,
-    pub(crate) qkv: wgpu::BindGroup,
-    pub(crate) attention_output: wgpu::BindGroup,
+    pub(crate) qkv: BoundMatrix,
+    pub(crate) attention_output: BoundMatrix,
     pub(crate) feed_forward_norm: wgpu::BindGroup,
-    pub(crate) gate_up: wgpu::BindGroup,
-    pub(crate) down: wgpu::BindGroup,
+    pub(crate) gate_up: BoundMatrix,
+    pub(crate) down: BoundMatrix,
 }
 
 impl Buffers {
@@ -97,6 +104,7 @@ impl Buffers {
         let batch = options.max_batch.next_multiple_of(TILE);
         let floats =
             |label, rows: usize, elements: usize| buffer(gpu, label, 4 * rows * elements, storage);
+        let texels = |label, rows: usize, elements| texture(gpu, label, rows, elements);
         let cached =
             |label| buffer(gpu, label, rows * kv_heads * head_dim * options.dtype.size(), storage);
         let written = wgpu::BufferUsages::COPY_DST;
@@ -111,15 +119,16 @@ impl Buffers {
                 usage: storage,
             }),
             hidden: floats("hidden", rows, width)?,
-            normed: floats("normed", rows, width)?,
+            normed: texels("normed", rows, width)?,
             projected: floats("projected", rows, (heads + 2 * kv_heads) * head_dim)?,
             query: floats("query", rows, heads * head_dim)?,
             key: cached("new keys")?,
             value: cached("new values")?,
             mixed: floats("mixed", rows, heads * head_dim)?,
+            mixed_texels: texels("mixed", rows, heads * head_dim)?,
             gate_up: floats("gate and up", rows, 2 * feed_forward)?,
-            activated: floats("activated", rows, feed_forward)?,
-            last: floats("normed, last tokens", batch, width)?,
+            activated: texels("activated", rows, feed_forward)?,
+            last: texels("normed, last tokens", batch, width)?,
             logits: buffer(gpu, "logits", 4 * batch * vocabulary, read)?,
             chosen: buffer(gpu, "chosen tokens", 4 * batch, read)?,
             readback: buffer(
@@ -174,63 +183,87 @@ impl Buffers {
 
 impl Groups {
     /// Makes the bind groups over a model's weights and the buffers.
-    pub(crate) fn new(gpu: &Gpu, model: &Model, kernels: &Kernels, buffers: &Buffers) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// Where the pipelines were compiled for another model.
+    pub(crate) fn new(
+        gpu: &Gpu,
+        model: &Model,
+        kernels: &Kernels,
+        buffers: &Buffers,
+    ) -> Result<Self> {
         let Buffers { stage, tokens, turns, hidden, normed, projected, query, key, value, .. } =
             buffers;
-        let Buffers { mixed, gate_up, activated, last, logits, chosen, .. } = buffers;
+        let Buffers { mixed, mixed_texels, gate_up, activated, last, logits, chosen, .. } = buffers;
         let (all, ends) = (slot(stage, 0), slot(stage, 1));
+        let texels = Bound::Texture;
         let norm = |weight| {
-            kernels.norm.bind(gpu, &[all.clone(), whole(weight), whole(hidden), whole(normed)])
+            kernels.norm.bind(gpu, &[all.clone(), whole(weight), whole(hidden), texels(normed)])
         };
-        let product = |matrix: &Matrix, input, output| {
-            kernels.matmul.bind(gpu, all.clone(), matrix, input, output)
-        };
-        Self {
-            embed: kernels
-                .embed
-                .bind(gpu, &[whole(tokens), whole(&model.embedding.weight), whole(hidden)]),
-            rope: kernels.rope.bind(
-                gpu,
-                &[
-                    all.clone(),
-                    whole(turns),
-                    whole(projected),
-                    whole(query),
-                    whole(key),
-                    whole(value),
-                ],
-            ),
-            swiglu: kernels.swiglu.bind(gpu, &[whole(gate_up), whole(activated)]),
-            norm_last: kernels
-                .norm_last
-                .bind(gpu, &[all.clone(), whole(&model.output_norm), whole(hidden), whole(last)]),
-            head: kernels.matmul.bind(gpu, ends.clone(), &model.head, last, logits),
+        let product =
+            |matrix: &Matrix, input, output| kernels.matmul.bind(gpu, &all, matrix, input, output);
+        let added =
+            |matrix: &Matrix, input| kernels.matmul_add.bind(gpu, &all, matrix, input, hidden);
+        let layers = model.layers.iter().map(|weights| {
+            Ok(LayerGroups {
+                attention_norm: norm(&weights.attention_norm),
+                qkv: product(&weights.qkv, normed, projected)?,
+                attention_output: added(&weights.attention_output, mixed_texels)?,
+                feed_forward_norm: norm(&weights.feed_forward_norm),
+                gate_up: product(&weights.gate_up, normed, gate_up)?,
+                down: added(&weights.down, activated)?,
+            })
+        });
+        let turned = [projected, query, key, value].map(whole);
+        let rope: Vec<_> = [all.clone(), whole(turns)].into_iter().chain(turned).collect();
+        let last_norm = [all.clone(), whole(&model.output_norm), whole(hidden), texels(last)];
+        Ok(Self {
+            embed: kernels.embed.bind(gpu, &model.embedding, tokens, hidden)?,
+            rope: kernels.rope.bind(gpu, &rope),
+            to_texture: kernels.to_texture.bind(gpu, &[whole(mixed), texels(mixed_texels)]),
+            swiglu: kernels.swiglu.bind(gpu, &[whole(gate_up), texels(activated)]),
+            norm_last: kernels.norm_last.bind(gpu, &last_norm),
+            head: kernels.matmul.bind(gpu, &ends, &model.head, last, logits)?,
             argmax: kernels.argmax.bind(gpu, &[ends, whole(logits), whole(chosen)]),
-            layers: model
-                .layers
-                .iter()
-                .map(|weights| LayerGroups {
-                    attention_norm: norm(&weights.attention_norm),
-                    qkv: product(&weights.qkv, normed, projected),
-                    attention_output: product(&weights.attention_output, mixed, hidden),
-                    feed_forward_norm: norm(&weights.feed_forward_norm),
-                    gate_up: product(&weights.gate_up, normed, gate_up),
-                    down: product(&weights.down, activated, hidden),
-                })
-                .collect(),
-        }
+            layers: layers.collect::<Result<_>>()?,
+        })
     }
 }
 
 /// All of a buffer.
-fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
-    buffer.as_entire_buffer_binding()
+fn whole(buffer: &wgpu::Buffer) -> Bound<'_> {
+    Bound::Buffer(buffer.as_entire_buffer_binding())
 }
 
 /// One slot of a buffer of parameters.
-fn slot(buffer: &wgpu::Buffer, index: usize) -> wgpu::BufferBinding<'_> {
+fn slot(buffer: &wgpu::Buffer, index: usize) -> Bound<'_> {
     let bytes = SLOT as u64;
-    wgpu::BufferBinding { buffer, offset: bytes * index as u64, size: NonZeroU64::new(bytes) }
+    let offset = bytes * index as u64;
+    Bound::Buffer(wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(bytes) })
+}
+
+/// A texture of `rows` rows of at least `elements` numbers, four a texel. It is as wide as whole panels, so that
+/// a matrix product reads zeros past the last element.
+fn texture(gpu: &Gpu, label: &str, rows: usize, elements: usize) -> Result<wgpu::TextureView> {
+    let limit = gpu.device().limits().max_texture_dimension_2d;
+    let [width, height] = [elements.next_multiple_of(PANELS * 32) / 4, rows].map(u32::try_from);
+    let (width, height) = (width?, height?);
+    ensure!(
+        width <= limit && height <= limit,
+        "the texture of {label} is {width} x {height}, and the device's are at most {limit} wide and high"
+    );
+    let texture = gpu.device().create_texture(&wgpu::TextureDescriptor {
+        label: Some(label),
+        size: wgpu::Extent3d { width, height, depth_or_array_layers: 1 },
+        mip_level_count: 1,
+        sample_count: 1,
+        dimension: wgpu::TextureDimension::D2,
+        format: wgpu::TextureFormat::Rgba32Float,
+        usage: wgpu::TextureUsages::TEXTURE_BINDING | wgpu::TextureUsages::STORAGE_BINDING,
+        view_formats: &[],
+    });
+    Ok(texture.create_view(&wgpu::TextureViewDescriptor::default()))
 }
 
 fn buffer(gpu: &Gpu, label: &str, bytes: usize, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {

@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use wgpu_kvcache::{Attention, AttentionOptions, CachePosition, DType, Gpu, KVCache, wgpu};
 
-use super::buffers::{Buffers, Groups, SLOT};
-use super::kernels::Kernels;
-use super::model::{Config, Model};
+use crate::buffers::{Buffers, Groups, SLOT};
+use crate::kernels::Kernels;
+use crate::model::{Config, Model};
 
 /// A token id that no vocabulary has, for a step that bans none.
 const NO_TOKEN: u32 = u32::MAX;
@@ -58,6 +58,7 @@ enum Ending {
 }
 
 /// A model with its pipelines, buffers and bind groups, made once; a step creates none of them.
+#[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct Engine {
     gpu: Gpu,
     model: Model,
@@ -86,9 +87,9 @@ impl Engine {
             options.max_tokens > 0 && options.max_batch > 0,
             "an engine needs room for a token in a batch row"
         );
-        let kernels = Kernels::new(gpu, &model.config, options.dtype)?;
+        let kernels = Kernels::new(gpu, model, options.dtype)?;
         let buffers = Buffers::new(gpu, model, options)?;
-        let groups = Groups::new(gpu, model, &kernels, &buffers);
+        let groups = Groups::new(gpu, model, &kernels, &buffers)?;
         Ok(Self {
             gpu: gpu.clone(),
             model: model.clone(),
@@ -310,15 +311,16 @@ impl Engine {
         let Self { model, options, kernels, buffers, groups, attention, .. } = self;
         let Config { width, heads, kv_heads, head_dim, feed_forward, .. } = model.config;
         let new = size(batch * count)?;
-        let quads_of_width = size(width / 4)?;
+        let width = size(width)?;
+        let quads_of_heads = size(heads * head_dim / 4)?;
         let quads_of_feed_forward = size(feed_forward / 4)?;
         let pairs_of_heads = size((heads + 2 * kv_heads) * head_dim / 2)?;
         let (query, mixed) = buffers.query_and_mixed(&model.config, batch, count)?;
 
-        kernels.embed.dispatch(pass, &groups.embed, quads_of_width.div_ceil(64), new);
-        for (layer, (weights, bound)) in model.layers.iter().zip(&groups.layers).enumerate() {
+        kernels.embed.dispatch(pass, &groups.embed, width, new);
+        for (layer, bound) in groups.layers.iter().enumerate() {
             kernels.norm.dispatch(pass, &bound.attention_norm, new, 1);
-            kernels.matmul.dispatch(pass, &bound.qkv, weights.qkv.outputs, new);
+            kernels.matmul.dispatch(pass, &bound.qkv, new);
             kernels.rope.dispatch(pass, &groups.rope, pairs_of_heads.div_ceil(64), new);
 
             let (key, value) =
@@ -326,22 +328,18 @@ impl Engine {
             let view = cache.update(pass, &key, &value, layer, CachePosition::Append)?;
             attention.record(pass, &query, &view, &mixed, AttentionOptions::default())?;
 
-            kernels.matmul_add.dispatch(
-                pass,
-                &bound.attention_output,
-                weights.attention_output.outputs,
-                new,
-            );
+            kernels.to_texture.dispatch(pass, &groups.to_texture, quads_of_heads.div_ceil(64), new);
+            kernels.matmul_add.dispatch(pass, &bound.attention_output, new);
             kernels.norm.dispatch(pass, &bound.feed_forward_norm, new, 1);
-            kernels.matmul.dispatch(pass, &bound.gate_up, weights.gate_up.outputs, new);
+            kernels.matmul.dispatch(pass, &bound.gate_up, new);
             kernels.swiglu.dispatch(pass, &groups.swiglu, quads_of_feed_forward.div_ceil(64), new);
-            kernels.matmul_add.dispatch(pass, &bound.down, weights.down.outputs, new);
+            kernels.matmul_add.dispatch(pass, &bound.down, new);
         }
 
         if ending != Ending::Cache {
             let batch = size(batch)?;
             kernels.norm_last.dispatch(pass, &groups.norm_last, batch, 1);
-            kernels.matmul.dispatch(pass, &groups.head, model.head.outputs, batch);
+            kernels.matmul.dispatch(pass, &groups.head, batch);
             if ending == Ending::Token {
                 kernels.argmax.dispatch(pass, &groups.argmax, batch, 1);
             }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use wgpu_kvcache::KVCache;
 
-use super::engine::{Engine, Rows};
+use crate::engine::{Engine, Rows};
 
 /// When to stop, and on what not to.
 #[derive(Clone, Copy, Debug)]

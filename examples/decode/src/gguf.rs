@@ -1,36 +1,59 @@
-//! A GGUF file: its keys, and its tensors as `f32`.
+//! A GGUF file: its keys, and its tensors as they are stored.
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{BufReader, ErrorKind};
+use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use gguf_rs_lib::format::{Metadata, MetadataValue};
-use gguf_rs_lib::prelude::{GGUFError, GGUFFileReader};
+use gguf_rs_lib::prelude::{GGUFError, GGUFFileReader, GGUFTensorType};
 use gguf_rs_lib::reader::GGUFReaderConfig;
 
-use super::dequant::dequantise;
+use crate::format::{self, Format};
 
 /// Bytes of memory that a byte of the file's keys can at most take, lists of one-byte numbers being
 /// the worst.
 const DECODED: u64 = 64;
 
-/// A matrix as it is stored: `values` is `[outputs, inputs]`, row-major. A vector has one output
-/// row.
+/// Where a matrix lies in the file: `[outputs, inputs]`, row by row. A vector has one output.
+#[derive(Clone, Copy, Debug)]
 pub struct Stored {
-    /// The numbers, row by row.
-    pub values: Vec<f32>,
+    kind: GGUFTensorType,
+    /// First byte in the file.
+    start: u64,
+    /// Bytes of the whole matrix.
+    pub bytes: u64,
     /// Rows: GGUF's second dimension.
     pub outputs: usize,
     /// Elements a row: GGUF's first dimension.
     pub inputs: usize,
 }
 
+impl Stored {
+    /// How its numbers are stored.
+    ///
+    /// # Errors
+    ///
+    /// Where that is not served.
+    pub fn format(&self) -> Result<Format> {
+        Format::of(self.kind)
+    }
+
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        // The whole matrix was found to fit the file, and a row is a part of it.
+        usize::try_from(self.bytes / (self.outputs as u64).max(1)).unwrap_or(usize::MAX)
+    }
+}
+
 /// An open GGUF file whose every tensor is known to lie inside it.
+#[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct GgufFile {
     path: PathBuf,
     reader: GGUFFileReader<BufReader<File>>,
+    /// The same file once more, to read tensors from piece by piece.
+    data: File,
     /// Tensors that were taken, to tell at the end which the engine does not know.
     taken: HashSet<String>,
 }
@@ -49,6 +72,7 @@ impl GgufFile {
 
         // The reader's own check of the ranges cannot say how much is missing, so it comes after
         // ours.
+        let data = File::open(path).with_context(|| format!("cannot open {name}"))?;
         let mut config = GGUFReaderConfig { validate_integrity: false, ..Default::default() };
         // The header may promise any number of keys. The reader makes room for them before it reads
         // them, so it is told how much there can be.
@@ -77,7 +101,7 @@ impl GgufFile {
             found.len()
         );
         reader.validate_integrity().map_err(|error| explain(error, path, found.len()))?;
-        Ok(Self { path: path.to_owned(), reader, taken: HashSet::new() })
+        Ok(Self { path: path.to_owned(), reader, data, taken: HashSet::new() })
     }
 
     /// The key's text.
@@ -155,19 +179,17 @@ impl GgufFile {
         self.reader.tensor_infos().iter().map(|tensor| tensor.expected_data_size()).sum()
     }
 
-    /// Reads a tensor of one or two dimensions, turned into `f32`, and how many bytes the file
-    /// spends on it.
+    /// Finds a tensor of one or two dimensions.
     ///
     /// # Errors
     ///
-    /// Where the file lacks the tensor, or its type or shape is not served.
-    pub fn tensor(&mut self, name: &str) -> Result<(Stored, u64)> {
+    /// Where the file lacks the tensor, or its shape is not served.
+    pub fn tensor(&mut self, name: &str) -> Result<Stored> {
         let path = self.path.display().to_string();
         let info = self
             .reader
             .get_tensor_info(name)
             .ok_or_else(|| anyhow!("{path} has no tensor {name}, which a llama model needs"))?;
-        let kind = info.tensor_type();
         let (inputs, outputs) = match *info.shape().dims() {
             [inputs] => (inputs, 1),
             [inputs, outputs] => (inputs, outputs),
@@ -175,18 +197,50 @@ impl GgufFile {
                 bail!("{path}: tensor {name} has {} dimensions; 1 or 2 are served", other.len())
             }
         };
-        let bytes = info.expected_data_size();
-        let data = self
-            .reader
-            .load_tensor_data(name)?
-            .ok_or_else(|| anyhow!("{path}: tensor {name} has no data"))?;
-        let values =
-            dequantise(kind, data.as_slice()).with_context(|| format!("{path}: tensor {name}"))?;
+        let stored = Stored {
+            kind: info.tensor_type(),
+            start: self.reader.tensor_data_offset() + info.data_offset(),
+            bytes: info.expected_data_size(),
+            outputs: usize::try_from(outputs)?,
+            inputs: usize::try_from(inputs)?,
+        };
         self.taken.insert(name.to_owned());
-        Ok((
-            Stored { values, outputs: usize::try_from(outputs)?, inputs: usize::try_from(inputs)? },
-            bytes,
-        ))
+        Ok(stored)
+    }
+
+    /// Reads rows `first..first + rows` of a tensor as they are stored, behind what `bytes` holds.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be read.
+    pub fn read_rows(
+        &mut self,
+        tensor: &Stored,
+        first: usize,
+        rows: usize,
+        bytes: &mut Vec<u8>,
+    ) -> Result<()> {
+        let path = self.path.display();
+        let size = tensor.row_bytes() * rows;
+        let start = tensor.start + (tensor.row_bytes() * first) as u64;
+        self.data
+            .seek(SeekFrom::Start(start))
+            .and_then(|_| (&mut self.data).take(size as u64).read_to_end(bytes))
+            .and_then(
+                |read| if read == size { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) },
+            )
+            .with_context(|| format!("cannot read {size} bytes of {path} at {start}"))
+    }
+
+    /// Reads a whole tensor of F32, F16 or BF16 as `f32`: norms and other vectors.
+    ///
+    /// # Errors
+    ///
+    /// Where it is stored in another way, or the file cannot be read.
+    pub fn read_vector(&mut self, tensor: &Stored) -> Result<Vec<f32>> {
+        let mut bytes = Vec::new();
+        self.read_rows(tensor, 0, tensor.outputs, &mut bytes)?;
+        format::plain_numbers(tensor.kind, &bytes)
     }
 
     /// Fails where a tensor was never taken: the model has a part that the engine would leave out.

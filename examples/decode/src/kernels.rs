@@ -1,10 +1,14 @@
 //! The model's own compute pipelines, one a file in `../shaders/`, with its dimensions as pipeline
 //! constants. Attention is not among them: it is the library's.
 
-use anyhow::Result;
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result};
 use wgpu_kvcache::{DType, Gpu, wgpu};
 
-use super::model::{Config, LANES, Matrix};
+use crate::format::Format;
+use crate::model::{Config, Model};
+use crate::weights::{Matrix, Part};
 
 /// What a shader does with a binding.
 #[derive(Clone, Copy)]
@@ -12,8 +16,29 @@ enum Bind {
     Uniform,
     Read,
     Write,
+    /// Reads 32-bit words of a texture.
+    Words,
+    /// Reads numbers of a texture.
+    Texels,
+    /// Writes numbers into a texture.
+    Store,
 }
-use Bind::{Read, Uniform, Write};
+use Bind::{Read, Store, Texels, Uniform, Words, Write};
+
+/// The bindings of the matrix product: those of `weights.wgsl`, then its own.
+const MATMUL_BINDS: &[Bind] = &[Uniform, Words, Words, Uniform, Texels, Write];
+/// The bindings of the embedding.
+const EMBED_BINDS: &[Bind] = &[Uniform, Words, Words, Read, Write];
+
+/// Quads of inputs in a panel: what `weights` of a format is asked for.
+const QUADS: usize = 8;
+
+/// What a binding is bound to.
+#[derive(Clone)]
+pub(crate) enum Bound<'a> {
+    Buffer(wgpu::BufferBinding<'a>),
+    Texture(&'a wgpu::TextureView),
+}
 
 /// One pipeline and the layout of its bind group.
 pub(crate) struct Kernel {
@@ -23,13 +48,16 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// A bind group over buffers (or parts of buffers) in the order of the shader's bindings.
-    pub(crate) fn bind(&self, gpu: &Gpu, buffers: &[wgpu::BufferBinding<'_>]) -> wgpu::BindGroup {
+    /// A bind group in the order of the shader's bindings.
+    pub(crate) fn bind(&self, gpu: &Gpu, bound: &[Bound<'_>]) -> wgpu::BindGroup {
         let entries: Vec<_> = (0..)
-            .zip(buffers)
-            .map(|(binding, buffer)| wgpu::BindGroupEntry {
+            .zip(bound)
+            .map(|(binding, bound)| wgpu::BindGroupEntry {
                 binding,
-                resource: wgpu::BindingResource::Buffer(buffer.clone()),
+                resource: match bound {
+                    Bound::Buffer(buffer) => wgpu::BindingResource::Buffer(buffer.clone()),
+                    Bound::Texture(view) => wgpu::BindingResource::TextureView(view),
+                },
             })
             .collect();
         gpu.device().create_bind_group(&wgpu::BindGroupDescriptor {
@@ -53,42 +81,128 @@ impl Kernel {
     }
 }
 
-/// The matrix product in its shapes: for one row, for at most 4, and for 8 at a time.
-pub(crate) struct MatMul([(u32, Kernel); 3]);
+/// Rows of the input and groups of outputs that a thread of a matrix product computes.
+#[derive(Clone, Copy)]
+struct Tile {
+    tokens: usize,
+    groups: usize,
+}
+
+/// The matrix products of one format: for one row of the input, for at most 4, and for 8 at a time.
+struct Product {
+    tiles: [(Tile, Kernel); 3],
+}
+
+/// The matrix products of all formats of a model.
+pub(crate) struct MatMul(BTreeMap<Format, Product>);
+
+/// A matrix bound for its products with one input.
+pub(crate) struct BoundMatrix(Vec<BoundPart>);
+
+struct BoundPart {
+    format: Format,
+    groups: usize,
+    bindings: wgpu::BindGroup,
+}
 
 impl MatMul {
-    /// A bind group that every shape takes, added or not: their layouts are equal.
+    /// Bind groups that every tile takes, added or not: their layouts are equal.
+    ///
+    /// # Errors
+    ///
+    /// Where the pipelines were compiled for other matrices.
     pub(crate) fn bind(
         &self,
         gpu: &Gpu,
-        stage: wgpu::BufferBinding<'_>,
+        stage: &Bound<'_>,
         matrix: &Matrix,
-        input: &wgpu::Buffer,
+        input: &wgpu::TextureView,
         output: &wgpu::Buffer,
-    ) -> wgpu::BindGroup {
-        let [shape, weight, input, output] = [&matrix.shape, &matrix.weight, input, output]
-            .map(wgpu::Buffer::as_entire_buffer_binding);
-        self.0[0].1.bind(gpu, &[stage, shape, weight, input, output])
+    ) -> Result<BoundMatrix> {
+        let bind = |part: &Part| -> Result<BoundPart> {
+            let product = self.0.get(&part.format).context("a format without a pipeline")?;
+            let [shape, output] = [&part.shape, output]
+                .map(|buffer| Bound::Buffer(buffer.as_entire_buffer_binding()));
+            let [quants, scales, input] = [&part.quants, &part.scales, input].map(Bound::Texture);
+            let bound = [shape, quants, scales, stage.clone(), input, output];
+            Ok(BoundPart {
+                format: part.format,
+                groups: part.groups as usize,
+                bindings: product.tiles[0].1.bind(gpu, &bound),
+            })
+        };
+        matrix.parts.iter().map(bind).collect::<Result<_>>().map(BoundMatrix)
     }
 
-    /// Records the product of `rows` rows with a matrix of `outputs` outputs.
+    /// Records the product of `rows` rows with a matrix.
     pub(crate) fn dispatch(
         &self,
         pass: &mut wgpu::ComputePass<'_>,
-        group: &wgpu::BindGroup,
-        outputs: u32,
+        matrix: &BoundMatrix,
         rows: u32,
     ) {
-        let [_, _, most] = &self.0;
-        let (tile, kernel) = self.0.iter().find(|(tile, _)| *tile >= rows).unwrap_or(most);
-        kernel.dispatch(pass, group, outputs.div_ceil(4 * LANES), rows.div_ceil(*tile));
+        for part in &matrix.0 {
+            let Some(Product { tiles }) = self.0.get(&part.format) else { continue };
+            let [_, _, most] = tiles;
+            let rows = rows as usize;
+            let (tile, kernel) = tiles.iter().find(|(tile, _)| tile.tokens >= rows).unwrap_or(most);
+            let [x, y] = [part.groups.div_ceil(tile.groups), rows.div_ceil(tile.tokens)];
+            let [x, y] = [x, y].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+            kernel.dispatch(pass, &part.bindings, x, y);
+        }
+    }
+}
+
+/// The embedding: a pipeline for each format of its matrix.
+pub(crate) struct Embed(BTreeMap<Format, Kernel>);
+
+impl Embed {
+    /// Bind groups over the parts of the embedding.
+    ///
+    /// # Errors
+    ///
+    /// As for [`MatMul::bind`].
+    pub(crate) fn bind(
+        &self,
+        gpu: &Gpu,
+        matrix: &Matrix,
+        tokens: &wgpu::Buffer,
+        hidden: &wgpu::Buffer,
+    ) -> Result<BoundMatrix> {
+        let bind = |part: &Part| -> Result<BoundPart> {
+            let kernel = self.0.get(&part.format).context("a format without a pipeline")?;
+            let [shape, tokens, hidden] = [&part.shape, tokens, hidden]
+                .map(|buffer| Bound::Buffer(buffer.as_entire_buffer_binding()));
+            let [quants, scales] = [&part.quants, &part.scales].map(Bound::Texture);
+            Ok(BoundPart {
+                format: part.format,
+                groups: part.groups as usize,
+                bindings: kernel.bind(gpu, &[shape, quants, scales, tokens, hidden]),
+            })
+        };
+        matrix.parts.iter().map(bind).collect::<Result<_>>().map(BoundMatrix)
+    }
+
+    /// Records the embedding of `rows` tokens, of `width` elements each.
+    pub(crate) fn dispatch(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        matrix: &BoundMatrix,
+        width: u32,
+        rows: u32,
+    ) {
+        for part in &matrix.0 {
+            if let Some(kernel) = self.0.get(&part.format) {
+                kernel.dispatch(pass, &part.bindings, width.div_ceil(32 * 64), rows);
+            }
+        }
     }
 }
 
 /// All pipelines of one model.
 pub(crate) struct Kernels {
     /// Tokens to the residual stream.
-    pub(crate) embed: Kernel,
+    pub(crate) embed: Embed,
     /// RMS norm of every row.
     pub(crate) norm: Kernel,
     /// RMS norm of the last token of each batch row.
@@ -99,6 +213,8 @@ pub(crate) struct Kernels {
     pub(crate) matmul_add: MatMul,
     /// Rotary positions, and K and V in the cache's type.
     pub(crate) rope: Kernel,
+    /// What the heads read, to the texture that the matrix product takes.
+    pub(crate) to_texture: Kernel,
     /// The feed-forward activation.
     pub(crate) swiglu: Kernel,
     /// The token with the highest logit.
@@ -111,7 +227,8 @@ impl Kernels {
     /// # Errors
     ///
     /// Where a dimension is too large for a shader.
-    pub(crate) fn new(gpu: &Gpu, config: &Config, dtype: DType) -> Result<Self> {
+    pub(crate) fn new(gpu: &Gpu, model: &Model, dtype: DType) -> Result<Self> {
+        let config: &Config = &model.config;
         let size = |n: usize| -> Result<f64> { Ok(f64::from(u32::try_from(n)?)) };
         let width = ("WIDTH", size(config.width)?);
         let heads = ("HEADS", size(config.heads)?);
@@ -127,15 +244,9 @@ impl Kernels {
             },
         );
         let norm = include_str!("../shaders/rms_norm.wgsl");
-        let norm_binds = [Uniform, Read, Read, Write];
+        let norm_binds = [Uniform, Read, Read, Store];
         Ok(Self {
-            embed: kernel(
-                gpu,
-                "embed",
-                include_str!("../shaders/embed.wgsl"),
-                &[Read, Read, Write],
-                &[width],
-            ),
+            embed: embed(gpu, model, &[width]),
             norm: kernel(gpu, "rms norm", norm, &norm_binds, &[width, epsilon]),
             norm_last: kernel(
                 gpu,
@@ -144,8 +255,8 @@ impl Kernels {
                 &norm_binds,
                 &[width, epsilon, ("LAST", 1.0)],
             ),
-            matmul: matmul(gpu, "matmul", 0.0),
-            matmul_add: matmul(gpu, "matmul, added", 1.0),
+            matmul: matmul(gpu, "matmul", &model.product_matrices(false), 0.0),
+            matmul_add: matmul(gpu, "matmul, added", &model.product_matrices(true), 1.0),
             rope: kernel(
                 gpu,
                 "rope",
@@ -153,11 +264,18 @@ impl Kernels {
                 &[Uniform, Read, Read, Write, Write, Write],
                 &[heads, kv_heads, ("PAIRS", size(config.head_dim / 2)?), dtype],
             ),
+            to_texture: kernel(
+                gpu,
+                "to texture",
+                include_str!("../shaders/to_texture.wgsl"),
+                &[Read, Store],
+                &[("WIDTH", size(config.heads * config.head_dim)?)],
+            ),
             swiglu: kernel(
                 gpu,
                 "swiglu",
                 include_str!("../shaders/swiglu.wgsl"),
-                &[Read, Write],
+                &[Read, Store],
                 &[("WIDTH", size(config.feed_forward)?)],
             ),
             argmax: kernel(
@@ -171,17 +289,81 @@ impl Kernels {
     }
 }
 
-fn matmul(gpu: &Gpu, label: &'static str, add: f64) -> MatMul {
+fn embed(gpu: &Gpu, model: &Model, constants: &[(&str, f64)]) -> Embed {
+    let formats = formats(&[&model.embedding]);
+    let make = |format| (format, kernel(gpu, "embed", &embed_wgsl(format), EMBED_BINDS, constants));
+    Embed(formats.into_iter().map(make).collect())
+}
+
+fn matmul(gpu: &Gpu, label: &'static str, matrices: &[&Matrix], add: f64) -> MatMul {
     // A software adapter runs the threads of a workgroup one after another: sharing an output among
-    // them only costs.
+    // them only costs, and more outputs a thread read the input less often. On a GPU a thread has too few
+    // registers for that.
     let on_cpu = gpu.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
-    let split = if on_cpu { 1.0 } else { 16.0 };
-    let source = include_str!("../shaders/matmul.wgsl");
-    let binds = [Uniform, Uniform, Read, Read, Write];
-    MatMul([1, 4, 8].map(|tile| {
-        let constants = [("TILE", f64::from(tile)), ("SPLIT", split), ("ADD", add)];
-        (tile, kernel(gpu, label, source, &binds, &constants))
-    }))
+    let (split, groups) = if on_cpu { (1.0, [1, 2, 4]) } else { (16.0, [1, 1, 1]) };
+    let tiles = [1, 4, 8].into_iter().zip(groups).map(|(tokens, groups)| Tile { tokens, groups });
+    let tiles: Vec<Tile> = tiles.collect();
+    let constants = [("SPLIT", split), ("ADD", add)];
+    let product = |format| {
+        let tile = |i: usize| {
+            let wgsl = matmul_wgsl(format, tiles[i].tokens, tiles[i].groups);
+            (tiles[i], kernel(gpu, label, &wgsl, MATMUL_BINDS, &constants))
+        };
+        (format, Product { tiles: [tile(0), tile(1), tile(2)] })
+    };
+    MatMul(formats(matrices).into_iter().map(product).collect())
+}
+
+/// The formats of some matrices, each once.
+fn formats(matrices: &[&Matrix]) -> BTreeSet<Format> {
+    matrices.iter().flat_map(|matrix| &matrix.parts).map(|part| part.format).collect()
+}
+
+/// The matrix product over weights of a format.
+pub(crate) fn matmul_wgsl(format: Format, tokens: usize, groups: usize) -> String {
+    let numbers = [("TOKENS", tokens), ("GROUPS", groups), ("QUADS", QUADS)];
+    joined(format, include_str!("../shaders/matmul.wgsl"), &numbers)
+}
+
+/// The embedding from a matrix of a format.
+pub(crate) fn embed_wgsl(format: Format) -> String {
+    joined(format, include_str!("../shaders/embed.wgsl"), &[("QUADS", QUADS)])
+}
+
+fn joined(format: Format, kernel: &str, numbers: &[(&str, usize)]) -> String {
+    let weights = include_str!("../shaders/weights.wgsl");
+    [weights, format.wgsl(), &expanded(kernel, numbers)].join("\n")
+}
+
+/// A text with the numbers put in, and with the lines between `//: each x in NAME` and `//: end` once for each x
+/// below the number of that name.
+fn expanded(text: &str, numbers: &[(&str, usize)]) -> String {
+    let mut out = String::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        let Some((variable, name)) =
+            line.trim().strip_prefix("//: each ").and_then(|rest| rest.split_once(" in "))
+        else {
+            out.push_str(line);
+            out.push('\n');
+            continue;
+        };
+        let mut depth = 1;
+        let body: Vec<&str> = lines
+            .by_ref()
+            .take_while(|line| {
+                depth += usize::from(line.trim().starts_with("//: each "));
+                depth -= usize::from(line.trim() == "//: end");
+                depth > 0
+            })
+            .collect();
+        let count = numbers.iter().find(|(number, _)| *number == name).map_or(0, |&(_, n)| n);
+        for i in 0..count {
+            let body = body.join("\n").replace(&format!("{{{variable}}}"), &i.to_string());
+            out.push_str(&expanded(&body, numbers));
+        }
+    }
+    numbers.iter().fold(out, |out, (name, n)| out.replace(&format!("{{{name}}}"), &n.to_string()))
 }
 
 fn kernel(
@@ -197,15 +379,7 @@ fn kernel(
         .map(|(binding, bind)| wgpu::BindGroupLayoutEntry {
             binding,
             visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer {
-                ty: match bind {
-                    Uniform => wgpu::BufferBindingType::Uniform,
-                    Read => wgpu::BufferBindingType::Storage { read_only: true },
-                    Write => wgpu::BufferBindingType::Storage { read_only: false },
-                },
-                has_dynamic_offset: false,
-                min_binding_size: None,
-            },
+            ty: binding_type(*bind),
             count: None,
         })
         .collect();
@@ -236,3 +410,28 @@ fn kernel(
     });
     Kernel { label, layout, pipeline }
 }
+
+fn binding_type(bind: Bind) -> wgpu::BindingType {
+    let buffer =
+        |ty| wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None };
+    let texture = |sample_type| wgpu::BindingType::Texture {
+        sample_type,
+        view_dimension: wgpu::TextureViewDimension::D2,
+        multisampled: false,
+    };
+    match bind {
+        Uniform => buffer(wgpu::BufferBindingType::Uniform),
+        Read => buffer(wgpu::BufferBindingType::Storage { read_only: true }),
+        Write => buffer(wgpu::BufferBindingType::Storage { read_only: false }),
+        Words => texture(wgpu::TextureSampleType::Uint),
+        Texels => texture(wgpu::TextureSampleType::Float { filterable: false }),
+        Store => wgpu::BindingType::StorageTexture {
+            access: wgpu::StorageTextureAccess::WriteOnly,
+            format: wgpu::TextureFormat::Rgba32Float,
+            view_dimension: wgpu::TextureViewDimension::D2,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;

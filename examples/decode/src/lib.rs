@@ -3,10 +3,10 @@
 //! Read `engine.rs` first: it is the one file in which the cache is at work. The rest is what a
 //! language model needs around it.
 //!
-//! - `gguf.rs`: opens a model file and hands out its keys and tensors; `dequant.rs` turns stored
-//!   blocks into `f32`.
+//! - `gguf.rs`: opens a model file and hands out its keys and tensors; `format.rs`: how their numbers
+//!   are stored, and how they lie on the GPU.
 //! - `model.rs`: checks that the file is a Llama model that the kernels serve, and uploads its
-//!   weights.
+//!   weights; `weights.rs`: a matrix in textures.
 //! - `tokenizer.rs`: text to token ids and back, from the file's own vocabulary.
 //! - `kernels.rs`: the compute pipelines over `../shaders/`, which are all but attention.
 //! - `buffers.rs`: working memory and bind groups, made once.
@@ -15,18 +15,21 @@
 //! - `share.rs`: how much of a step the cache takes.
 
 mod buffers;
-mod dequant;
 mod engine;
+mod format;
 mod generate;
 mod gguf;
 mod kernels;
 mod model;
 mod share;
 mod tokenizer;
+mod weights;
 
 pub use engine::{Engine, Options, Rows};
+pub use format::Format;
 pub use generate::{Generation, Settings, beam_search, greedy};
 pub use gguf::GgufFile;
 pub use model::{Config, Model};
 pub use share::cache_share;
 pub use tokenizer::{TextStream, Tokenizer};
+pub use weights::Matrix;

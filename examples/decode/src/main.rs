@@ -30,7 +30,7 @@ struct Arguments {
     #[arg(
         long,
         value_name = "FILE",
-        help = "Model: a GGUF file of the llama architecture (F32, F16, BF16, Q8_0, Q4_0 or Q4_1)"
+        help = "Model: a GGUF file of the llama architecture (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K or Q6_K)"
     )]
     model: PathBuf,
     /// Text to go on from, taken as it is.
@@ -87,6 +87,8 @@ struct Report<'a> {
     /// Share of a decode step that the cache's own dispatches take.
     cache_share: Option<f64>,
     adapter: String,
+    /// The backend through which the adapter is used.
+    backend: String,
 }
 
 fn main() -> ExitCode {
@@ -135,6 +137,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let generation = generate(arguments, &mut engine, cache.as_mut(), &tokenizer, &prompt)?;
     let ids = generation.beams.first().map_or(&[][..], Vec::as_slice);
     let cache_bytes = cache.stats().bytes_allocated;
+    let info = gpu.device().adapter_info();
     let report = Report {
         prompt_ids: &prompt,
         ids,
@@ -148,7 +151,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         prompt_tokens_per_second: per_second(prompt.len(), generation.prompt_time),
         cache_bytes,
         cache_share: cache_share(&engine, cache.as_mut(), &generation)?,
-        adapter: gpu.device().adapter_info().name,
+        adapter: info.name,
+        backend: format!("{:?}", info.backend),
     };
     if arguments.json {
         writeln!(io::stdout(), "{}", serde_json::to_string(&report)?)?;
@@ -212,7 +216,7 @@ fn summarise(report: &Report<'_>) {
     if let Some(share) = report.cache_share {
         eprintln!("         {:.2} % of a decode step", 100.0 * share);
     }
-    eprintln!("adapter  {}", report.adapter);
+    eprintln!("adapter  {}, {}", report.adapter, report.backend);
 }
 
 fn per_second(count: usize, time: Duration) -> Option<f64> {

@@ -1,13 +1,15 @@
 //! A Llama model: its dimensions, and its weights on the GPU.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use wgpu_kvcache::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu_kvcache::{Gpu, wgpu};
 
-use super::gguf::{GgufFile, Stored};
+use crate::format::{Format, GROUP};
+use crate::gguf::{GgufFile, Stored};
+use crate::weights::{Matrix, Part, PartRange, PartWriter, most_groups};
 
-/// Blocks that lie side by side in a [`Matrix`]: `LANES` in `matmul.wgsl`.
-pub const LANES: u32 = 8;
+/// Bytes that are handed to the queue before it is waited for. It keeps a copy of each until then.
+const IN_FLIGHT: usize = 8 << 20;
 
 /// The dimensions of a model.
 #[derive(Clone, Debug)]
@@ -106,17 +108,6 @@ impl Config {
     }
 }
 
-/// A weight matrix on the GPU, `[outputs, inputs]`, in the order that `matmul.wgsl` wants.
-#[derive(Clone, Debug)]
-pub struct Matrix {
-    /// `[outputs / 4 / LANES, inputs / 4, LANES]` of blocks of four inputs by four outputs.
-    pub weight: wgpu::Buffer,
-    /// The two dimensions, as the kernel reads them.
-    pub shape: wgpu::Buffer,
-    /// Rows of the matrix: elements of its product.
-    pub outputs: u32,
-}
-
 /// The weights of one layer.
 #[derive(Clone, Debug)]
 pub struct LayerWeights {
@@ -149,6 +140,8 @@ pub struct Model {
     pub head: Matrix,
     /// Divisors of the rotary frequencies, `[head_dim / 2]`, for models that have them.
     pub rope_divisors: Option<Vec<f32>>,
+    /// Bytes that the weights take on the GPU.
+    pub bytes: u64,
 }
 
 impl Model {
@@ -164,7 +157,7 @@ impl Model {
         let Config { width, head_dim, feed_forward, vocabulary, .. } = config;
         let queries = config.heads * head_dim;
         let keys = config.kv_heads * head_dim;
-        let mut loader = Loader { gpu, file, progress, done: 0 };
+        let mut loader = Loader { gpu, file, progress, done: 0, in_flight: 0, bytes: 0 };
 
         let embedding = loader.matrix(&["token_embd"], &[vocabulary], width)?;
         let head = if loader.file.has_tensor("output.weight") {
@@ -174,7 +167,7 @@ impl Model {
         };
         let output_norm = loader.vector("output_norm", width)?;
         let rope_divisors = if loader.file.has_tensor("rope_freqs.weight") {
-            Some(loader.rows(&["rope_freqs"], &[1], head_dim / 2)?)
+            Some(loader.numbers("rope_freqs", head_dim / 2)?)
         } else {
             None
         };
@@ -199,8 +192,22 @@ impl Model {
                 down: loader.matrix(&[&name("ffn_down")], &[width], feed_forward)?,
             });
         }
+        let bytes = loader.bytes;
         file.check_all_taken()?;
-        Ok(Self { config, embedding, layers, output_norm, head, rope_divisors })
+        Ok(Self { config, embedding, layers, output_norm, head, rope_divisors, bytes })
+    }
+}
+
+impl Model {
+    /// The matrices whose products are added onto the residual stream, or the others.
+    pub(crate) fn product_matrices(&self, are_added: bool) -> Vec<&Matrix> {
+        let layers = self.layers.iter();
+        if are_added {
+            layers.flat_map(|layer| [&layer.attention_output, &layer.down]).collect()
+        } else {
+            let layers = layers.flat_map(|layer| [&layer.qkv, &layer.gate_up]);
+            layers.chain([&self.head]).collect()
+        }
     }
 }
 
@@ -209,87 +216,139 @@ struct Loader<'a> {
     gpu: &'a Gpu,
     file: &'a mut GgufFile,
     progress: &'a mut dyn FnMut(u64),
+    /// Stored bytes that were read.
     done: u64,
+    /// Bytes that the queue has not been waited for.
+    in_flight: usize,
+    /// Bytes on the GPU.
+    bytes: u64,
+}
+
+/// Rows of one tensor among those of a part.
+#[derive(Clone, Copy)]
+struct Rows {
+    tensor: Stored,
+    first: usize,
+    count: usize,
 }
 
 impl Loader<'_> {
     fn vector(&mut self, name: &str, length: usize) -> Result<wgpu::Buffer> {
-        let values = self.rows(&[name], &[1], length)?;
-        self.upload(name, &values, wgpu::BufferUsages::STORAGE)
+        let values = self.numbers(name, length)?;
+        let contents = bytemuck::cast_slice(&values);
+        self.bytes += contents.len() as u64;
+        Ok(self.gpu.device().create_buffer_init(&BufferInitDescriptor {
+            label: Some(name),
+            contents,
+            usage: wgpu::BufferUsages::STORAGE,
+        }))
+    }
+
+    fn numbers(&mut self, name: &str, length: usize) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name, 1, length)?;
+        let values = self.file.read_vector(&tensor).with_context(|| format!("tensor {name}"))?;
+        self.report(tensor.bytes);
+        Ok(values)
+    }
+
+    fn tensor(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Stored> {
+        let tensor = self.file.tensor(&format!("{name}.weight"))?;
+        ensure!(
+            (tensor.outputs, tensor.inputs) == (outputs, inputs),
+            "tensor {name}.weight is {} x {}; the model's keys say {outputs} x {inputs}",
+            tensor.outputs,
+            tensor.inputs
+        );
+        Ok(tensor)
+    }
+
+    fn report(&mut self, bytes: u64) {
+        self.done += bytes;
+        (self.progress)(self.done);
     }
 
     /// Some matrices of the same input, one below the other, as one.
     fn matrix(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Matrix> {
-        let rows = self.rows(names, outputs, inputs)?;
         let label = names.join(" + ");
-        let blocks = by_blocks(&rows, outputs.iter().sum(), inputs);
-        let outputs = u32::try_from(outputs.iter().sum::<usize>())?;
-        let dimensions = [outputs / 4, u32::try_from(inputs / 4)?];
-        Ok(Matrix {
-            weight: self.upload(&label, &blocks, wgpu::BufferUsages::STORAGE)?,
-            shape: self.upload(
-                &format!("{label} shape"),
-                &dimensions,
-                wgpu::BufferUsages::UNIFORM,
-            )?,
-            outputs,
-        })
-    }
-
-    /// The rows of some tensors, `[outputs, inputs]` each, one below the other.
-    fn rows(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Vec<f32>> {
-        let mut rows = Vec::new();
+        // Neighbours in the same format become one part.
+        let mut runs: Vec<(Format, Vec<Rows>)> = Vec::new();
         for (name, &outputs) in names.iter().zip(outputs) {
-            let (Stored { values, outputs: has_outputs, inputs: has_inputs }, bytes) =
-                self.file.tensor(&format!("{name}.weight"))?;
+            let tensor = self.tensor(name, outputs, inputs)?;
+            let format = tensor.format().with_context(|| format!("tensor {name}.weight"))?;
+            let row_bytes = format.row_bytes(inputs);
             ensure!(
-                (has_outputs, has_inputs) == (outputs, inputs) && values.len() == outputs * inputs,
-                "tensor {name}.weight is {has_outputs} x {has_inputs}; the model's keys say {outputs} x {inputs}"
+                row_bytes == Some(tensor.row_bytes()),
+                "tensor {name}.weight has rows of {inputs} numbers, which are no whole blocks of {format:?}"
             );
-            rows.extend(values);
-            self.done += bytes;
-            (self.progress)(self.done);
+            let rows = Rows { tensor, first: 0, count: outputs };
+            match runs.last_mut() {
+                Some((last, run)) if *last == format => run.push(rows),
+                _ => runs.push((format, vec![rows])),
+            }
         }
-        Ok(rows)
+        let total = u32::try_from(outputs.iter().sum::<usize>())?;
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for (format, run) in runs {
+            let most = most_groups(self.gpu, format, inputs);
+            ensure!(
+                most > 0,
+                "{label} has rows of {inputs} numbers, too long for a texture of this device"
+            );
+            let mut rest = run;
+            while !rest.is_empty() {
+                let rows = take_rows(&mut rest, most * GROUP);
+                let count = u32::try_from(rows.iter().map(|rows| rows.count).sum::<usize>())?;
+                let range = PartRange { first, rows: count, total };
+                parts.push(self.part(&label, format, inputs, &rows, range)?);
+                first += count;
+            }
+        }
+        Ok(Matrix { parts })
     }
 
-    fn upload<T: bytemuck::NoUninit>(
-        &self,
+    /// Uploads some rows, of which the first is row `first` of the `total` of the matrix.
+    fn part(
+        &mut self,
         label: &str,
-        data: &[T],
-        usage: wgpu::BufferUsages,
-    ) -> Result<wgpu::Buffer> {
-        let contents = bytemuck::cast_slice(data);
-        let limits = self.gpu.device().limits();
-        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        let size = u64::try_from(contents.len()).context("a buffer's size")?;
-        if size > limit {
-            bail!(
-                "{label} takes {size} bytes as f32, and the device binds at most {limit} at once; take a smaller model"
-            );
+        format: Format,
+        inputs: usize,
+        rows: &[Rows],
+        range: PartRange,
+    ) -> Result<Part> {
+        let mut writer = PartWriter::new(self.gpu, label, format, inputs, range)?;
+        let (mut stored, mut rest) = (Vec::new(), rows.to_vec());
+        while !rest.is_empty() {
+            stored.clear();
+            for Rows { tensor, first, count } in take_rows(&mut rest, GROUP) {
+                self.file.read_rows(&tensor, first, count, &mut stored)?;
+            }
+            self.in_flight += writer.write_group(&stored);
+            self.report(stored.len() as u64);
+            if self.in_flight > IN_FLIGHT {
+                self.gpu.queue().submit([]);
+                self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
+                self.in_flight = 0;
+            }
         }
-        Ok(self.gpu.device().create_buffer_init(&BufferInitDescriptor {
-            label: Some(label),
-            contents,
-            usage,
-        }))
+        let (part, bytes) = writer.finish();
+        self.bytes += bytes;
+        Ok(part)
     }
 }
 
-/// From `[outputs, inputs]` to `[outputs / 4 / LANES, inputs / 4, LANES]` of blocks, each four
-/// inputs by four outputs. The last blocks are filled up with zeros.
-fn by_blocks(rows: &[f32], outputs: usize, inputs: usize) -> Vec<f32> {
-    let lanes = LANES as usize;
-    let mut blocks = vec![0.0; outputs.next_multiple_of(4 * lanes) * inputs];
-    for (output, row) in rows.chunks_exact(inputs).enumerate() {
-        let group = output / (4 * lanes);
-        let lane = output / 4 % lanes;
-        for (input, weights) in row.chunks_exact(4).enumerate() {
-            let block = 16 * ((group * (inputs / 4) + input) * lanes + lane);
-            for (column, &weight) in weights.iter().enumerate() {
-                blocks[block + 4 * column + output % 4] = weight;
-            }
+/// Takes at most `most` rows from the front of a list.
+fn take_rows(rest: &mut Vec<Rows>, most: usize) -> Vec<Rows> {
+    let (mut taken, mut left) = (Vec::new(), most);
+    while left > 0 && !rest.is_empty() {
+        let count = rest[0].count.min(left);
+        taken.push(Rows { count, ..rest[0] });
+        left -= count;
+        rest[0].first += count;
+        rest[0].count -= count;
+        if rest[0].count == 0 {
+            rest.remove(0);
         }
     }
-    blocks
+    taken
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::Result;
 use wgpu_kvcache::KVCache;
 
-use super::engine::Engine;
-use super::generate::Generation;
+use crate::engine::Engine;
+use crate::generate::Generation;
 
 /// Times that a pass is repeated; the median is taken.
 const REPEATS: usize = 15;

@@ -12,12 +12,13 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, DecodeStream};
 
-use super::gguf::GgufFile;
+use crate::gguf::GgufFile;
 
 /// GGUF's mark of a token that stands for itself and is never split.
 const CONTROL: i64 = 3;
 
 /// A byte-level BPE tokenizer.
+#[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The token that opens every text, for models that want one.
@@ -121,6 +122,7 @@ impl Tokenizer {
 
 /// A text that comes token by token, in whole characters: one that spans tokens waits for its last
 /// byte.
+#[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
     inner: DecodeStream<

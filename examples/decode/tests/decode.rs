@@ -8,7 +8,9 @@ use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::Deserialize;
-use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache};
+use wgpu_kvcache::{
+    DType, DynamicKVCache, Gpu, HeadlessOptions, KVCache, PagedKVCache, StaticKVCache, wgpu,
+};
 
 use decode_engine::{
     Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer, beam_search, greedy,
@@ -53,6 +55,17 @@ struct Loaded {
     gpu: Gpu,
     model: Model,
     tokenizer: Tokenizer,
+    /// Bytes of the file's tensors.
+    stored: u64,
+    /// Bytes of memory that the process took at most while it loaded, where the system tells.
+    loading: Option<u64>,
+}
+
+/// A figure of this process from Linux, in bytes.
+fn memory(name: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
 }
 
 fn loaded() -> MutexGuard<'static, Loaded> {
@@ -61,8 +74,11 @@ fn loaded() -> MutexGuard<'static, Loaded> {
         let mut file = GgufFile::open(&model_path()).expect("the model opens");
         let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
         let tokenizer = Tokenizer::from_gguf(&file).expect("a tokenizer");
+        let before = memory("VmRSS");
         let model = Model::load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
-        Mutex::new(Loaded { gpu, model, tokenizer })
+        let loading = memory("VmHWM").zip(before).map(|(most, before)| most.saturating_sub(before));
+        let stored = file.tensor_bytes();
+        Mutex::new(Loaded { gpu, model, tokenizer, stored, loading })
     });
     loaded.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -109,6 +125,38 @@ impl Loaded {
         assert_eq!(streamed, ids, "what is streamed is what is returned");
         ids
     }
+}
+
+/// Weights stay as the file stores them. What a software adapter holds counts as memory of the process, too.
+#[test]
+fn weights_take_what_the_file_takes() {
+    let Loaded { ref model, stored, loading, .. } = *loaded();
+    let bound = stored + stored / 10;
+    assert!(model.bytes <= bound, "{} bytes on the GPU for {stored} in the file", model.bytes);
+    if cfg!(target_os = "linux") {
+        let loading = loading.expect("Linux tells");
+        assert!(loading <= stored + stored / 2, "{loading} bytes to load {stored}");
+    }
+}
+
+/// A device whose textures are small takes a matrix in parts.
+#[test]
+fn a_matrix_beyond_one_texture_is_bound_in_parts() {
+    let adapter_limits = loaded().gpu.device().limits();
+    let limits = wgpu::Limits { max_texture_dimension_2d: 512, ..adapter_limits };
+    let options = HeadlessOptions { limits: Some(limits), ..HeadlessOptions::default() };
+    let gpu = Gpu::headless_with(&options).unwrap_or_else(|error| panic!("{error}"));
+    let mut file = GgufFile::open(&model_path()).expect("the model opens");
+    let model = Model::load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
+    assert!(model.embedding.parts() > 2, "{} parts", model.embedding.parts());
+    let case = &reference()[0];
+    let room = case.prompt_ids.len() + 8;
+    let options = Options { dtype: DType::F32, max_tokens: room, max_batch: 1 };
+    let mut engine = Engine::new(&gpu, &model, options).expect("an engine");
+    let mut cache = DynamicKVCache::new(&gpu);
+    let settings = Settings { max_new_tokens: 8, end: None, ignore_end: true };
+    let generation = greedy(&mut engine, &mut cache, &case.prompt_ids, settings, &mut |_| Ok(()));
+    assert_eq!(generation.expect("a generation").beams[0], case.greedy[..8]);
 }
 
 #[test]
@@ -236,6 +284,7 @@ fn json_is_one_object_and_nothing_else() {
     assert_eq!(report["ids"], report["beams"][0]);
     assert_eq!(report["beam_scores"].as_array().map(Vec::len), Some(2));
     assert!(report["text"].as_str().is_some_and(|text| !text.is_empty()));
+    assert!(report["backend"].as_str().is_some_and(|backend| !backend.is_empty()));
     assert!(report["tokens_per_second"].as_f64().is_some_and(|rate| rate > 0.0));
     // 30 layers of K and V, 2 rows, 3 heads, a prompt of 5 and 3 new tokens, 64 elements of 4 bytes.
     assert_eq!(report["cache_bytes"], 30 * 2 * 2 * 3 * 8 * 64 * 4);
@@ -260,6 +309,8 @@ fn four_beams_in_pages_from_the_command_line() {
 /// Each refusal: the arguments behind `--prompt x`, the exit code, and words of the message.
 #[test]
 fn bad_input_gets_an_error_of_its_own() {
+    // Loading is measured first: what this reads into memory would count as well.
+    drop(loaded());
     let scratch = std::env::temp_dir().join(format!("kvcache-decode-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).expect("a scratch folder");
     let write = |name: &str, bytes: &[u8]| {

@@ -17,9 +17,9 @@ use crate::seed::seeds;
 const BOUND: Duration = Duration::from_secs(10);
 /// Memory that a file of any size may take.
 const BYTES: usize = 4 << 20;
-/// Memory that it may take for each of its bytes: stored blocks become `f32`, are brought into the
-/// kernels' order, where four rows take the room of 32, and lie in staging buffers on top.
-const BYTES_A_BYTE: usize = 512;
+/// Memory that it may take for each of its bytes: the least row of a texture is 4 KiB, and 32 rows of a matrix
+/// take the room of whole panels.
+const BYTES_A_BYTE: usize = 128;
 
 /// A device without a driver.
 pub(crate) fn noop_gpu() -> Gpu {

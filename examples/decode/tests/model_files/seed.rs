@@ -90,7 +90,10 @@ const F32: Format = (0, 1, 4);
 const F16: Format = (1, 1, 2);
 const Q4_0: Format = (2, 32, 18);
 const Q4_1: Format = (3, 32, 20);
+const Q5_0: Format = (6, 32, 22);
 const Q8_0: Format = (8, 32, 34);
+const Q4_K: Format = (12, 256, 144);
+const Q6_K: Format = (14, 256, 210);
 const BF16: Format = (30, 1, 2);
 
 /// A model of one or more layers, of two heads that share their K and V.
@@ -210,7 +213,8 @@ pub(crate) fn seeds() -> Vec<Seed> {
     let tiny = [
         Tiny { layers: 1, width: 8, formats: &[F32], has_all: false },
         Tiny { layers: 2, width: 8, formats: &[F16, BF16], has_all: true },
-        Tiny { layers: 1, width: 32, formats: &[Q8_0, Q4_0, Q4_1], has_all: true },
+        Tiny { layers: 1, width: 32, formats: &[Q8_0, Q4_0, Q4_1, Q5_0], has_all: true },
+        Tiny { layers: 1, width: 256, formats: &[Q4_K, Q6_K], has_all: false },
     ];
     tiny.iter().map(Tiny::seed).collect()
 }
