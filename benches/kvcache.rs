@@ -13,8 +13,8 @@ use wgpu_kvcache::{
 
 mod support;
 use support::{
-    BATCH, COPY, DIM, HEADS, Inputs, LAYERS, Plain, SUM, TOUCH, concat::ConcatCache, fill, finish,
-    gpu, pass, random_buffer, turns::Turns, update,
+    BATCH, COPY, COPY_ONE, DIM, HEADS, Inputs, LAYERS, Plain, SUM, TOUCH, concat::ConcatCache,
+    fill, finish, gpu, pass, random_buffer, turns::Turns, update,
 };
 
 const LENGTHS: [usize; 3] = [128, 1024, 4096];
@@ -32,10 +32,22 @@ fn step(_: &mut Criterion) {
     let one = Inputs::new(&gpu, BATCH, 1);
     let words: Vec<_> = (0..LAYERS).map(|_| random_buffer(&gpu, 4)).collect();
     let touches: Vec<_> = words.iter().map(|word| Plain::new(&gpu, TOUCH, &[word], 1)).collect();
+    // The bytes of a step's tokens, copied by the plainest kernel: a layer's K and V in one dispatch.
+    let bytes = live_bytes(1, BATCH, 1);
+    let layers: Vec<_> =
+        (0..LAYERS).map(|_| [(); 2].map(|()| random_buffer(&gpu, bytes))).collect();
+    let groups = u32::try_from(bytes / 16 / 64).expect("few groups");
+    let copies: Vec<_> = layers
+        .iter()
+        .map(|[source, target]| Plain::new(&gpu, COPY_ONE, &[source, target], groups))
+        .collect();
 
     let mut turns = Turns::default();
     turns.add("limit", BenchmarkId::from_parameter("empty_step"), None, |bencher| {
         bencher.iter(|| pass(&gpu, |pass| touches.iter().for_each(|touch| touch.record(pass))));
+    });
+    turns.add("limit", BenchmarkId::from_parameter("copy_step"), None, |bencher| {
+        bencher.iter(|| pass(&gpu, |pass| copies.iter().for_each(|copy| copy.record(pass))));
     });
     for tokens in LENGTHS {
         let room = 2 * tokens;

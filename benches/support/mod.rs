@@ -163,6 +163,15 @@ fn main(@builtin(local_invocation_index) local: u32, @builtin(workgroup_id) grou
     target_[at + 24u] = source[at + 24u];
 }";
 
+/// Copies a vector of 16 bytes a thread: what little a decode step moves.
+pub(crate) const COPY_ONE: &str = "
+@group(0) @binding(0) var<storage, read> source: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read_write> target_: array<vec4<u32>>;
+@compute @workgroup_size(64)
+fn main(@builtin(global_invocation_id) global_id: vec3<u32>) {
+    target_[global_id.x] = source[global_id.x];
+}";
+
 /// Writes four bytes.
 pub(crate) const TOUCH: &str = "
 @group(0) @binding(0) var<storage, read_write> target_: array<u32>;
