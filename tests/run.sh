@@ -10,7 +10,7 @@
 # KV_FUZZ_CASES=N sets how many damaged model files are tried, KV_FUZZ_SECONDS=N how long.
 #
 # KV_DEVICE=noop runs tests/conformance on wgpu's backend without a driver: all but the contents of
-# tensors, which only kernels write. The model files of the decode example never needs a driver. The other tests need
+# tensors, which only kernels write. The tests of damaged model files never need a driver. The other tests need
 # kernels or a driver's memory and take an adapter whatever KV_DEVICE says, so without a driver run
 # KV_DEVICE=noop cargo test --test conformance, and cargo test -p decode --test model_files
 set -euo pipefail
