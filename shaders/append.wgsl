@@ -10,6 +10,7 @@
 // group 0, binding 2: key_cache      [slot, D of K], slots as the layout numbers them
 // group 0, binding 3: value_cache    [slot, D of V]
 // group 1, binding 0: lists          (position, token) pairs, where positions are not a plain run; pages
+// group 1, binding 1: witness        counts the calls that ran
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -47,6 +48,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> key_cache: array<Unit>;
 @group(0) @binding(3) var<storage, read_write> value_cache: array<Unit>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
+@group(1) @binding(1) var<storage, read_write> witness: atomic<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
 // A head is this many units wide, rounded up to a power of two, or this many of them are a workgroup's share.
@@ -134,6 +136,9 @@ fn main(
         is_zero,
         is_written & (unit < vec4(params.value_units)),
     );
+    if all(group == vec3(0u)) & all(local == vec3(0u)) {
+        atomicAdd(&witness, 1u);
+    }
 }
 
 // Where the first tokens of four rows lie in a source.

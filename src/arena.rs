@@ -3,35 +3,104 @@
 //! `queue.write_buffer` takes effect before *all* commands of the next submit, so bytes that a recorded
 //! dispatch reads must not be rewritten before that dispatch has run, and only the engine knows when it
 //! submits. So a chunk is filled once, front to back. Every recorded call holds a [`Lease`] on its chunk
-//! until the GPU is done with it (or the pass is dropped), and only a chunk without a lease is filled
-//! anew. Data that a chunk already holds is found again instead of being written twice: all layers of a
-//! step share one copy. A steady decode loop alternates between two chunks that exist from the start.
+//! until the GPU is done with it, and only a chunk without a lease is filled anew. Data that a chunk already
+//! holds is found again instead of being written twice: all layers of a step share one copy. A steady decode
+//! loop alternates between two chunks that exist from the start.
+//!
+//! An engine's own passes read page tables, too, and hold no lease. As long as a cache goes on, the call that
+//! replaces a table holds it: passes are submitted in order, so what was recorded before that call has run when
+//! it has. After a reset, or without the cache, no such call comes, and a dropped pass proves nothing. Then the
+//! lease is *abandoned*: its chunk is never filled anew, and its memory goes when the engine lets go of it.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::device::DeviceHandle;
 use crate::error::Result;
-use crate::gpu::DeviceHandle;
+use crate::witness::{Witness, Witnesses};
 
 /// Bytes of an ordinary chunk.
-const CHUNK_BYTES: u32 = 64 << 10;
+pub(crate) const CHUNK_BYTES: u32 = 64 << 10;
 /// Offset alignment of a piece, in bytes: the most that WebGPU lets a device ask for.
 const ALIGNMENT: u32 = 256;
 /// Bytes that the uniform binding of parameters spans, at any offset.
 pub(crate) const PARAMS_BYTES: u32 = 128;
 
 /// Keeps a chunk's content in place for as long as it lives.
-pub(crate) type Lease = Arc<()>;
+pub(crate) type Lease = Arc<Bound>;
+
+/// A chunk's bind groups, of which every lease is a handle.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    /// Binds the whole chunk as a read-only list.
+    pub(crate) lists: wgpu::BindGroup,
+    /// The same with a page of witnesses, at a dynamic offset: one for each page.
+    witnessed: Mutex<Vec<wgpu::BindGroup>>,
+    /// Binds [`PARAMS_BYTES`] of the chunk as a uniform, at a dynamic offset.
+    pub(crate) params: wgpu::BindGroup,
+    is_abandoned: AtomicBool,
+}
+
+impl Bound {
+    fn new(
+        handle: &DeviceHandle,
+        layouts: &Layouts,
+        buffer: &wgpu::Buffer,
+        pages: &[wgpu::Buffer],
+    ) -> Result<Self> {
+        let whole = buffer.as_entire_buffer_binding();
+        let params = wgpu::BufferBinding {
+            buffer,
+            offset: 0,
+            size: wgpu::BufferSize::new(u64::from(PARAMS_BYTES)),
+        };
+        let witnessed: Result<Vec<_>> =
+            pages.iter().map(|page| bind_witness(handle, layouts, buffer, page)).collect();
+        Ok(Self {
+            lists: handle.bind("kvcache lists", &layouts.lists, &[whole])?,
+            witnessed: Mutex::new(witnessed?),
+            params: handle.bind("kvcache parameters", &layouts.params, &[params])?,
+            is_abandoned: AtomicBool::new(false),
+        })
+    }
+
+    /// The lists with a page of witnesses.
+    pub(crate) fn witnessed(&self, page: usize) -> wgpu::BindGroup {
+        self.witnessed.lock().unwrap_or_else(PoisonError::into_inner)[page].clone()
+    }
+
+    fn add_page(&self, witnessed: wgpu::BindGroup) {
+        self.witnessed.lock().unwrap_or_else(PoisonError::into_inner).push(witnessed);
+    }
+
+    /// Keeps the chunk's content in place for good: passes may read it of which nobody knows when they run.
+    pub(crate) fn abandon(&self) {
+        self.is_abandoned.store(true, Ordering::Release);
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.is_abandoned.load(Ordering::Acquire)
+    }
+}
+
+/// Binds lists and a word of a page of witnesses.
+fn bind_witness(
+    handle: &DeviceHandle,
+    layouts: &Layouts,
+    lists: &wgpu::Buffer,
+    page: &wgpu::Buffer,
+) -> Result<wgpu::BindGroup> {
+    let word = wgpu::BufferBinding { buffer: page, offset: 0, size: wgpu::BufferSize::new(4) };
+    let resources = [lists.as_entire_buffer_binding(), word];
+    handle.bind("kvcache lists and witness", &layouts.witnessed, &resources)
+}
 
 /// Where a piece of data has been put.
 #[derive(Clone, Debug)]
 pub(crate) struct Placed {
     /// The chunk.
     pub(crate) buffer: wgpu::Buffer,
-    /// Binds the whole chunk as a read-only list.
-    pub(crate) lists: wgpu::BindGroup,
-    /// Binds [`PARAMS_BYTES`] of the chunk as a uniform, at a dynamic offset.
-    pub(crate) params: wgpu::BindGroup,
     /// Byte offset of the piece in the chunk.
     pub(crate) offset: u32,
     pub(crate) lease: Lease,
@@ -40,14 +109,14 @@ pub(crate) struct Placed {
 #[derive(Debug)]
 pub(crate) struct Layouts {
     pub(crate) lists: wgpu::BindGroupLayout,
+    /// Lists, and the witness of the cache that a dispatch works for.
+    pub(crate) witnessed: wgpu::BindGroupLayout,
     pub(crate) params: wgpu::BindGroupLayout,
 }
 
 #[derive(Debug)]
 struct Chunk {
     buffer: wgpu::Buffer,
-    lists: wgpu::BindGroup,
-    params: wgpu::BindGroup,
     bytes: u32,
     /// First free byte.
     cursor: u32,
@@ -57,37 +126,18 @@ struct Chunk {
 }
 
 impl Chunk {
-    fn new(handle: &DeviceHandle, layouts: &Layouts, bytes: u32) -> Result<Self> {
+    fn new(
+        handle: &DeviceHandle,
+        layouts: &Layouts,
+        bytes: u32,
+        pages: &[wgpu::Buffer],
+    ) -> Result<Self> {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::UNIFORM
             | wgpu::BufferUsages::COPY_DST;
         let buffer = handle.create_buffer("kvcache parameters", u64::from(bytes), usage)?;
-        let lists = handle.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some("kvcache lists"),
-            layout: &layouts.lists,
-            entries: &[wgpu::BindGroupEntry { binding: 0, resource: buffer.as_entire_binding() }],
-        });
-        let params = handle.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some("kvcache parameters"),
-            layout: &layouts.params,
-            entries: &[wgpu::BindGroupEntry {
-                binding: 0,
-                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer: &buffer,
-                    offset: 0,
-                    size: wgpu::BufferSize::new(u64::from(PARAMS_BYTES)),
-                }),
-            }],
-        });
-        Ok(Self {
-            buffer,
-            lists,
-            params,
-            bytes,
-            cursor: 0,
-            lease: Lease::default(),
-            contents: HashMap::new(),
-        })
+        let lease = Arc::new(Bound::new(handle, layouts, &buffer, pages)?);
+        Ok(Self { buffer, bytes, cursor: 0, lease, contents: HashMap::new() })
     }
 
     fn is_leased(&self) -> bool {
@@ -99,13 +149,7 @@ impl Chunk {
     }
 
     fn placed(&self, offset: u32) -> Placed {
-        Placed {
-            buffer: self.buffer.clone(),
-            lists: self.lists.clone(),
-            params: self.params.clone(),
-            offset,
-            lease: Arc::clone(&self.lease),
-        }
+        Placed { buffer: self.buffer.clone(), offset, lease: Arc::clone(&self.lease) }
     }
 }
 
@@ -114,17 +158,45 @@ pub(crate) struct Arena {
     chunks: Vec<Chunk>,
     /// The chunk that is being filled.
     current: usize,
+    /// A chunk that nothing is put into.
+    unused: Chunk,
+    witnesses: Witnesses,
 }
 
 impl Arena {
     pub(crate) fn new(handle: &DeviceHandle, layouts: &Layouts) -> Result<Self> {
-        let chunk = || Chunk::new(handle, layouts, CHUNK_BYTES);
-        Ok(Self { chunks: vec![chunk()?, chunk()?], current: 0 })
+        let witnesses = Witnesses::new(handle)?;
+        let chunk = |bytes| Chunk::new(handle, layouts, bytes, witnesses.pages());
+        let chunks = vec![chunk(CHUNK_BYTES)?, chunk(CHUNK_BYTES)?];
+        Ok(Self { chunks, current: 0, unused: chunk(PARAMS_BYTES)?, witnesses })
     }
 
     /// A list that nothing reads, to bind where a kernel wants none.
-    pub(crate) fn unused_list(&self) -> wgpu::BindGroup {
-        self.chunks[0].lists.clone()
+    pub(crate) fn unused_list(&self) -> &Lease {
+        &self.unused.lease
+    }
+
+    /// A witness for a cache.
+    pub(crate) fn witness(&mut self, handle: &DeviceHandle, layouts: &Layouts) -> Result<Witness> {
+        loop {
+            if let Some(witness) = self.witnesses.take(handle)? {
+                return Ok(witness);
+            }
+            self.add_witnesses(handle, layouts)?;
+        }
+    }
+
+    /// Another page of witnesses, bound with every chunk there is.
+    fn add_witnesses(&mut self, handle: &DeviceHandle, layouts: &Layouts) -> Result<()> {
+        let page = self.witnesses.new_page(handle)?;
+        let chunks = || self.chunks.iter().chain([&self.unused]);
+        let bound: Result<Vec<_>> =
+            chunks().map(|chunk| bind_witness(handle, layouts, &chunk.buffer, &page)).collect();
+        for (chunk, bound) in chunks().zip(bound?) {
+            chunk.lease.add_page(bound);
+        }
+        self.witnesses.add(handle, page);
+        Ok(())
     }
 
     /// Puts `words` where a dispatch can read them.
@@ -150,7 +222,7 @@ impl Arena {
         }
         let chunk = &mut self.chunks[self.current];
         let offset = chunk.cursor;
-        handle.queue.write_buffer(&chunk.buffer, u64::from(offset), bytemuck::cast_slice(words));
+        handle.write(&chunk.buffer, u64::from(offset), bytemuck::cast_slice(words))?;
         chunk.cursor += bytes;
         chunk.contents.insert(words.into(), offset);
         Ok(chunk.placed(offset))
@@ -163,7 +235,9 @@ impl Arena {
         layouts: &Layouts,
         bytes: u32,
     ) -> Result<usize> {
-        let idle = |chunk: &Chunk| !chunk.is_leased() && chunk.bytes >= bytes;
+        let idle = |chunk: &Chunk| {
+            !chunk.is_leased() && !chunk.lease.is_abandoned() && chunk.bytes >= bytes
+        };
         if let Some(index) = self.chunks.iter().position(idle) {
             let chunk = &mut self.chunks[index];
             chunk.cursor = 0;
@@ -171,9 +245,12 @@ impl Arena {
             return Ok(index);
         }
         let size = bytes.max(CHUNK_BYTES);
-        let chunk = Chunk::new(handle, layouts, size)?;
-        // One long list should not keep its memory for good.
-        self.chunks.retain(|chunk| chunk.bytes <= CHUNK_BYTES || chunk.is_leased());
+        let chunk = Chunk::new(handle, layouts, size, self.witnesses.pages())?;
+        // One long list should not keep its memory for good, and what was abandoned is not filled anew. A
+        // chunk that is leased may have to be bound with further witnesses.
+        self.chunks.retain(|chunk| {
+            chunk.is_leased() || (chunk.bytes <= CHUNK_BYTES && !chunk.lease.is_abandoned())
+        });
         self.chunks.push(chunk);
         Ok(self.chunks.len() - 1)
     }

@@ -1,10 +1,12 @@
 //! Attention over a layer's view: softmax(q·Kᵀ·scale)·V.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
+use crate::device::binding_limit;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, binding_limit};
+use crate::gpu::Gpu;
 use crate::kernels::{AttentionShape, MOST_DIM, ROWS};
 use crate::ledger::Ledger;
 use crate::view::{LayerView, TensorView};
@@ -112,6 +114,8 @@ impl Attention {
     ///   or, if causal, fewer tokens than there are queries, and where D is more than 256.
     /// - [`Error::WrongDType`] where q or the output is not f32; [`Error::OutputIsRead`].
     /// - Views that a kernel cannot read, as for [`KVCache::update`](crate::KVCache::update).
+    /// - [`Error::PassDropped`] where the view shows what was lost with a pass, [`Error::OtherDevice`],
+    ///   [`Error::DeviceLost`], and [`Error::Device`] for a buffer that cannot be bound.
     /// - [`Error::TooManyWorkgroups`] and [`Error::OutOfMemory`].
     pub fn record(
         &mut self,
@@ -123,6 +127,7 @@ impl Attention {
     ) -> Result<()> {
         let gpu = self.gpu.clone();
         let (group, tokens) = check_shapes(query, view, output, options)?;
+        view.check(&gpu, pass, [("query", query), ("output", output)])?;
         let from = query.source("query", gpu.limits())?;
         let to = output.source("output", gpu.limits())?;
         check_alias(query, view, output)?;
@@ -147,15 +152,15 @@ impl Attention {
         let query = from.binding(query.buffer);
         let output = to.binding(output.buffer);
         if splits == 1 {
-            let bindings = self.bind(query, view, output);
+            let bindings = self.bind(query, view, output)?;
             dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
         } else {
             let sums = [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()];
             let bytes = sums.iter().try_fold(splits as u64, |all, &n| all.checked_mul(n as u64));
             let scratch = self.scratch(bytes.ok_or(Error::SizeOverflow { what: "splits" })?)?;
-            let bindings = self.bind(query, view, scratch.as_entire_buffer_binding());
+            let bindings = self.bind(query, view, scratch.as_entire_buffer_binding())?;
             dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
-            let bindings = self.bind_combine(&scratch, output);
+            let bindings = self.bind_combine(&scratch, output)?;
             dispatches.push(gpu.kernels().attention_combine(&gpu, bindings, &shape)?);
         }
         for dispatch in dispatches {
@@ -179,7 +184,7 @@ impl Attention {
         query: wgpu::BufferBinding<'_>,
         view: &LayerView<'_>,
         result: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         let buffers = [query.buffer, view.key, view.value, result.buffer].map(Clone::clone);
         let windows = [(query.offset, query.size), (result.offset, result.size)];
         let gpu = self.gpu.clone();
@@ -192,7 +197,7 @@ impl Attention {
         &mut self,
         scratch: &wgpu::Buffer,
         output: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         let buffers = vec![scratch.clone(), output.buffer.clone()];
         let windows = [(0, None), (output.offset, output.size)];
         let gpu = self.gpu.clone();
@@ -201,10 +206,17 @@ impl Attention {
         })
     }
 
-    fn kept(&mut self, bound: Bound, bind: impl FnOnce() -> wgpu::BindGroup) -> wgpu::BindGroup {
-        let (bindings, last_used) = self.bound.entry(bound).or_insert_with(|| (bind(), 0));
+    fn kept(
+        &mut self,
+        bound: Bound,
+        bind: impl FnOnce() -> Result<wgpu::BindGroup>,
+    ) -> Result<wgpu::BindGroup> {
+        let (bindings, last_used) = match self.bound.entry(bound) {
+            Entry::Occupied(kept) => kept.into_mut(),
+            Entry::Vacant(place) => place.insert((bind()?, 0)),
+        };
         *last_used = self.calls;
-        bindings.clone()
+        Ok(bindings.clone())
     }
 
     /// Lets go of bind groups of which the buffers are probably gone, as after a cache has grown.

@@ -76,9 +76,11 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     }
 
     /// Whether the cross side of `layer_idx` was written through this cache since the last reset, so
-    /// that the encoder's K and V need not be computed again.
+    /// that the encoder's K and V need not be computed again. Not where what was written is known to be
+    /// lost: with a pass that was dropped, say, after which [`view`](Self::view) is an error until a reset.
     pub fn is_updated(&self, layer_idx: usize) -> bool {
         self.is_updated.get(layer_idx).copied().unwrap_or(false)
+            && self.cross_attention.view(layer_idx).is_ok()
     }
 
     fn side(&self, is_cross_attention: bool) -> &dyn KVCache {

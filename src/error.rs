@@ -387,13 +387,39 @@ pub enum Error {
         calls: u64,
     },
 
-    /// A pass with work of this cache was dropped instead of submitted.
+    /// A pass with work of this cache was dropped instead of submitted, or its submit failed.
     #[error(
-        "a pass with {calls} recorded calls on this cache was dropped without being submitted, so the GPU no longer holds what the cache counts on; reset() it and fill it again"
+        "a pass with {calls} recorded calls on this cache never ran: it was dropped without being submitted, or the submit failed (the device's error handler was told why). The GPU does not hold what the cache counts on; reset() it and fill it again"
     )]
     PassDropped {
-        /// Recorded calls that were dropped.
+        /// Recorded calls that never ran.
         calls: u64,
+    },
+
+    /// The device is lost: destroyed, or given up by the system.
+    #[error("the device is lost, and with it all that it held; make a new device and a new cache")]
+    DeviceLost,
+
+    /// A device that was made with less than the kernels need.
+    #[error(
+        "the device was made with {limit} {value}, but the kernels need {needed}; request it with wgpu::Limits::default() or more"
+    )]
+    DeviceLimit {
+        /// Which limit, as a field of `wgpu::Limits`.
+        limit: &'static str,
+        /// What the device was made with.
+        value: u64,
+        /// The least that is needed.
+        needed: u64,
+    },
+
+    /// A tensor or a view of another device.
+    #[error(
+        "{what} belongs to another device; caches, attention and their inputs must be of one device, which clones of a Gpu share"
+    )]
+    OtherDevice {
+        /// Which tensor or view.
+        what: &'static str,
     },
 
     /// There is no adapter.

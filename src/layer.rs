@@ -11,7 +11,7 @@ use crate::arena::{Lease, Placed};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernels::{AppendShape, Dispatch};
-use crate::ledger::Ledger;
+use crate::ledger::Call;
 use crate::position::{self, CachePosition, Order};
 use crate::store::{Shape, Store};
 use crate::view::{LayerView, TensorView};
@@ -34,6 +34,11 @@ pub(crate) trait Held: Debug + Sized {
     fn crop(&mut self, policy: &mut Self::Policy, max_length: usize);
 
     fn truncate(&mut self, policy: &mut Self::Policy, length: usize);
+
+    /// Where a table lies that views have shown; `None` for a ring.
+    fn table(&self) -> Option<&Lease> {
+        None
+    }
 
     /// Pages in use, shared and free; nothing for a ring.
     fn pages(&self) -> PageCounts {
@@ -196,10 +201,18 @@ impl<L: Held> Layer<L> {
     }
 
     pub(crate) fn reset(&mut self) {
+        self.abandon();
         self.held = None;
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
             store.sources = crate::sources::BoundSources::default();
+        }
+    }
+
+    /// Leaves to those who record passes of their own what a view has shown: no call comes that holds it.
+    pub(crate) fn abandon(&self) {
+        if let Some(table) = self.held.as_ref().and_then(L::table) {
+            table.abandon();
         }
     }
 
@@ -226,6 +239,8 @@ impl<L: Held> Layer<L> {
     ) -> Result<Staged<L>> {
         let shape = self.check_shapes(key, value)?;
         let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
+        key.check_device("key", gpu)?;
+        value.check_device("value", gpu)?;
         self.check_alias(key, value)?;
         let (count, len) = (key.shape[2], self.len());
         let new_len = position::check(position, shape.batch, count, len, L::bound(policy))?;
@@ -237,7 +252,7 @@ impl<L: Held> Layer<L> {
         let store = room.store.as_mut().or(self.store.as_mut());
         let store = store.expect("a layer with room has memory");
         let views = [(key, &sources[0]), (value, &sources[1])];
-        let bindings = store.sources.bind(gpu, views, &store.key, &store.value);
+        let bindings = store.sources.bind(gpu, views, &store.key, &store.value)?;
         let append = AppendShape {
             key: &sources[0],
             value: &sources[1],
@@ -274,21 +289,11 @@ impl<L: Held> Layer<L> {
     }
 
     /// Makes a staged change happen. Cannot fail.
-    pub(crate) fn commit(
-        &mut self,
-        staged: Staged<L>,
-        pass: &mut wgpu::ComputePass<'_>,
-        ledger: &Ledger,
-    ) -> Effect {
+    pub(crate) fn commit(&mut self, staged: Staged<L>, call: &mut Call<'_, '_>) -> Effect {
         let effect = Effect { dispatches: staged.dispatches.len() as u64, moved: staged.moved };
-        let mut leases = staged.leases;
-        for dispatch in staged.dispatches {
-            dispatch.record(pass, ledger, std::mem::take(&mut leases));
-        }
-        if !leases.is_empty() {
-            // A change without a dispatch is lost with its pass as well.
-            ledger.record(pass, leases);
-        }
+        // A change without a dispatch is lost with its pass as well.
+        call.hold(staged.leases);
+        staged.dispatches.into_iter().for_each(|dispatch| call.add(dispatch));
         if let Some(store) = staged.store {
             self.store = Some(store);
         }

@@ -7,11 +7,11 @@ use crate::cache::{BatchChange, Stats};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::layer::{Effect, Held, Layer, PageCounts, Staged};
-use crate::ledger::Ledger;
+use crate::ledger::{Call, Ledger};
 use crate::plan;
 use crate::position::CachePosition;
 use crate::readback::Readback;
-use crate::view::{HostTensor, LayerView, TensorView};
+use crate::view::{HostTensor, LayerView, Owner, TensorView};
 
 /// Layers under one policy, with their device.
 #[derive(Debug)]
@@ -113,7 +113,8 @@ impl<L: Held> Layers<L> {
     ) -> Result<LayerView<'_>> {
         self.prepared = None;
         self.check_layer(layer_idx)?;
-        self.ledger.check()?;
+        self.gpu.handle().check_alive_for(pass)?;
+        self.check_writable()?;
         // A layer that was never written is only kept where it is written now.
         let mut fresh = None;
         let layer = match self.layers.get_mut(&layer_idx) {
@@ -127,16 +128,20 @@ impl<L: Held> Layers<L> {
             self.note_peak(allocated);
         }
         let layer = self.layers.get_mut(&layer_idx).expect("the layer was staged just now");
-        let effect = layer.commit(staged, pass, &self.ledger);
+        let mut call = Call::new(pass);
+        let effect = layer.commit(staged, &mut call);
+        call.finish(&self.ledger);
         self.dispatches += effect.dispatches;
         self.bytes_moved += effect.moved;
         self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
-        Ok(layer.view().expect("a layer that was just written has a view"))
+        let view = layer.view().expect("a layer that was just written has a view");
+        Ok(LayerView { owner: Some(Owner { gpu: &self.gpu, ledger: &self.ledger }), ..view })
     }
 
     pub(crate) fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
         self.prepared = None;
-        self.ledger.check()?;
+        self.gpu.handle().check_alive()?;
+        self.check_writable()?;
         match change {
             BatchChange::Select([]) => return Err(Error::NoIndices),
             BatchChange::Repeat(0) => return Err(Error::ZeroRepeats),
@@ -171,52 +176,77 @@ impl<L: Held> Layers<L> {
         if !self.prepared.as_ref().is_some_and(|prepared| prepared.change.is(change)) {
             self.prepare_batch(change)?;
         }
-        self.ledger.check()?;
+        self.gpu.handle().check_alive_for(pass)?;
+        self.check_writable()?;
         let staged = self.prepared.take().map(|prepared| prepared.staged).unwrap_or_default();
         self.note_peak(staged.iter().flatten().map(Staged::allocated).sum());
+        let mut call = Call::new(pass);
         for (layer, staged) in self.layers.values_mut().zip(staged) {
             let Some(staged) = staged else { continue };
-            let Effect { dispatches, moved } = layer.commit(staged, pass, &self.ledger);
+            let Effect { dispatches, moved } = layer.commit(staged, &mut call);
             self.dispatches += dispatches;
             self.bytes_moved += moved;
         }
+        call.finish(&self.ledger);
         Ok(())
     }
 
     pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
         self.check_layer(layer_idx)?;
-        Ok(self.layers.get(&layer_idx).and_then(Layer::view))
+        self.ledger.check()?;
+        let Some(view) = self.layers.get(&layer_idx).and_then(Layer::view) else { return Ok(None) };
+        self.gpu.handle().check_known()?;
+        Ok(Some(LayerView { owner: Some(self.owner()), ..view }))
     }
 
     pub(crate) fn seq_length(&self, layer_idx: usize) -> Result<usize> {
-        self.check_layer(layer_idx)?;
-        Ok(self.layers.get(&layer_idx).map_or(0, Layer::len))
+        Ok(self.view(layer_idx)?.map_or(0, |view| view.len()))
     }
 
+    #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
-        let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
-        readback.wait(&self.gpu)?;
-        readback.wait_for_calls(&self.ledger)?;
-        self.finish_readback(&readback).map(Some)
+        loop {
+            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+            readback.wait(&self.gpu)?;
+            if readback.wait_for_calls(&self.ledger)? {
+                return self.finish_readback(&readback).map(Some);
+            }
+        }
+    }
+
+    /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
+    #[cfg(target_arch = "wasm32")]
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
+        match self.view(layer_idx)? {
+            None => Ok(None),
+            Some(_) => Err(Error::Readback {
+                layer: layer_idx,
+                reason: "get() cannot wait in a browser; await get_async()".to_owned(),
+            }),
+        }
     }
 
     pub(crate) async fn get_async(
         &self,
         layer_idx: usize,
     ) -> Result<Option<(HostTensor, HostTensor)>> {
-        let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
-        readback.arrive(&self.gpu).await?;
-        // In a browser nothing can be waited for, and the order of callbacks is not ours to know.
-        if cfg!(not(target_arch = "wasm32")) {
-            readback.wait_for_calls(&self.ledger)?;
+        loop {
+            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+            readback.arrive(&self.gpu).await?;
+            if readback.settle(&self.gpu, &self.ledger).await? {
+                return self.finish_readback(&readback).map(Some);
+            }
         }
-        self.finish_readback(&readback).map(Some)
+    }
+
+    fn owner(&self) -> Owner<'_> {
+        Owner { gpu: &self.gpu, ledger: &self.ledger }
     }
 
     fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
         let Some(view) = self.view(layer_idx)? else { return Ok(None) };
-        self.ledger.check()?;
-        Readback::start(&self.gpu, layer_idx, &view, self.ledger.recorded()).map(Some)
+        self.gpu.handle().check_alive()?;
+        Readback::start(&self.gpu, layer_idx, &view, &self.ledger).map(Some)
     }
 
     fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
@@ -240,6 +270,12 @@ impl<L: Held> Layers<L> {
             pages_free: pages.free,
             peak_pages_used: self.peak_pages_used,
         }
+    }
+
+    /// Refuses to write on where passes were lost, and makes what recording needs.
+    fn check_writable(&self) -> Result<()> {
+        self.ledger.check()?;
+        self.ledger.prepare(&self.gpu)
     }
 
     fn check_layer(&self, layer: usize) -> Result<()> {
@@ -278,5 +314,11 @@ impl<L: Held> Layers<L> {
     /// Old and new memory are held together until a change is committed.
     fn note_peak(&mut self, allocated: u64) {
         self.peak_bytes_allocated = self.peak_bytes_allocated.max(self.memory().1 + allocated);
+    }
+}
+
+impl<L: Held> Drop for Layers<L> {
+    fn drop(&mut self) {
+        self.layers.values().for_each(Layer::abandon);
     }
 }

@@ -34,6 +34,7 @@
 mod arena;
 mod attention;
 mod cache;
+mod device;
 mod dtype;
 mod dynamic;
 mod encoder_decoder;
@@ -56,6 +57,7 @@ mod sources;
 mod static_cache;
 mod store;
 mod view;
+mod witness;
 
 pub use attention::{Attention, AttentionOptions};
 pub use cache::{BatchChange, Cache, GetFuture, KVCache, Stats};

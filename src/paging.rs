@@ -5,8 +5,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use crate::arena::{Lease, Placed};
+use crate::device::binding_limit;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, binding_limit};
+use crate::gpu::Gpu;
 use crate::kernels::{CopyShape, GatherShape, MOST_MOVES};
 use crate::layer::{Held, NewTokens, PageCounts, Place, Room, Staged};
 use crate::pages::{OutOfPages, PageMap};
@@ -32,7 +33,7 @@ pub(crate) struct Paging {
     most_tokens: Option<usize>,
     /// The table of a layer that was never written.
     empty: Option<Arc<Table>>,
-    /// The latest last. They also keep tables of late in place, which passes recorded before may read.
+    /// The latest last.
     steps: VecDeque<Step>,
 }
 
@@ -257,6 +258,10 @@ impl Held for Paged {
         self.table = paging.truncate(&self.table, length);
     }
 
+    fn table(&self) -> Option<&Lease> {
+        self.table.placed.as_ref().map(|table| &table.placed.lease)
+    }
+
     fn pages(&self) -> PageCounts {
         let map = &self.table.map;
         PageCounts {
@@ -317,7 +322,7 @@ impl Held for Paged {
                 capacity: size,
                 moves,
             };
-            room.dispatches.push(gpu.kernels().gather(gpu, target.gather_bindings(gpu), &copy)?);
+            room.dispatches.push(gpu.kernels().gather(gpu, target.gather_bindings(gpu)?, &copy)?);
             room.moved += shape.bytes(moves.written, size)?.iter().sum::<u64>();
         }
         let table = room.held.table.placed.as_ref().expect("a table that was written is placed");

@@ -1,7 +1,8 @@
 //! Tokens in a ring: the live part of [B, H, capacity, D], which may run over the end.
 
+use crate::device::binding_limit;
 use crate::error::Result;
-use crate::gpu::{Gpu, binding_limit};
+use crate::gpu::Gpu;
 use crate::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::layer::{Held, NewTokens, Place, Room, Staged};
 use crate::plan;
@@ -122,7 +123,7 @@ impl Held for Ring {
                 capacity: self.capacity,
                 moves: &moves,
             };
-            dispatches.push(gpu.kernels().gather(gpu, store.gather_bindings(gpu), &gather)?);
+            dispatches.push(gpu.kernels().gather(gpu, store.gather_bindings(gpu)?, &gather)?);
             moved = shape.bytes(moves.written, self.len)?.iter().sum();
         }
         let held = Self { shape, ..*self };

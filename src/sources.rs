@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
+use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::view::{Source, TensorView};
 
@@ -40,20 +41,20 @@ impl BoundSources {
         views: [BoundView<'_>; 2],
         key: &wgpu::Buffer,
         value: &wgpu::Buffer,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         let windows = views.map(|(_, source)| source.window);
         let is_same = |identity: &Identity| {
             identity.windows == windows
                 && identity.buffers.iter().zip(views).all(|(kept, (view, _))| kept == view.buffer)
         };
         if let Some((_, bindings)) = self.kept.iter().find(|(identity, _)| is_same(identity)) {
-            return bindings.clone();
+            return Ok(bindings.clone());
         }
         let sources = views.map(|(view, source)| source.binding(view.buffer));
-        let bindings = gpu.kernels().bind_append(gpu, sources, key, value);
+        let bindings = gpu.kernels().bind_append(gpu, sources, key, value)?;
         let identity = Identity { buffers: views.map(|(view, _)| view.buffer.clone()), windows };
         self.keep_if_seen(identity, &bindings);
-        bindings
+        Ok(bindings)
     }
 
     fn keep_if_seen(&mut self, identity: Identity, bindings: &wgpu::BindGroup) {

@@ -2,9 +2,10 @@
 
 use std::sync::OnceLock;
 
+use crate::device::binding_limit;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, binding_limit};
+use crate::gpu::Gpu;
 use crate::sources::BoundSources;
 use crate::view::{LayerView, PageTable};
 
@@ -54,6 +55,7 @@ impl Shape {
             len,
             capacity,
             pages,
+            owner: None,
         }
     }
 
@@ -126,7 +128,11 @@ impl Store {
     }
 
     /// The buffers, bound for moves in place.
-    pub(crate) fn gather_bindings(&self, gpu: &Gpu) -> wgpu::BindGroup {
-        self.gather.get_or_init(|| gpu.kernels().bind_gather(gpu, &self.key, &self.value)).clone()
+    pub(crate) fn gather_bindings(&self, gpu: &Gpu) -> Result<wgpu::BindGroup> {
+        if let Some(bindings) = self.gather.get() {
+            return Ok(bindings.clone());
+        }
+        let bindings = gpu.kernels().bind_gather(gpu, &self.key, &self.value)?;
+        Ok(self.gather.get_or_init(|| bindings).clone())
     }
 }

@@ -43,7 +43,7 @@ impl Kernels {
         sources: [wgpu::BufferBinding<'_>; 2],
         key: &wgpu::Buffer,
         value: &wgpu::Buffer,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         let [key_source, value_source] = sources;
         let bindings = [key_source, value_source, super::whole(key), super::whole(value)];
         self.append.bind(gpu, &bindings)

@@ -87,7 +87,7 @@ impl Kernels {
         query: wgpu::BufferBinding<'_>,
         view: &LayerView<'_>,
         result: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         let bindings = [query, super::whole(view.key), super::whole(view.value), result];
         self.attention.bind(gpu, &bindings)
     }
@@ -98,7 +98,7 @@ impl Kernels {
         gpu: &Gpu,
         partial: &wgpu::Buffer,
         output: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         self.attention_combine.bind(gpu, &[super::whole(partial), output])
     }
 

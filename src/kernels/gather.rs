@@ -34,7 +34,7 @@ impl Kernels {
         gpu: &Gpu,
         key: &wgpu::Buffer,
         value: &wgpu::Buffer,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         self.gather.bind(gpu, &[super::whole(key), super::whole(value)])
     }
 

@@ -148,7 +148,15 @@ mod tests {
                 .iter()
                 .filter(|(_, it)| matches!(it.space, naga::AddressSpace::Storage { .. }))
                 .count();
-            assert!(storage <= 8, "{name}: {storage} storage buffers");
+            assert!(storage <= 6, "{name}: {storage} storage buffers");
+            let shared: u32 = module
+                .global_variables
+                .iter()
+                .filter(|(_, it)| it.space == naga::AddressSpace::WorkGroup)
+                .map(|(_, it)| module.types[it.ty].inner.size(module.to_ctx()))
+                .sum();
+            let most = super::super::limits::WORKGROUP_BYTES;
+            assert!(shared <= most, "{name}: {shared} bytes shared");
         }
     }
 
