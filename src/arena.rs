@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::gpu::DeviceHandle;
+use crate::own_buffers::OwnBuffer;
 
 /// Bytes of an ordinary chunk.
 const CHUNK_BYTES: u32 = 64 << 10;
@@ -54,6 +55,7 @@ struct Chunk {
     lease: Lease,
     /// Offsets of what the chunk holds.
     contents: HashMap<Box<[u32]>, u32>,
+    _own: OwnBuffer,
 }
 
 impl Chunk {
@@ -79,6 +81,7 @@ impl Chunk {
                 }),
             }],
         });
+        let own = handle.own_buffers.add(&buffer);
         Ok(Self {
             buffer,
             lists,
@@ -87,6 +90,7 @@ impl Chunk {
             cursor: 0,
             lease: Lease::default(),
             contents: HashMap::new(),
+            _own: own,
         })
     }
 

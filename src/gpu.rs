@@ -8,6 +8,7 @@ use crate::arena::{Arena, Placed};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
+use crate::own_buffers::OwnBuffers;
 use crate::view::{Tensor, checked_shape};
 
 /// A device, its queue, and the compiled kernels of this crate. Cheap to clone: clones share all three.
@@ -70,7 +71,9 @@ impl Gpu {
     /// cannot make two buffers of 64 KiB.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         let is_cpu = device.adapter_info().device_type == wgpu::DeviceType::Cpu;
-        let handle = DeviceHandle { limits: device.limits(), is_cpu, device, queue };
+        let limits = device.limits();
+        let own_buffers = OwnBuffers::default();
+        let handle = DeviceHandle { limits, is_cpu, device, queue, own_buffers };
         let kernels = Kernels::new(&handle)?;
         let arena = Mutex::new(Arena::new(&handle, &kernels.layouts)?);
         Ok(Self(Arc::new(Inner { handle, kernels, arena })))
@@ -260,6 +263,8 @@ pub(crate) struct DeviceHandle {
     /// The limits that the device was made with, which it enforces.
     pub(crate) limits: wgpu::Limits,
     pub(crate) is_cpu: bool,
+    /// The buffers that hold the content of caches.
+    pub(crate) own_buffers: OwnBuffers,
 }
 
 impl DeviceHandle {
@@ -270,6 +275,10 @@ impl DeviceHandle {
         bytes: u64,
         usage: wgpu::BufferUsages,
     ) -> Result<wgpu::Buffer> {
+        let limit = self.limits.max_buffer_size;
+        if bytes > limit {
+            return Err(Error::BufferTooLarge { label: label.to_owned(), bytes, limit });
+        }
         self.checked(label, bytes, |device| {
             device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),

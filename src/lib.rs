@@ -33,6 +33,7 @@
 
 mod arena;
 mod attention;
+mod bind_groups;
 mod cache;
 mod dtype;
 mod dynamic;
@@ -45,6 +46,7 @@ mod layer;
 mod layers;
 mod layout;
 mod ledger;
+mod own_buffers;
 mod paged;
 mod pages;
 mod paging;
@@ -52,7 +54,6 @@ mod plan;
 mod position;
 mod readback;
 mod ring;
-mod sources;
 mod static_cache;
 mod store;
 mod view;

@@ -1,7 +1,10 @@
 //! Tensors at the edge of the crate: [`TensorView`] goes in, [`LayerView`] is what attention reads,
 //! [`HostTensor`] is what comes back.
 
+use std::sync::Arc;
+
 use crate::arena::Placed;
+use crate::bind_groups::BindGroups;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::gpu::binding_limit;
@@ -289,6 +292,8 @@ pub struct LayerView<'a> {
     pub(crate) len: usize,
     pub(crate) capacity: usize,
     pub(crate) pages: Option<PageTable<'a>>,
+    /// Bind groups that are kept with the buffers.
+    pub(crate) bind_groups: &'a Arc<BindGroups>,
 }
 
 /// Where the table of a paged view lies.
