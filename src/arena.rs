@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::DeviceHandle;
 use crate::error::Result;
+use crate::own_buffers::OwnBuffer;
 use crate::witness::{Witness, Witnesses};
 
 /// Bytes of an ordinary chunk.
@@ -123,6 +124,7 @@ struct Chunk {
     lease: Lease,
     /// Offsets of what the chunk holds.
     contents: HashMap<Box<[u32]>, u32>,
+    _own: OwnBuffer,
 }
 
 impl Chunk {
@@ -136,8 +138,9 @@ impl Chunk {
             | wgpu::BufferUsages::UNIFORM
             | wgpu::BufferUsages::COPY_DST;
         let buffer = handle.create_buffer("kvcache parameters", u64::from(bytes), usage)?;
+        let own = handle.own_buffers.add(&buffer);
         let lease = Arc::new(Bound::new(handle, layouts, &buffer, pages)?);
-        Ok(Self { buffer, bytes, cursor: 0, lease, contents: HashMap::new() })
+        Ok(Self { buffer, bytes, cursor: 0, lease, contents: HashMap::new(), _own: own })
     }
 
     fn is_leased(&self) -> bool {

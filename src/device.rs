@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
+use crate::own_buffers::OwnBuffers;
 
 /// A device and its queue.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub(crate) struct DeviceHandle {
     pub(crate) is_cpu: bool,
     /// Whether dispatches do anything: everywhere but on wgpu's backend without a driver.
     pub(crate) runs_kernels: bool,
+    /// The buffers that hold the content of caches.
+    pub(crate) own_buffers: OwnBuffers,
     /// A buffer that must not be written to.
     probe: wgpu::Buffer,
     /// Whether the device was found to be lost. It stays so.
@@ -53,6 +56,7 @@ impl DeviceHandle {
             runs_kernels: info.backend != wgpu::Backend::Noop,
             device,
             queue,
+            own_buffers: OwnBuffers::default(),
             probe,
             is_lost: AtomicBool::new(false),
             last_pass: AtomicU64::new(0),
@@ -106,6 +110,10 @@ impl DeviceHandle {
         bytes: u64,
         usage: wgpu::BufferUsages,
     ) -> Result<wgpu::Buffer> {
+        let limit = self.limits.max_buffer_size;
+        if bytes > limit {
+            return Err(Error::BufferTooLarge { label: label.to_owned(), bytes, limit });
+        }
         self.checked(label, bytes, |device| {
             device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),

@@ -302,12 +302,12 @@ pub enum Error {
     },
 
     /// Attention over a view that does not fit the query or the output.
-    #[error(
-        "{reason}: query {query:?}, {what} {other:?} (B, H, T, D); hand in tensors that fit the view, after the update that adds the new tokens"
-    )]
+    #[error("{reason}: query {query:?}, {what} {other:?} (B, H, T, D); {remedy}")]
     AttentionShape {
         /// What does not fit.
         reason: &'static str,
+        /// What to do.
+        remedy: &'static str,
         /// Shape of the query, (B, Hq, Tq, D).
         query: [usize; 4],
         /// What the query does not fit: the output, or the live K.
@@ -316,13 +316,48 @@ pub enum Error {
         other: [usize; 4],
     },
 
-    /// The output of attention lies in a buffer that it reads.
+    /// A scale of attention that is infinite or no number.
     #[error(
-        "the output of attention lies in the buffer of {what}, which cannot be read and written in one dispatch; give the output a buffer of its own"
+        "the scale of attention is {scale}, with which no score would be a number; give a finite scale, or None for 1/sqrt(head_dim)"
+    )]
+    AttentionScale {
+        /// The scale that was given, as text.
+        scale: String,
+    },
+
+    /// The partial results of attention do not fit one buffer.
+    #[error(
+        "attention over {tokens} tokens, in {splits} splits, needs {bytes} bytes for partial results, more than the {limit} that this device binds as one buffer; hand in fewer queries, heads or batch rows at once"
+    )]
+    AttentionTooLarge {
+        /// Live tokens.
+        tokens: usize,
+        /// Splits of the tokens, each with partial results of all queries.
+        splits: usize,
+        /// Bytes of all partial results.
+        bytes: u64,
+        /// The device's limit, in bytes.
+        limit: u64,
+    },
+
+    /// The output of attention lies in a buffer that a cache holds its content in.
+    #[error(
+        "the output of attention lies in the buffer of {what}, which would overwrite what a cache holds; give the output a buffer of its own, or a range of the query's"
     )]
     OutputIsRead {
-        /// Which input.
+        /// Which buffer: K, V or the page table of the view, or that of another layer or cache.
         what: &'static str,
+    },
+
+    /// The output of attention overlaps the query.
+    #[error(
+        "the output of attention (bytes {output:?} of its buffer) and the query (bytes {query:?} of the same) overlap, or their elements interleave in a way that is not two sets of columns of the same rows; give the output a range of its own, or another buffer"
+    )]
+    OutputOverlapsQuery {
+        /// From the first byte of the query to one past its last.
+        query: std::ops::Range<u64>,
+        /// From the first byte of the output to one past its last.
+        output: std::ops::Range<u64>,
     },
 
     /// A product of sizes does not fit the types that carry it.
@@ -354,6 +389,19 @@ pub enum Error {
         bytes: u64,
         /// Label of the buffer.
         label: String,
+    },
+
+    /// A buffer that is larger than the device makes.
+    #[error(
+        "'{label}' needs a buffer of {bytes} bytes, more than the {limit} that this device makes; use fewer tokens, heads or batch rows at once, or request a device with a higher max_buffer_size"
+    )]
+    BufferTooLarge {
+        /// Label of the buffer.
+        label: String,
+        /// Bytes asked for.
+        bytes: u64,
+        /// The device's limit, in bytes.
+        limit: u64,
     },
 
     /// The device refused to make something, for instance because it is lost.

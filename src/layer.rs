@@ -8,6 +8,7 @@
 use std::fmt::Debug;
 
 use crate::arena::{Lease, Placed};
+use crate::bind_groups::Purpose;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernels::{AppendShape, Dispatch};
@@ -205,7 +206,7 @@ impl<L: Held> Layer<L> {
         self.held = None;
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
-            store.sources = crate::sources::BoundSources::default();
+            store.bind_groups.clear();
         }
     }
 
@@ -249,10 +250,12 @@ impl<L: Held> Layer<L> {
         let place =
             Place { gpu, layer: self.index, store: self.store.as_ref(), held: self.held.as_ref() };
         let mut room = L::stage_room(place, policy, shape, tokens)?;
-        let store = room.store.as_mut().or(self.store.as_mut());
+        let store = room.store.as_ref().or(self.store.as_ref());
         let store = store.expect("a layer with room has memory");
-        let views = [(key, &sources[0]), (value, &sources[1])];
-        let bindings = store.sources.bind(gpu, views, &store.key, &store.value)?;
+        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
+        let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
+        let bind = |bindings: &[_]| gpu.kernels().bind_append(gpu, bindings);
+        let (bindings, _) = store.bind_groups.get(Purpose::Append, &bindings, bind)?;
         let append = AppendShape {
             key: &sources[0],
             value: &sources[1],

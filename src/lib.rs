@@ -33,6 +33,7 @@
 
 mod arena;
 mod attention;
+mod bind_groups;
 mod cache;
 mod device;
 mod dtype;
@@ -46,6 +47,7 @@ mod layer;
 mod layers;
 mod layout;
 mod ledger;
+mod own_buffers;
 mod paged;
 mod pages;
 mod paging;
@@ -53,7 +55,6 @@ mod plan;
 mod position;
 mod readback;
 mod ring;
-mod sources;
 mod static_cache;
 mod store;
 mod view;

@@ -1,12 +1,13 @@
 //! A layer's shape and memory.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
+use crate::bind_groups::BindGroups;
 use crate::device::binding_limit;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::sources::BoundSources;
+use crate::own_buffers::OwnBuffer;
 use crate::view::{LayerView, PageTable};
 
 /// Shape of a layer: all but its length.
@@ -55,6 +56,7 @@ impl Shape {
             len,
             capacity,
             pages,
+            bind_groups: &store.bind_groups,
             owner: None,
         }
     }
@@ -98,8 +100,10 @@ impl Shape {
 pub(crate) struct Store {
     pub(crate) key: wgpu::Buffer,
     pub(crate) value: wgpu::Buffer,
-    pub(crate) sources: BoundSources,
+    /// Bind groups that name the buffers and an engine's own; they go with the memory.
+    pub(crate) bind_groups: Arc<BindGroups>,
     gather: OnceLock<wgpu::BindGroup>,
+    _own: [OwnBuffer; 2],
 }
 
 impl Store {
@@ -110,12 +114,9 @@ impl Store {
         let make = |role: &str, bytes: u64| {
             gpu.handle().create_buffer(&format!("kvcache layer {layer} {role}"), bytes, usage)
         };
-        Ok(Self {
-            key: make("key", bytes[0])?,
-            value: make("value", bytes[1])?,
-            sources: BoundSources::default(),
-            gather: OnceLock::new(),
-        })
+        let (key, value) = (make("key", bytes[0])?, make("value", bytes[1])?);
+        let own = [&key, &value].map(|buffer| gpu.handle().own_buffers.add(buffer));
+        Ok(Self { key, value, bind_groups: Arc::default(), gather: OnceLock::new(), _own: own })
     }
 
     /// Bytes of K and of V.

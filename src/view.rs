@@ -1,7 +1,10 @@
 //! Tensors at the edge of the crate: [`TensorView`] goes in, [`LayerView`] is what attention reads,
 //! [`HostTensor`] is what comes back.
 
+use std::sync::Arc;
+
 use crate::arena::Placed;
+use crate::bind_groups::BindGroups;
 use crate::device::binding_limit;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
@@ -304,6 +307,8 @@ pub struct LayerView<'a> {
     pub(crate) len: usize,
     pub(crate) capacity: usize,
     pub(crate) pages: Option<PageTable<'a>>,
+    /// Bind groups that are kept with the buffers.
+    pub(crate) bind_groups: &'a Arc<BindGroups>,
     /// Whose layer it is.
     pub(crate) owner: Option<Owner<'a>>,
 }

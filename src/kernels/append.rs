@@ -36,17 +36,13 @@ pub(crate) struct AppendShape<'a> {
 }
 
 impl Kernels {
-    /// Binds sources and a layer's buffers for any number of appends.
+    /// Binds new K and V, and a layer's K and V, for any number of appends.
     pub(crate) fn bind_append(
         &self,
         gpu: &Gpu,
-        sources: [wgpu::BufferBinding<'_>; 2],
-        key: &wgpu::Buffer,
-        value: &wgpu::Buffer,
+        bindings: &[wgpu::BufferBinding<'_>],
     ) -> Result<wgpu::BindGroup> {
-        let [key_source, value_source] = sources;
-        let bindings = [key_source, value_source, super::whole(key), super::whole(value)];
-        self.append.bind(gpu, &bindings)
+        self.append.bind(gpu, bindings)
     }
 
     pub(crate) fn append(

@@ -13,7 +13,7 @@ use std::collections::hash_map::Entry;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use append::AppendShape;
-pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS};
+pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS, least_splits};
 pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;

@@ -2,8 +2,10 @@
 //! once.
 
 mod attention;
+mod attention_long;
 mod attention_refusals;
 mod attention_scores;
+mod attention_unseen;
 mod batch;
 mod encoder_decoder;
 mod failed_submits;
