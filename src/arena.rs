@@ -28,10 +28,28 @@ const ALIGNMENT: u32 = 256;
 /// Bytes that the uniform binding of parameters spans, at any offset.
 pub(crate) const PARAMS_BYTES: u32 = 128;
 
-/// Keeps a chunk's content in place for as long as it lives.
-pub(crate) type Lease = Arc<Bound>;
+/// Keeps a chunk's content in place for as long as it lives. Holds nothing of wgpu's: it goes into callbacks,
+/// which must be `Send`, and in a browser nothing of wgpu's is.
+pub(crate) type Lease = Arc<Content>;
 
-/// A chunk's bind groups, of which every lease is a handle.
+/// The content of a chunk.
+#[derive(Debug, Default)]
+pub(crate) struct Content {
+    is_abandoned: AtomicBool,
+}
+
+impl Content {
+    /// Keeps the chunk's content in place for good: passes may read it of which nobody knows when they run.
+    pub(crate) fn abandon(&self) {
+        self.is_abandoned.store(true, Ordering::Release);
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.is_abandoned.load(Ordering::Acquire)
+    }
+}
+
+/// A chunk's bind groups.
 #[derive(Debug)]
 pub(crate) struct Bound {
     /// Binds the whole chunk as a read-only list.
@@ -40,7 +58,6 @@ pub(crate) struct Bound {
     witnessed: Mutex<Vec<wgpu::BindGroup>>,
     /// Binds [`PARAMS_BYTES`] of the chunk as a uniform, at a dynamic offset.
     pub(crate) params: wgpu::BindGroup,
-    is_abandoned: AtomicBool,
 }
 
 impl Bound {
@@ -62,7 +79,6 @@ impl Bound {
             lists: handle.bind("kvcache lists", &layouts.lists, &[whole])?,
             witnessed: Mutex::new(witnessed?),
             params: handle.bind("kvcache parameters", &layouts.params, &[params])?,
-            is_abandoned: AtomicBool::new(false),
         })
     }
 
@@ -73,15 +89,6 @@ impl Bound {
 
     fn add_page(&self, witnessed: wgpu::BindGroup) {
         self.witnessed.lock().unwrap_or_else(PoisonError::into_inner).push(witnessed);
-    }
-
-    /// Keeps the chunk's content in place for good: passes may read it of which nobody knows when they run.
-    pub(crate) fn abandon(&self) {
-        self.is_abandoned.store(true, Ordering::Release);
-    }
-
-    fn is_abandoned(&self) -> bool {
-        self.is_abandoned.load(Ordering::Acquire)
     }
 }
 
@@ -104,6 +111,7 @@ pub(crate) struct Placed {
     pub(crate) buffer: wgpu::Buffer,
     /// Byte offset of the piece in the chunk.
     pub(crate) offset: u32,
+    pub(crate) bound: Arc<Bound>,
     pub(crate) lease: Lease,
 }
 
@@ -121,6 +129,7 @@ struct Chunk {
     bytes: u32,
     /// First free byte.
     cursor: u32,
+    bound: Arc<Bound>,
     lease: Lease,
     /// Offsets of what the chunk holds.
     contents: HashMap<Box<[u32]>, u32>,
@@ -139,8 +148,9 @@ impl Chunk {
             | wgpu::BufferUsages::COPY_DST;
         let buffer = handle.create_buffer("kvcache parameters", u64::from(bytes), usage)?;
         let own = handle.own_buffers.add(&buffer);
-        let lease = Arc::new(Bound::new(handle, layouts, &buffer, pages)?);
-        Ok(Self { buffer, bytes, cursor: 0, lease, contents: HashMap::new(), _own: own })
+        let bound = Arc::new(Bound::new(handle, layouts, &buffer, pages)?);
+        let (lease, contents) = (Lease::default(), HashMap::new());
+        Ok(Self { buffer, bytes, cursor: 0, bound, lease, contents, _own: own })
     }
 
     fn is_leased(&self) -> bool {
@@ -152,7 +162,12 @@ impl Chunk {
     }
 
     fn placed(&self, offset: u32) -> Placed {
-        Placed { buffer: self.buffer.clone(), offset, lease: Arc::clone(&self.lease) }
+        Placed {
+            buffer: self.buffer.clone(),
+            offset,
+            bound: Arc::clone(&self.bound),
+            lease: Arc::clone(&self.lease),
+        }
     }
 }
 
@@ -161,6 +176,8 @@ pub(crate) struct Arena {
     chunks: Vec<Chunk>,
     /// The chunk that is being filled.
     current: usize,
+    /// Abandoned chunks that are still leased.
+    retired: Vec<Chunk>,
     /// A chunk that nothing is put into.
     unused: Chunk,
     witnesses: Witnesses,
@@ -171,12 +188,17 @@ impl Arena {
         let witnesses = Witnesses::new(handle)?;
         let chunk = |bytes| Chunk::new(handle, layouts, bytes, witnesses.pages());
         let chunks = vec![chunk(CHUNK_BYTES)?, chunk(CHUNK_BYTES)?];
-        Ok(Self { chunks, current: 0, unused: chunk(PARAMS_BYTES)?, witnesses })
+        let unused = chunk(PARAMS_BYTES)?;
+        Ok(Self { chunks, current: 0, retired: Vec::new(), unused, witnesses })
     }
 
     /// A list that nothing reads, to bind where a kernel wants none.
-    pub(crate) fn unused_list(&self) -> &Lease {
-        &self.unused.lease
+    pub(crate) fn unused_list(&self) -> &Arc<Bound> {
+        &self.unused.bound
+    }
+
+    pub(crate) fn witness_page(&self, page: usize) -> wgpu::Buffer {
+        self.witnesses.pages()[page].clone()
     }
 
     /// A witness for a cache.
@@ -192,13 +214,29 @@ impl Arena {
     /// Another page of witnesses, bound with every chunk there is.
     fn add_witnesses(&mut self, handle: &DeviceHandle, layouts: &Layouts) -> Result<()> {
         let page = self.witnesses.new_page(handle)?;
-        let chunks = || self.chunks.iter().chain([&self.unused]);
+        let chunks = || self.chunks.iter().chain(&self.retired).chain([&self.unused]);
         let bound: Result<Vec<_>> =
             chunks().map(|chunk| bind_witness(handle, layouts, &chunk.buffer, &page)).collect();
         for (chunk, bound) in chunks().zip(bound?) {
-            chunk.lease.add_page(bound);
+            chunk.bound.add_page(bound);
         }
         self.witnesses.add(handle, page);
+        Ok(())
+    }
+
+    /// Puts fresh chunks in the place of abandoned ones, so that no step has to make one later.
+    pub(crate) fn replace_abandoned(
+        &mut self,
+        handle: &DeviceHandle,
+        layouts: &Layouts,
+    ) -> Result<()> {
+        self.retired.retain(Chunk::is_leased);
+        for chunk in &mut self.chunks {
+            if chunk.lease.is_abandoned() && chunk.bytes == CHUNK_BYTES {
+                let fresh = Chunk::new(handle, layouts, CHUNK_BYTES, self.witnesses.pages())?;
+                self.retired.push(std::mem::replace(chunk, fresh));
+            }
+        }
         Ok(())
     }
 
@@ -251,6 +289,7 @@ impl Arena {
         let chunk = Chunk::new(handle, layouts, size, self.witnesses.pages())?;
         // One long list should not keep its memory for good, and what was abandoned is not filled anew. A
         // chunk that is leased may have to be bound with further witnesses.
+        self.retired.retain(Chunk::is_leased);
         self.chunks.retain(|chunk| {
             chunk.is_leased() || (chunk.bytes <= CHUNK_BYTES && !chunk.lease.is_abandoned())
         });

@@ -15,8 +15,10 @@ use crate::view::{HostTensor, LayerView, TensorView};
 /// or mapped. A call counts as done once it is recorded: lengths and views move on at once, and the GPU
 /// follows when the engine submits. So
 /// - passes must be submitted in the order in which they were recorded;
-/// - a pass must not be dropped: if it is, every later call answers [`Error::PassDropped`] until
-///   [`reset`](Cache::reset);
+/// - a pass must not be dropped, and its submit must not fail: if it is, or does, every later call answers
+///   [`Error::PassDropped`] until [`reset`](Cache::reset). A dropped pass is known at once. Of a failed submit
+///   wgpu says nothing but to the engine's own error handler, where there is one; the cache finds out at the
+///   next [`get`](KVCache::get);
 /// - a call leaves its own pipeline, bind groups 0 to 2 and immediates set in the pass; set yours again.
 ///
 /// # Errors change nothing
@@ -24,12 +26,17 @@ use crate::view::{HostTensor, LayerView, TensorView};
 /// Everything is checked and allocated before anything is recorded, for all layers. A call that returns
 /// an error has left the cache, on the host and the GPU, as it was.
 ///
+/// Any call may answer [`Error::DeviceLost`] once the device is lost, and [`Error::Device`] where wgpu refuses
+/// to make something, such as the binding of a buffer that was destroyed.
+///
 /// # For implementers
 ///
 /// `prepare_batch` must find every reason for which the change could fail. A cache made of several
 /// others ([`EncoderDecoderCache`](crate::EncoderDecoderCache)) prepares all of them before it
 /// changes one.
 ///
+/// [`Error::Device`]: crate::Error::Device
+/// [`Error::DeviceLost`]: crate::Error::DeviceLost
 /// [`Error::PassDropped`]: crate::Error::PassDropped
 pub trait Cache {
     /// Empties every layer and keeps the memory for reuse. A layer may have another shape afterwards.
@@ -124,12 +131,13 @@ pub trait KVCache: Cache {
     /// - Shapes that disagree: [`Error::KeyValueShape`], [`Error::LayerShape`], [`Error::WrongDType`].
     /// - Inputs that a kernel cannot read: [`Error::OddHeadDim`], [`Error::InnerStride`],
     ///   [`Error::Misaligned`], [`Error::BufferTooShort`], [`Error::MissingUsage`],
-    ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`].
+    ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`], [`Error::OtherDevice`].
     /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
     ///   [`Error::SequenceTooLong`].
     /// - A layer past those that the cache is made for: [`Error::LayerOutOfRange`].
     /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::OutOfMemory`].
     ///
+    /// [`Error::OtherDevice`]: crate::Error::OtherDevice
     /// [`Error::OutOfPages`]: crate::Error::OutOfPages
     /// [`Error::KeyValueShape`]: crate::Error::KeyValueShape
     /// [`Error::LayerShape`]: crate::Error::LayerShape
@@ -160,7 +168,8 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for.
+    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for;
+    /// [`Error::PassDropped`](crate::Error::PassDropped) where what was written was lost with a pass.
     fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>>;
 
     /// Reads the live tokens of K and V back to the host; `None` for a layer never written.
@@ -170,24 +179,29 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::NotSubmitted`] where recorded work has not been submitted,
-    /// [`Error::LayerOutOfRange`], [`Error::Readback`] and [`Error::OutOfMemory`].
+    /// [`Error::NotSubmitted`] where recorded work has not been submitted, [`Error::PassDropped`] where it
+    /// never ran, [`Error::LayerOutOfRange`], [`Error::Readback`] and [`Error::OutOfMemory`].
     ///
     /// [`Error::NotSubmitted`]: crate::Error::NotSubmitted
+    /// [`Error::PassDropped`]: crate::Error::PassDropped
     /// [`Error::LayerOutOfRange`]: crate::Error::LayerOutOfRange
     /// [`Error::Readback`]: crate::Error::Readback
     /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
     fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>>;
 
-    /// As [`get`](KVCache::get), without blocking. On native backends the future polls the device each
-    /// time that it is polled itself.
+    /// As [`get`](KVCache::get), without blocking.
+    ///
+    /// The device must be polled for anything to arrive. In a browser that happens by itself. On native
+    /// backends the future polls it, without waiting, each time that it is polled itself, so callbacks of the
+    /// engine's may run there. It is woken when its bytes have arrived, if the engine polls the device
+    /// elsewhere, and otherwise by a thread of its own, up to once a millisecond.
     fn get_async(&self, layer_idx: usize) -> GetFuture<'_>;
 
     /// Live tokens; 0 for a layer never written.
     ///
     /// # Errors
     ///
-    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for.
+    /// As for [`view`](KVCache::view).
     fn get_seq_length(&self, layer_idx: usize) -> Result<usize>;
 }
 

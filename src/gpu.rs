@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::arena::{Arena, Lease, Placed};
+use crate::arena::{Arena, Bound, Placed};
 use crate::device::{DeviceHandle, answer_now};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ struct Inner {
     kernels: Kernels,
     arena: Mutex<Arena>,
     /// A list that nothing reads, to bind where a kernel wants none.
-    unused_list: Lease,
+    unused_list: Arc<Bound>,
 }
 
 /// What [`Gpu::headless_with`] looks for.
@@ -76,7 +76,7 @@ impl Gpu {
         let handle = DeviceHandle::new(device, queue)?;
         let kernels = Kernels::new(&handle)?;
         let arena = Arena::new(&handle, &kernels.layouts)?;
-        let unused_list = Lease::clone(arena.unused_list());
+        let unused_list = Arc::clone(arena.unused_list());
         Ok(Self(Arc::new(Inner { handle, kernels, arena: Mutex::new(arena), unused_list })))
     }
 
@@ -223,13 +223,24 @@ impl Gpu {
     }
 
     /// A list that nothing reads, to bind where a kernel wants none.
-    pub(crate) fn unused_list(&self) -> &Lease {
+    pub(crate) fn unused_list(&self) -> &Arc<Bound> {
         &self.0.unused_list
     }
 
     /// A word that counts what has run.
     pub(crate) fn witness(&self) -> Result<Witness> {
         self.arena().witness(&self.0.handle, &self.0.kernels.layouts)
+    }
+
+    /// The buffer that a page of witnesses is.
+    pub(crate) fn witness_page(&self, page: usize) -> wgpu::Buffer {
+        self.arena().witness_page(page)
+    }
+
+    /// To be called once leases were abandoned.
+    pub(crate) fn replace_abandoned(&self) {
+        // Where that fails, whoever needs a chunk next makes it, and is told.
+        let _ = self.arena().replace_abandoned(&self.0.handle, &self.0.kernels.layouts);
     }
 
     /// Whether dispatches do anything: everywhere but on wgpu's backend without a driver.

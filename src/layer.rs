@@ -202,7 +202,6 @@ impl<L: Held> Layer<L> {
     }
 
     pub(crate) fn reset(&mut self) {
-        self.abandon();
         self.held = None;
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
@@ -211,10 +210,10 @@ impl<L: Held> Layer<L> {
     }
 
     /// Leaves to those who record passes of their own what a view has shown: no call comes that holds it.
-    pub(crate) fn abandon(&self) {
-        if let Some(table) = self.held.as_ref().and_then(L::table) {
-            table.abandon();
-        }
+    /// Whether there was such.
+    pub(crate) fn abandon(&self) -> bool {
+        let table = self.held.as_ref().and_then(L::table);
+        table.inspect(|table| table.abandon()).is_some()
     }
 
     pub(crate) fn crop(&mut self, policy: &mut L::Policy, max_length: usize) {

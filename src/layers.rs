@@ -88,6 +88,7 @@ impl<L: Held> Layers<L> {
 
     pub(crate) fn reset(&mut self) {
         self.prepared = None;
+        self.abandon();
         // Work of before, run or not, no longer matters.
         self.ledger = Ledger::default();
         self.layers.values_mut().for_each(Layer::reset);
@@ -239,6 +240,14 @@ impl<L: Held> Layers<L> {
         }
     }
 
+    /// Leaves the tables that views have shown to whoever reads them.
+    fn abandon(&self) {
+        let tables = self.layers.values().filter(|layer| layer.abandon()).count();
+        if tables > 0 {
+            self.gpu.replace_abandoned();
+        }
+    }
+
     fn owner(&self) -> Owner<'_> {
         Owner { gpu: &self.gpu, ledger: &self.ledger }
     }
@@ -319,6 +328,6 @@ impl<L: Held> Layers<L> {
 
 impl<L: Held> Drop for Layers<L> {
     fn drop(&mut self) {
-        self.layers.values().for_each(Layer::abandon);
+        self.abandon();
     }
 }

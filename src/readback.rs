@@ -92,8 +92,9 @@ impl Readback {
             tensors[1].copy(&mut encoder, view, view.value());
         }
         if let (Some(from), Some((to, at))) = (ledger.witness(), &witness) {
-            let (_, offset) = from.binding();
-            encoder.copy_buffer_to_buffer(&from.buffer, offset.into(), to, *at, 4);
+            let (page, offset) = from.binding();
+            let page = gpu.witness_page(page);
+            encoder.copy_buffer_to_buffer(&page, offset.into(), to, *at, 4);
         }
         let _submission = gpu.queue().submit([encoder.finish()]);
         let mut buffers: Vec<&wgpu::Buffer> =

@@ -25,10 +25,10 @@ struct Word {
     offset: u32,
 }
 
-/// A word of a cache's own: it counts the calls of which the last dispatch has run.
+/// A word of a cache's own: it counts the calls of which the last dispatch has run. Holds nothing of wgpu's,
+/// as a lease does not.
 #[derive(Debug)]
 pub(crate) struct Witness {
-    pub(crate) buffer: wgpu::Buffer,
     word: Word,
     free: Arc<Mutex<Vec<Word>>>,
 }
@@ -89,10 +89,9 @@ impl Witnesses {
     /// A witness that has seen nothing yet; `None` where the pages have no word left.
     pub(crate) fn take(&self, handle: &DeviceHandle) -> Result<Option<Witness>> {
         let Some(word) = self.free().pop() else { return Ok(None) };
-        let buffer = self.pages[word.page].clone();
-        let witness = Witness { buffer, word, free: Arc::clone(&self.free) };
+        let witness = Witness { word, free: Arc::clone(&self.free) };
         // It may have counted for another cache before. Nothing that is still to run counts in it.
-        handle.write(&witness.buffer, u64::from(word.offset), &[0; 4])?;
+        handle.write(&self.pages[word.page], u64::from(word.offset), &[0; 4])?;
         Ok(Some(witness))
     }
 

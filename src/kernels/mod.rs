@@ -10,7 +10,7 @@ mod variant;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) use append::AppendShape;
 pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS, least_splits};
@@ -20,7 +20,7 @@ pub(crate) use repeat_interleave::CopyShape;
 pub(crate) use variant::Unit;
 use variant::{ParamsPath, Variant};
 
-use crate::arena::{Layouts, Lease, PARAMS_BYTES, Placed};
+use crate::arena::{Bound, Layouts, Lease, PARAMS_BYTES, Placed};
 use crate::device::DeviceHandle;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -246,13 +246,15 @@ impl Kernel {
             ParamsPath::Immediate => Params::Immediate(bytemuck::cast_slice(params).to_vec()),
             ParamsPath::Uniform => Params::Uniform(gpu.place(params)?),
         };
-        let has_list = list.is_some();
-        let lists = list.map_or_else(|| Lease::clone(gpu.unused_list()), |placed| placed.lease);
+        let (lists, list_lease) = match list {
+            Some(placed) => (placed.bound, Some(placed.lease)),
+            None => (Arc::clone(gpu.unused_list()), None),
+        };
         Ok(Dispatch {
             pipeline: self.pipeline(gpu, variant)?,
             bindings,
             lists,
-            has_list,
+            list_lease,
             is_witnessed: self.is_witnessed,
             params,
             workgroups,
@@ -272,8 +274,8 @@ enum Params {
 pub(crate) struct Dispatch {
     pipeline: wgpu::ComputePipeline,
     bindings: wgpu::BindGroup,
-    lists: Lease,
-    has_list: bool,
+    lists: Arc<Bound>,
+    list_lease: Option<Lease>,
     is_witnessed: bool,
     params: Params,
     workgroups: [u32; 3],
@@ -307,15 +309,13 @@ impl Dispatch {
         } else {
             pass.set_bind_group(1, &self.lists.lists, &[]);
         }
-        if self.has_list {
-            leases.push(self.lists);
-        }
+        leases.extend(self.list_lease);
         match self.params {
             Params::Immediate(bytes) => {
                 pass.set_immediates(0, &bytes);
             }
             Params::Uniform(placed) => {
-                pass.set_bind_group(2, &placed.lease.params, &[placed.offset]);
+                pass.set_bind_group(2, &placed.bound.params, &[placed.offset]);
                 leases.push(placed.lease);
             }
         }
