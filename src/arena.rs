@@ -147,6 +147,9 @@ impl Chunk {
             | wgpu::BufferUsages::UNIFORM
             | wgpu::BufferUsages::COPY_DST;
         let buffer = handle.create_buffer("kvcache parameters", u64::from(bytes), usage)?;
+        // wgpu clears what was never written when a submission first binds it. If another thread writes into the
+        // chunk while that submission is under way, the clearing may come after the write, and a list is zeros.
+        handle.write(&buffer, 0, &vec![0; bytes as usize])?;
         let own = handle.own_buffers.add(&buffer);
         let bound = Arc::new(Bound::new(handle, layouts, &buffer, pages)?);
         let (lease, contents) = (Lease::default(), HashMap::new());

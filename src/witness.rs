@@ -74,7 +74,10 @@ impl Witnesses {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::COPY_SRC
             | wgpu::BufferUsages::COPY_DST;
-        handle.create_buffer("kvcache witnesses", u64::from(PAGE_BYTES), usage)
+        let page = handle.create_buffer("kvcache witnesses", u64::from(PAGE_BYTES), usage)?;
+        // As for chunks: a page that wgpu clears late would forget what has run.
+        handle.write(&page, 0, &vec![0; PAGE_BYTES as usize])?;
+        Ok(page)
     }
 
     pub(crate) fn add(&mut self, handle: &DeviceHandle, buffer: wgpu::Buffer) {
