@@ -152,7 +152,10 @@ impl Attention {
         } else {
             let sums = [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()];
             let bytes = sums.iter().try_fold(splits as u64, |all, &n| all.checked_mul(n as u64));
-            let scratch = self.scratch(bytes.ok_or(Error::SizeOverflow { what: "splits" })?)?;
+            let scratch = self.scratch(bytes.ok_or_else(|| {
+                let asked = format!("{splits} splits of {shape:?}");
+                Error::overflow("size of partial results", asked, u64::MAX)
+            })?)?;
             let bindings = self.bind(query, view, scratch.as_entire_buffer_binding());
             dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
             let bindings = self.bind_combine(&scratch, output);

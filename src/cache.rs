@@ -44,7 +44,8 @@ pub trait Cache {
     fn truncate(&mut self, length: usize);
 
     /// Checks a change of the batch and allocates all that it needs, so that the same change, made
-    /// next, cannot fail. Alters nothing that can be seen; any other call lets go of what was prepared.
+    /// next, cannot fail for want of room. Alters nothing that can be seen. To prepare the same change again
+    /// keeps what was prepared; any other call that takes the cache mutably lets go of it.
     ///
     /// # Errors
     ///
@@ -52,7 +53,8 @@ pub trait Cache {
     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()>;
 
     /// Makes new batch row `i` of every layer the old row `indices[i]`. The batch may shrink, grow and
-    /// repeat rows. Layers that were never written stay so.
+    /// repeat rows. Layers that were never written stay so, and take no part: their first update afterwards
+    /// must have as many rows as a layer that did, else it is refused ([`Error::BatchChanged`]) until a reset.
     ///
     /// In a ring ([`DynamicKVCache`](crate::DynamicKVCache), [`StaticKVCache`](crate::StaticKVCache)),
     /// within the rows that a layer has memory for, the rows move in place, without scratch memory, and
@@ -65,6 +67,7 @@ pub trait Cache {
     /// [`Error::LayerTooLarge`] and [`Error::OutOfMemory`]; for very many rows [`Error::ListTooLarge`].
     ///
     /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::BatchChanged`]: crate::Error::BatchChanged
     /// [`Error::NoIndices`]: crate::Error::NoIndices
     /// [`Error::IndexOutOfRange`]: crate::Error::IndexOutOfRange
     /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
@@ -90,8 +93,11 @@ pub trait Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroRepeats`], [`Error::LayerTooLarge`] and [`Error::OutOfMemory`].
+    /// [`Error::ZeroRepeats`], [`Error::LayerTooLarge`] and [`Error::OutOfMemory`]; for very many rows
+    /// [`Error::ListTooLarge`] and [`Error::SizeOverflow`].
     ///
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::SizeOverflow`]: crate::Error::SizeOverflow
     /// [`Error::ZeroRepeats`]: crate::Error::ZeroRepeats
     /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
     /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
@@ -100,6 +106,35 @@ pub trait Cache {
         pass: &mut wgpu::ComputePass<'_>,
         repeats: usize,
     ) -> Result<()>;
+
+    /// Makes room for `tokens` more tokens of each row, in every layer written so far: in all of them, or, with
+    /// an error, in none. For a step that must not run out of room at its seventh layer.
+    ///
+    /// After it, appends of up to `tokens` tokens a row in all do not fail for want of room in any of these
+    /// layers ([`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::SequenceTooLong`], and
+    /// [`Error::OutOfMemory`] for K, V and page tables), until the batch changes or the cache is reset.
+    /// [`crop`](Cache::crop) and [`truncate`](Cache::truncate) leave the room as it is.
+    ///
+    /// Where a layer needs new memory, a copy of its live tokens is recorded into `pass`. In pages, the copies
+    /// of shared pages that the appends will take are counted in. Changes nothing else: neither lengths nor
+    /// contents, nor the pages in use. Of an [`EncoderDecoderCache`](crate::EncoderDecoderCache) it concerns
+    /// the self-attention side.
+    ///
+    /// # Errors
+    ///
+    /// Those named above, and [`Error::PassDropped`]. A cache of one's own that does not have this method
+    /// answers [`Error::NotSupported`].
+    ///
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfPages`]: crate::Error::OutOfPages
+    /// [`Error::SequenceTooLong`]: crate::Error::SequenceTooLong
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    /// [`Error::PassDropped`]: crate::Error::PassDropped
+    /// [`Error::NotSupported`]: crate::Error::NotSupported
+    fn reserve(&mut self, pass: &mut wgpu::ComputePass<'_>, tokens: usize) -> Result<()> {
+        let _ = (pass, tokens);
+        Err(crate::Error::NotSupported { what: "reserve()" })
+    }
 
     /// The most tokens that a row can hold, or `None` where there is no bound but the device's.
     fn get_max_cache_shape(&self) -> Option<usize>;
@@ -121,15 +156,20 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// - Shapes that disagree: [`Error::KeyValueShape`], [`Error::LayerShape`], [`Error::WrongDType`].
+    /// - Shapes that disagree: [`Error::KeyValueShape`], [`Error::LayerShape`], [`Error::WrongDType`],
+    ///   [`Error::BatchChanged`].
     /// - Inputs that a kernel cannot read: [`Error::OddHeadDim`], [`Error::InnerStride`],
     ///   [`Error::Misaligned`], [`Error::BufferTooShort`], [`Error::MissingUsage`],
     ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`].
     /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
     ///   [`Error::SequenceTooLong`].
     /// - A layer past those that the cache is made for: [`Error::LayerOutOfRange`].
-    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::OutOfMemory`].
+    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::PoolTooLarge`],
+    ///   [`Error::ListTooLarge`], [`Error::OutOfMemory`].
     ///
+    /// [`Error::BatchChanged`]: crate::Error::BatchChanged
+    /// [`Error::PoolTooLarge`]: crate::Error::PoolTooLarge
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
     /// [`Error::OutOfPages`]: crate::Error::OutOfPages
     /// [`Error::KeyValueShape`]: crate::Error::KeyValueShape
     /// [`Error::LayerShape`]: crate::Error::LayerShape

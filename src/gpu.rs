@@ -173,7 +173,10 @@ impl Gpu {
         let expected = four
             .iter()
             .try_fold(1_usize, |product, &extent| product.checked_mul(extent))
-            .ok_or(Error::SizeOverflow { what: "tensor" })?;
+            .ok_or_else(|| {
+                let asked = format!("the product of {shape:?}");
+                Error::overflow("number of elements of a tensor", asked, usize::MAX as u64)
+            })?;
         if expected != data.len() {
             return Err(Error::SliceLength { shape: shape.to_vec(), expected, got: data.len() });
         }
@@ -216,6 +219,27 @@ impl Gpu {
     /// Puts a list or parameters where a dispatch can read them.
     pub(crate) fn place(&self, words: &[u32]) -> Result<Placed> {
         self.arena().place(&self.0.handle, &self.0.kernels.layouts, words)
+    }
+
+    /// Reserves a piece that its owner writes bit by bit, with room beside it for a list of `spare` words.
+    pub(crate) fn reserve(&self, words: usize, spare: usize) -> Result<Placed> {
+        self.arena().reserve(&self.0.handle, &self.0.kernels.layouts, words, spare)
+    }
+
+    /// Puts `words` into the buffer of a reserved piece; `None` where the piece has to move first.
+    pub(crate) fn place_beside(&self, piece: &Placed, words: &[u32]) -> Result<Option<Placed>> {
+        self.arena().place_beside(&self.0.handle, piece, words)
+    }
+
+    /// Whether a reserved piece may stay where it is.
+    pub(crate) fn is_in_place(&self, piece: &Placed) -> bool {
+        self.arena().is_in_place(piece)
+    }
+
+    /// Writes words of a reserved piece that nothing has read yet, from its word `at` on.
+    pub(crate) fn write_piece(&self, piece: &Placed, at: usize, words: &[u32]) {
+        let offset = u64::from(piece.offset) + 4 * at as u64;
+        self.queue().write_buffer(&piece.buffer, offset, bytemuck::cast_slice(words));
     }
 
     /// A list that nothing reads, to bind where a kernel wants none.

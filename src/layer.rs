@@ -9,9 +9,9 @@ use std::fmt::Debug;
 
 use crate::arena::{Lease, Placed};
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, binding_limit};
 use crate::kernels::{AppendShape, Dispatch};
-use crate::ledger::Ledger;
+use crate::ledger::Call;
 use crate::position::{self, CachePosition, Order};
 use crate::store::{Shape, Store};
 use crate::view::{LayerView, TensorView};
@@ -54,6 +54,15 @@ pub(crate) trait Held: Debug + Sized {
         tokens: NewTokens<'_>,
     ) -> Result<Room<Self>>;
 
+    /// Refuses a change to `batch` rows that has no room, from counts alone.
+    fn check_batch(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        policy: &Self::Policy,
+        batch: usize,
+    ) -> Result<()>;
+
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`, which is not the identity.
     fn stage_batch(
         &self,
@@ -63,6 +72,16 @@ pub(crate) trait Held: Debug + Sized {
         policy: &mut Self::Policy,
         map: &[u32],
     ) -> Result<Staged<Self>>;
+
+    /// Stages room for appends up to `new_len` tokens; `None` where it is there.
+    fn stage_reserve(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        store: &Store,
+        policy: &mut Self::Policy,
+        new_len: usize,
+    ) -> Result<Option<Staged<Self>>>;
 }
 
 /// A layer as a change finds it.
@@ -86,9 +105,11 @@ pub(crate) struct NewTokens<'a> {
 }
 
 impl NewTokens<'_> {
-    /// Which token goes where. As long as the gaps that it fills: to be asked once their room is sure.
-    pub(crate) fn order(&self) -> Order {
-        position::order(self.position, self.len, self.new_len)
+    /// Which token goes where. As long as the positions that are named: to be asked once there is room for
+    /// the tokens. Refuses a list that is more than a kernel can read, before it is made.
+    pub(crate) fn order(&self, gpu: &Gpu) -> Result<Order> {
+        position::check_list(self.position, binding_limit(gpu.limits()))?;
+        Ok(position::order(self.position, self.len, self.new_len))
     }
 }
 
@@ -247,7 +268,8 @@ impl<L: Held> Layer<L> {
             lists: room.lists.as_ref().map(|(placed, list_at)| (placed, *list_at)),
         };
         let append = gpu.kernels().append(gpu, bindings, &append)?;
-        let written = shape.bytes(1, room.order.written(shape.batch, count))?;
+        let written = room.order.written(shape.batch, count).saturating_mul(shape.heads as u64);
+        let written = shape.row_bytes().map(|row| row.saturating_mul(written));
         room.dispatches.push(append);
         Ok(Staged {
             dispatches: room.dispatches,
@@ -256,6 +278,24 @@ impl<L: Held> Layer<L> {
             moved: room.moved + written.iter().sum::<u64>(),
             leases: room.leases,
         })
+    }
+
+    /// Refuses a change to `batch` rows that has no room, from counts alone.
+    pub(crate) fn check_batch(&self, gpu: &Gpu, policy: &L::Policy, batch: usize) -> Result<()> {
+        self.held.as_ref().map_or(Ok(()), |held| held.check_batch(gpu, self.index, policy, batch))
+    }
+
+    /// Stages room for `tokens` more tokens a row; `None` where it is there or nothing was ever written.
+    pub(crate) fn stage_reserve(
+        &mut self,
+        gpu: &Gpu,
+        policy: &mut L::Policy,
+        tokens: usize,
+    ) -> Result<Option<Staged<L>>> {
+        let (Some(held), Some(store)) = (&self.held, &self.store) else { return Ok(None) };
+        let (batch, append) = (held.shape().batch, CachePosition::Append);
+        let new_len = position::check(append, batch, tokens, held.len(), L::bound(policy))?;
+        held.stage_reserve(gpu, self.index, store, policy, new_len)
     }
 
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`. `None` where nothing changes
@@ -274,21 +314,11 @@ impl<L: Held> Layer<L> {
     }
 
     /// Makes a staged change happen. Cannot fail.
-    pub(crate) fn commit(
-        &mut self,
-        staged: Staged<L>,
-        pass: &mut wgpu::ComputePass<'_>,
-        ledger: &Ledger,
-    ) -> Effect {
+    pub(crate) fn commit(&mut self, staged: Staged<L>, call: &mut Call<'_, '_>) -> Effect {
         let effect = Effect { dispatches: staged.dispatches.len() as u64, moved: staged.moved };
-        let mut leases = staged.leases;
-        for dispatch in staged.dispatches {
-            dispatch.record(pass, ledger, std::mem::take(&mut leases));
-        }
-        if !leases.is_empty() {
-            // A change without a dispatch is lost with its pass as well.
-            ledger.record(pass, leases);
-        }
+        // A change without a dispatch is lost with its pass as well.
+        call.hold(staged.leases);
+        staged.dispatches.into_iter().for_each(|dispatch| call.add(dispatch));
         if let Some(store) = staged.store {
             self.store = Some(store);
         }

@@ -7,7 +7,7 @@ use crate::cache::{BatchChange, Stats};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::layer::{Effect, Held, Layer, PageCounts, Staged};
-use crate::ledger::Ledger;
+use crate::ledger::{Call, Ledger};
 use crate::plan;
 use crate::position::CachePosition;
 use crate::readback::Readback;
@@ -24,6 +24,8 @@ pub(crate) struct Layers<L: Held> {
     layers: BTreeMap<usize, Layer<L>>,
     ledger: Ledger,
     prepared: Option<Prepared<L>>,
+    /// Whether the batch has been changed since the last reset: layers not written then took no part.
+    is_batch_changed: bool,
     dispatches: u64,
     bytes_moved: u64,
     peak_bytes_allocated: u64,
@@ -73,6 +75,7 @@ impl<L: Held> Layers<L> {
             layers: BTreeMap::new(),
             ledger: Ledger::default(),
             prepared: None,
+            is_batch_changed: false,
             dispatches: 0,
             bytes_moved: 0,
             peak_bytes_allocated: 0,
@@ -88,6 +91,7 @@ impl<L: Held> Layers<L> {
 
     pub(crate) fn reset(&mut self) {
         self.prepared = None;
+        self.is_batch_changed = false;
         // Work of before, run or not, no longer matters.
         self.ledger = Ledger::default();
         self.layers.values_mut().for_each(Layer::reset);
@@ -114,6 +118,7 @@ impl<L: Held> Layers<L> {
         self.prepared = None;
         self.check_layer(layer_idx)?;
         self.ledger.check()?;
+        self.check_first_batch(layer_idx, key, value)?;
         // A layer that was never written is only kept where it is written now.
         let mut fresh = None;
         let layer = match self.layers.get_mut(&layer_idx) {
@@ -127,23 +132,39 @@ impl<L: Held> Layers<L> {
             self.note_peak(allocated);
         }
         let layer = self.layers.get_mut(&layer_idx).expect("the layer was staged just now");
-        let effect = layer.commit(staged, pass, &self.ledger);
+        let mut call = Call::new(pass);
+        let effect = layer.commit(staged, &mut call);
+        call.finish(&self.ledger);
         self.dispatches += effect.dispatches;
         self.bytes_moved += effect.moved;
         self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
         Ok(layer.view().expect("a layer that was just written has a view"))
     }
 
+    /// Prepares a change of the batch, or finds that it is prepared.
     pub(crate) fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
-        self.prepared = None;
+        let prepared = self.prepared.take().filter(|prepared| prepared.change.is(change));
         self.ledger.check()?;
+        self.prepared = match prepared {
+            Some(prepared) => Some(prepared),
+            None => Some(self.stage_batch(change)?),
+        };
+        Ok(())
+    }
+
+    fn stage_batch(&mut self, change: BatchChange<'_>) -> Result<Prepared<L>> {
         match change {
             BatchChange::Select([]) => return Err(Error::NoIndices),
             BatchChange::Repeat(0) => return Err(Error::ZeroRepeats),
-            _ => {}
+            BatchChange::Select(indices) => self.check_indices(indices)?,
+            BatchChange::Repeat(_) => {}
         }
-        if let BatchChange::Select(indices) = change {
-            self.check_indices(indices)?;
+        // All layers are asked whether they have room before a list is made that is as long as the batch.
+        for layer in self.layers.values() {
+            if let Some(batch) = layer.batch() {
+                let batch = changed_batch(batch, change)?;
+                layer.check_batch(&self.gpu, &self.policy, batch)?;
+            }
         }
         let mut staged = Vec::with_capacity(self.layers.len());
         for layer in self.layers.values_mut() {
@@ -153,14 +174,12 @@ impl<L: Held> Layers<L> {
                     layer.stage_batch(&self.gpu, &mut self.policy, indices)?
                 }
                 (Some(batch), BatchChange::Repeat(repeats)) => {
-                    let map = plan::repeat_map(batch, repeats)
-                        .ok_or(Error::SizeOverflow { what: "batch" })?;
+                    let map = plan::repeat_map(batch, repeats).expect("the new batch was counted");
                     layer.stage_batch(&self.gpu, &mut self.policy, &map)?
                 }
             });
         }
-        self.prepared = Some(Prepared { change: change.into(), staged });
-        Ok(())
+        Ok(Prepared { change: change.into(), staged })
     }
 
     pub(crate) fn change_batch(
@@ -168,19 +187,40 @@ impl<L: Held> Layers<L> {
         pass: &mut wgpu::ComputePass<'_>,
         change: BatchChange<'_>,
     ) -> Result<()> {
-        if !self.prepared.as_ref().is_some_and(|prepared| prepared.change.is(change)) {
-            self.prepare_batch(change)?;
-        }
-        self.ledger.check()?;
+        self.prepare_batch(change)?;
         let staged = self.prepared.take().map(|prepared| prepared.staged).unwrap_or_default();
+        self.is_batch_changed |= staged.iter().any(Option::is_some);
+        self.commit_all(pass, staged);
+        Ok(())
+    }
+
+    /// Makes room for `tokens` more tokens a row in every layer that was written: in all or in none.
+    pub(crate) fn reserve(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        tokens: usize,
+    ) -> Result<()> {
+        self.prepared = None;
+        self.ledger.check()?;
+        let mut staged = Vec::with_capacity(self.layers.len());
+        for layer in self.layers.values_mut() {
+            staged.push(layer.stage_reserve(&self.gpu, &mut self.policy, tokens)?);
+        }
+        self.commit_all(pass, staged);
+        Ok(())
+    }
+
+    /// Makes changes of all layers happen, one for each; `None` where a layer stays as it is.
+    fn commit_all(&mut self, pass: &mut wgpu::ComputePass<'_>, staged: Vec<Option<Staged<L>>>) {
         self.note_peak(staged.iter().flatten().map(Staged::allocated).sum());
+        let mut call = Call::new(pass);
         for (layer, staged) in self.layers.values_mut().zip(staged) {
             let Some(staged) = staged else { continue };
-            let Effect { dispatches, moved } = layer.commit(staged, pass, &self.ledger);
+            let Effect { dispatches, moved } = layer.commit(staged, &mut call);
             self.dispatches += dispatches;
             self.bytes_moved += moved;
         }
-        Ok(())
+        call.finish(&self.ledger);
     }
 
     pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
@@ -256,6 +296,29 @@ impl<L: Held> Layers<L> {
         self.layers.values().map(Layer::pages).max_by_key(|pages| pages.used).unwrap_or_default()
     }
 
+    /// A layer that was never written takes no part in a change of the batch, so afterwards its rows must be
+    /// as many as those of a layer that did.
+    fn check_first_batch(
+        &self,
+        layer: usize,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+    ) -> Result<()> {
+        let is_written = self.layers.get(&layer).is_some_and(|layer| layer.batch().is_some());
+        if !self.is_batch_changed || is_written || key.shape[..3] != value.shape[..3] {
+            return Ok(());
+        }
+        let got = key.shape[0];
+        let mut batches = self.layers.iter().filter_map(|(&at, layer)| Some((at, layer.batch()?)));
+        let first = batches.next();
+        match first {
+            Some((other, batch)) if batch != got && !batches.any(|(_, batch)| batch == got) => {
+                Err(Error::BatchChanged { layer, got, other, batch })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Every layer's batch must have the rows that `indices` name.
     fn check_indices(&self, indices: &[u32]) -> Result<()> {
         for (&layer, held) in &self.layers {
@@ -279,4 +342,16 @@ impl<L: Held> Layers<L> {
     fn note_peak(&mut self, allocated: u64) {
         self.peak_bytes_allocated = self.peak_bytes_allocated.max(self.memory().1 + allocated);
     }
+}
+
+/// The rows that a batch of `batch` rows has after a change.
+fn changed_batch(batch: usize, change: BatchChange<'_>) -> Result<usize> {
+    let (rows, asked) = match change {
+        BatchChange::Select(indices) => (Some(indices.len()), format!("{} rows", indices.len())),
+        BatchChange::Repeat(repeats) => {
+            (batch.checked_mul(repeats), format!("{repeats} times {batch} rows"))
+        }
+    };
+    rows.filter(|&rows| u32::try_from(rows).is_ok())
+        .ok_or_else(|| Error::overflow("batch", asked, u64::from(u32::MAX)))
 }

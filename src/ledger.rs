@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::arena::Lease;
 use crate::error::{Error, Result};
+use crate::kernels::Dispatch;
 
 /// What has become of the calls that a cache has recorded since its last reset.
 ///
@@ -48,6 +49,37 @@ impl Ledger {
         match recorded.saturating_sub(self.0.done.load(Ordering::Acquire)) {
             0 => Ok(()),
             calls => Err(Error::NotSubmitted { calls }),
+        }
+    }
+}
+
+/// One call's dispatches on their way into a pass.
+#[derive(Debug)]
+pub(crate) struct Call<'a, 'pass> {
+    pass: &'a mut wgpu::ComputePass<'pass>,
+    leases: Vec<Lease>,
+    is_empty: bool,
+}
+
+impl<'a, 'pass> Call<'a, 'pass> {
+    pub(crate) fn new(pass: &'a mut wgpu::ComputePass<'pass>) -> Self {
+        Self { pass, leases: Vec::new(), is_empty: true }
+    }
+
+    /// Keeps these in place until the pass has run.
+    pub(crate) fn hold(&mut self, leases: Vec<Lease>) {
+        self.leases.extend(leases);
+    }
+
+    pub(crate) fn add(&mut self, dispatch: Dispatch) {
+        dispatch.record_part(self.pass, &mut self.leases);
+        self.is_empty = false;
+    }
+
+    /// Notes the call. One that has nothing to record and nothing to hold goes unnoted.
+    pub(crate) fn finish(self, ledger: &Ledger) {
+        if !self.is_empty || !self.leases.is_empty() {
+            ledger.record(self.pass, self.leases);
         }
     }
 }

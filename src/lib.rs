@@ -55,7 +55,9 @@ mod ring;
 mod sources;
 mod static_cache;
 mod store;
+mod table;
 mod view;
+mod words;
 
 pub use attention::{Attention, AttentionOptions};
 pub use cache::{BatchChange, Cache, GetFuture, KVCache, Stats};

@@ -32,7 +32,12 @@ impl Shape {
                 .and_then(|all| all.checked_mul(tokens as u64))
                 .and_then(|all| all.checked_mul(row))
         });
-        key.zip(value).map(Into::into).ok_or(Error::SizeOverflow { what: "layer" })
+        key.zip(value).map(Into::into).ok_or_else(|| {
+            let Self { heads, key_dim, value_dim, dtype, .. } = self;
+            let dim = key_dim.max(value_dim);
+            let asked = format!("{rows} x {tokens} tokens of {heads} heads of {dim} {dtype}");
+            Error::overflow("size of a layer", asked, u64::MAX)
+        })
     }
 
     /// A view of tokens of this shape in `store`.

@@ -123,7 +123,11 @@ impl<'a> TensorView<'a> {
         if self.dtype.size() == 2 && d % 2 != 0 {
             return Err(Error::OddHeadDim { what, dtype: self.dtype, head_dim: d });
         }
-        let needed = self.end().ok_or(Error::SizeOverflow { what: "extent of the view" })?;
+        let needed = self.end().ok_or_else(|| {
+            let Self { offset, shape, strides, .. } = self;
+            let asked = format!("{shape:?} with strides {strides:?} from byte {offset} on");
+            Error::overflow("extent of a view", asked, u64::MAX)
+        })?;
         if !self.offset.is_multiple_of(4) {
             return Err(Error::Misaligned { what, quantity: "an offset", bytes: self.offset });
         }
@@ -445,14 +449,10 @@ impl HostTensor {
     ///
     /// # Errors
     ///
-    /// [`Error::WrongDType`] where `E` is not the type that the cache holds.
+    /// [`Error::SliceType`] where `E` is not the type that the tensor holds.
     pub fn as_slice<E: Element>(&self) -> Result<&[E]> {
         if E::DTYPE != self.dtype {
-            return Err(Error::WrongDType {
-                what: "the slice asked for",
-                expected: self.dtype,
-                got: E::DTYPE,
-            });
+            return Err(Error::SliceType { held: self.dtype, asked: E::DTYPE });
         }
         Ok(bytemuck::cast_slice(&self.words))
     }

@@ -271,13 +271,19 @@ pub(crate) struct Dispatch {
 }
 
 impl Dispatch {
-    /// Records the dispatch, which keeps `leases` until it has run. Cannot fail.
+    /// Records the dispatch as a call of its own, which keeps `leases` until it has run. Cannot fail.
     pub(crate) fn record(
         self,
         pass: &mut wgpu::ComputePass<'_>,
         ledger: &Ledger,
         mut leases: Vec<Lease>,
     ) {
+        self.record_part(pass, &mut leases);
+        ledger.record(pass, leases);
+    }
+
+    /// Records the dispatch, and notes in `leases` what it reads. Cannot fail.
+    pub(crate) fn record_part(self, pass: &mut wgpu::ComputePass<'_>, leases: &mut Vec<Lease>) {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bindings, &[]);
         pass.set_bind_group(1, &self.lists, &[]);
@@ -293,7 +299,6 @@ impl Dispatch {
         }
         let [x, y, z] = self.workgroups;
         pass.dispatch_workgroups(x, y, z);
-        ledger.record(pass, leases);
     }
 }
 
@@ -349,7 +354,7 @@ fn grid(workgroups: u64, limit: u32) -> Option<[u32; 3]> {
 
 /// A count that a kernel is told, in 32 bits.
 fn narrow(count: usize) -> Result<u32> {
-    u32::try_from(count).map_err(|_| Error::SizeOverflow { what: "layer" })
+    u32::try_from(count).map_err(|_| Error::too_many("count that a kernel is told", count as u64))
 }
 
 /// The whole of a cache buffer, as a binding.

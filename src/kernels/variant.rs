@@ -33,7 +33,8 @@ impl Unit {
 
     /// A byte count, in units. Sizes are checked against the device's limits before they get here.
     pub(crate) fn count(self, bytes: u64) -> Result<u32> {
-        u32::try_from(bytes / self.bytes()).map_err(|_| Error::SizeOverflow { what: "layer" })
+        let units = bytes / self.bytes();
+        u32::try_from(units).map_err(|_| Error::too_many("offset or stride, in units", units))
     }
 }
 

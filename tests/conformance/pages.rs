@@ -16,7 +16,7 @@ fn pages_used(rig: &Rig) -> u64 {
 }
 
 /// An empty cache of at most `pages` pages of four tokens.
-fn bounded(pages: usize) -> Rig {
+pub(crate) fn bounded(pages: usize) -> Rig {
     let options =
         PagedOptions { page_tokens: 4, max_pages: Some(pages), ..PagedOptions::default() };
     Rig::in_pages(&gpu(), options, Model::dynamic())
@@ -264,5 +264,36 @@ fn a_page_is_a_power_of_two() {
         rig.check(&format!("pages of {page_tokens}"));
         let view = rig.cache.view(0).expect("it exists").expect("it was written");
         assert_eq!((view.layout(), view.capacity()), (Layout::Paged, page_tokens));
+    }
+}
+
+/// A pool of fixed size is one whatever a reset has left: its buffers stay the same while the layer's shape does,
+/// and it has its pages, no fewer and no more.
+#[test]
+fn a_bounded_pool_of_another_shape_after_a_reset() {
+    for (first, second) in [(4, 8), (16, 4), (4, 4), (6, 2), (2, 64)] {
+        let mut rig = bounded(8);
+        for dim in [first, second, first] {
+            let name = format!("{first}, then {second}: {dim}");
+            let buffers = |rig: &Rig| {
+                let view = rig.cache.view(0).expect("it exists").expect("it was written");
+                [view.key().clone(), view.value().clone()]
+            };
+            rig.update(0, [1, 1, 1, dim], dim, APPEND);
+            let made = buffers(&rig);
+            let stats = rig.cache.stats();
+            assert_eq!((stats.pages_used, stats.pages_free), (1, 7), "{name}");
+            for token in 1..32 {
+                rig.update(0, [1, 1, 1, dim], dim, APPEND);
+                assert_eq!(buffers(&rig), made, "{name}: token {token}");
+            }
+            rig.check(&name);
+            let stats = rig.cache.stats();
+            assert_eq!((stats.pages_used, stats.pages_free), (8, 0), "{name}");
+            let token = upload(&gpu(), DType::F32, &Block::noise([1, 1, 1, dim], 4, 1));
+            let error = refused(&mut rig, 0, [&token, &token], APPEND);
+            assert!(matches!(error, Error::OutOfPages { used: 8, wanted: 1, .. }), "{error:?}");
+            rig.reset();
+        }
     }
 }
