@@ -17,20 +17,20 @@ pub(crate) struct Words {
 
 #[derive(Clone, Debug)]
 enum Node {
-    Leaf([u32; WIDTH]),
+    Leaf(Box<[u32; WIDTH]>),
     Branch(Vec<Arc<Node>>),
 }
 
 impl Default for Words {
     fn default() -> Self {
-        Self { root: Arc::new(Node::Leaf([0; WIDTH])), len: 0, height: 0 }
+        Self { root: Arc::new(Node::Leaf(Box::new([0; WIDTH]))), len: 0, height: 0 }
     }
 }
 
 impl From<&[u32]> for Words {
     fn from(words: &[u32]) -> Self {
         let leaf = |words: &[u32]| {
-            let mut leaf = [0; WIDTH];
+            let mut leaf = Box::new([0; WIDTH]);
             leaf[..words.len()].copy_from_slice(words);
             Arc::new(Node::Leaf(leaf))
         };
@@ -112,7 +112,11 @@ fn place(node: &mut Arc<Node>, height: u32, index: usize, word: u32) {
             let at = child(index, height);
             if at == children.len() {
                 let is_leaf = height == 1;
-                let node = if is_leaf { Node::Leaf([0; WIDTH]) } else { Node::Branch(Vec::new()) };
+                let node = if is_leaf {
+                    Node::Leaf(Box::new([0; WIDTH]))
+                } else {
+                    Node::Branch(Vec::new())
+                };
                 children.push(Arc::new(node));
             }
             place(&mut children[at], height - 1, index, word);

@@ -54,14 +54,13 @@ fn calls_are_counted_not_dispatches() {
             .expect("room");
         }
     };
-    let paged = PagedOptions { page_tokens: 4, ..PagedOptions::default() };
-    let kinds: [fn(&Gpu, PagedOptions) -> Box<dyn KVCache>; 2] = [
-        |gpu, _| Box::new(DynamicKVCache::new(gpu)),
-        |gpu, options| Box::new(PagedKVCache::with_options(gpu, options).expect("four")),
-    ];
-    for make in kinds {
+    for is_paged in [false, true] {
         for way in 0..3 {
-            let mut cache = make(&gpu, paged);
+            let options = PagedOptions { page_tokens: 4, ..PagedOptions::default() };
+            let mut cache: Box<dyn KVCache> = match is_paged {
+                false => Box::new(DynamicKVCache::new(&gpu)),
+                true => Box::new(PagedKVCache::with_options(&gpu, options).expect("four")),
+            };
             fill(cache.as_mut(), 63);
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
             let mut pass = encoder.begin_compute_pass(&Default::default());

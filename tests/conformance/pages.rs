@@ -297,3 +297,60 @@ fn a_bounded_pool_of_another_shape_after_a_reset() {
         }
     }
 }
+
+/// Calls that are recorded in one pass, which is submitted at the end: what an earlier one reads of a table must
+/// stay as it is, whatever later ones change.
+#[test]
+fn changes_of_the_table_in_one_pass() {
+    let gpu = gpu();
+    for (size, seed) in [1, 2, 4].into_iter().flat_map(|size| (0..40).map(move |seed| (size, seed)))
+    {
+        let mut rig = Rig::paged(&gpu, size);
+        let mut state = seed * 7 + 3;
+        let mut next = |below: usize| {
+            state = (state * 1_103_515_245 + 12_345) % (1 << 31);
+            state / 65_536 % below
+        };
+        let mut kept = Vec::new();
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            for step in 0..24 {
+                let rows = rig.model.batch(0).max(1);
+                match next(6) {
+                    0 if step > 0 && rows < 12 => {
+                        rig.cache.batch_repeat_interleave(&mut pass, 2).expect("room");
+                        rig.model.repeat_interleave(2).expect("rows");
+                    }
+                    1 if step > 0 => {
+                        let row = |row: usize| u32::try_from(row).expect("few");
+                        let map: Vec<u32> = (0..1 + next(6)).map(|_| row(next(rows))).collect();
+                        rig.cache.reorder_cache(&mut pass, &map).expect("rows");
+                        rig.model.select(&map).expect("rows");
+                    }
+                    2 => rig.truncate(next(12)),
+                    3 => rig.crop(2 + next(10)),
+                    _ => {}
+                }
+                let rows = rig.model.batch(0).max(1);
+                for layer in 0..2 {
+                    let (key, value) = rig.noise(DType::F32, [rows, 1, 2, 4], 4);
+                    let (k, v) = (upload(&gpu, DType::F32, &key), upload(&gpu, DType::F32, &value));
+                    let len = u32::try_from(rig.model.len(layer)).expect("short");
+                    let list = [len / 2, len + 1];
+                    let position =
+                        if next(3) == 0 { CachePosition::PerToken(&list) } else { APPEND };
+                    let cache = rig.cache.as_mut();
+                    cache
+                        .update(&mut pass, &k.view(), &v.view(), layer, position)
+                        .map(|_| ())
+                        .expect("room");
+                    rig.model.update(layer, &key, &value, position).expect("room");
+                    kept.push([k, v]);
+                }
+            }
+        }
+        gpu.queue().submit([encoder.finish()]);
+        rig.check(&format!("pages of {size}, seed {seed}"));
+    }
+}
