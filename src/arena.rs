@@ -144,7 +144,7 @@ impl Chunk {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::UNIFORM
             | wgpu::BufferUsages::COPY_DST;
-        let buffer = handle.create_buffer("kvcache parameters", u64::from(bytes), usage)?;
+        let buffer = handle.create_shared_buffer("kvcache parameters", bytes, usage)?;
         let bound = Arc::new(Bound::new(handle, layouts, &buffer, pages)?);
         let (lease, contents) = (Lease::default(), HashMap::new());
         Ok(Self { buffer, bytes, cursor: 0, bound, lease, contents })

@@ -116,6 +116,21 @@ impl DeviceHandle {
         })
     }
 
+    /// Makes a buffer of zeros that several threads may write to.
+    ///
+    /// wgpu clears what was never written of a buffer in the first submit that binds it. What another thread
+    /// writes during that submit is put before it, and would be cleared as well. So nothing is left to clear.
+    pub(crate) fn create_shared_buffer(
+        &self,
+        label: &str,
+        bytes: u32,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        let buffer = self.create_buffer(label, u64::from(bytes), usage)?;
+        self.write(&buffer, 0, &vec![0; bytes as usize])?;
+        Ok(buffer)
+    }
+
     /// Writes whole words to a buffer of this device before all that is submitted next, and says so where that
     /// fails.
     pub(crate) fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -74,7 +74,7 @@ impl Witnesses {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::COPY_SRC
             | wgpu::BufferUsages::COPY_DST;
-        handle.create_buffer("kvcache witnesses", u64::from(PAGE_BYTES), usage)
+        handle.create_shared_buffer("kvcache witnesses", PAGE_BYTES, usage)
     }
 
     pub(crate) fn add(&mut self, handle: &DeviceHandle, buffer: wgpu::Buffer) {

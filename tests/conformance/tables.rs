@@ -98,3 +98,31 @@ fn a_table_stays_while_a_pass_that_reads_it_is_due() {
         }
     }
 }
+
+/// Small data of one thread is put into a fresh buffer while another thread submits work that binds it, too.
+/// wgpu clears what was never written of a buffer when it is first bound, which must not reach that data.
+#[test]
+fn small_data_of_a_thread_survives_the_submits_of_another() {
+    let gpu = gpu();
+    std::thread::scope(|scope| {
+        for thread in 0..4_u32 {
+            let gpu = &gpu;
+            scope.spawn(move || {
+                for turn in 0..60 {
+                    // Each paged cache that goes leaves a fresh buffer behind.
+                    let mut paged = Rig::paged(gpu, 4);
+                    paged.update(0, [3, 1, 9, 4], 4, APPEND);
+                    let mut ring = Rig::fixed(gpu, 10, 1);
+                    ring.update(0, [16, 2, 10, 4], 4, APPEND);
+                    let rows: Vec<u32> =
+                        (0..16).map(|row| (row * 7 + thread + turn) % 16).collect();
+                    paged.select(&[2, thread % 3, turn % 3, 0]);
+                    ring.select(&rows);
+                    paged.update(0, [4, 1, 2, 4], 4, CachePosition::PerToken(&[3, 12]));
+                    paged.check(&format!("pages, thread {thread}, turn {turn}"));
+                    ring.check(&format!("ring, thread {thread}, turn {turn}"));
+                }
+            });
+        }
+    });
+}
