@@ -62,6 +62,9 @@ impl Chunk {
             | wgpu::BufferUsages::UNIFORM
             | wgpu::BufferUsages::COPY_DST;
         let buffer = handle.create_buffer("kvcache parameters", u64::from(bytes), usage)?;
+        // wgpu clears what was never written when a submission first binds it. If another thread writes into the
+        // chunk while that submission is under way, the clearing may come after the write, and a list is zeros.
+        handle.queue.write_buffer(&buffer, 0, &vec![0; bytes as usize]);
         let lists = handle.device.create_bind_group(&wgpu::BindGroupDescriptor {
             label: Some("kvcache lists"),
             layout: &layouts.lists,
