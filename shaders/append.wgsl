@@ -9,7 +9,8 @@
 // group 0, binding 1: value_source   new V, likewise
 // group 0, binding 2: key_cache      [slot, D of K], slots as the layout numbers them
 // group 0, binding 3: value_cache    [slot, D of V]
-// group 1, binding 0: lists          (position, token) pairs, where positions are not a plain run; pages
+// group 1, binding 0: lists          positions that are not a plain run, as below; pages
+// group 1, binding 1: witness        counts the calls that ran
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -34,10 +35,13 @@ struct Params {
     entries: u32,
     // Workgroups that share the heads of a token, in a (B, T, H, D) source.
     head_tiles: u32,
-    // A plain run: positions from `first` on, of which the first `zeros` become zero.
+    // A plain run: positions from `first` on, of which the first `zeros` become zero. A list: where gaps
+    // begin, and how many positions it names.
     first: u32,
     zeros: u32,
-    // A list: where it lies in `lists`, and how far the lists of two batch rows are apart.
+    // A list: where it lies in `lists`, and how far the lists of two batch rows are apart. Two words, how many
+    // of its positions lie before the gap and how many the gap has, then (position, token) pairs, lowest
+    // position first. Entries past the pairs are the positions of the gap, which become zero.
     list_at: u32,
     list_stride: u32,
 }
@@ -47,6 +51,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> key_cache: array<Unit>;
 @group(0) @binding(3) var<storage, read_write> value_cache: array<Unit>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
+@group(1) @binding(1) var<storage, read_write> witness: atomic<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
 // A head is this many units wide, rounded up to a power of two, or this many of them are a workgroup's share.
@@ -105,9 +110,24 @@ fn main(
     var position = params.first + entry;
     var token = select(vec4(ZERO), entry - params.zeros, entry >= vec4(params.zeros));
     if has_list {
-        let at = params.list_at + b * params.list_stride + 2u * min(entry, vec4(params.entries - 1u));
+        let list = params.list_at + b * params.list_stride;
+        let named = params.zeros;
+        let at = list + 2u + 2u * min(entry, vec4(named - 1u));
         position = vec4(lists[at.x], lists[at.y], lists[at.z], lists[at.w]);
         token = vec4(lists[at.x + 1u], lists[at.y + 1u], lists[at.z + 1u], lists[at.w + 1u]);
+        if params.entries > named {
+            let is_gap = entry >= vec4(named);
+            let in_gap = select(vec4(0u), entry - vec4(named), is_gap);
+            let gap_position = vec4(
+                position_in_gap(list, named, in_gap.x),
+                position_in_gap(list, named, in_gap.y),
+                position_in_gap(list, named, in_gap.z),
+                position_in_gap(list, named, in_gap.w),
+            );
+            let is_past = is_gap & (in_gap >= vec4(lists[list + 1u]));
+            position = select(position, select(gap_position, vec4(SKIP), is_past), is_gap);
+            token = select(token, vec4(ZERO), is_gap);
+        }
         is_written &= position != vec4(SKIP);
     }
     let is_zero = token == vec4(ZERO);
@@ -134,6 +154,27 @@ fn main(
         is_zero,
         is_written & (unit < vec4(params.value_units)),
     );
+    if all(group == vec3(0u)) & all(local == vec3(0u)) {
+        atomicAdd(&witness, 1u);
+    }
+}
+
+// The `i`-th position of a list's gap: of those from the gap's first on that no pair names. Pairs are sorted,
+// so how many unnamed positions lie before each one never falls, and the search is binary.
+fn position_in_gap(list: u32, named: u32, i: u32) -> u32 {
+    let before = lists[list];
+    var low = before;
+    var high = named;
+    while low < high {
+        let middle = (low + high) / 2u;
+        let unnamed = lists[list + 2u + 2u * middle] - params.first - (middle - before);
+        if unnamed <= i {
+            low = middle + 1u;
+        } else {
+            high = middle;
+        }
+    }
+    return params.first + i + (low - before);
 }
 
 // Where the first tokens of four rows lie in a source.

@@ -9,11 +9,16 @@
 //
 // Texts are joined: of `layout/` (where a token lies) and of `element/` (what its words mean).
 //
-// group 0, binding 0: query          q, any strides over (B, Hq, Tq)
+// A token that a row does not see must not change the row's result, whatever bits it holds: its weight is
+// zero, but zero times an infinity or a NaN is a NaN. So its score and its V are replaced by zeros, selected
+// rather than multiplied away, and so are elements past head_dim.
+//
+// group 0, binding 0: query          q, any strides over (B, Hq, Tq); not read if the output's buffer holds it
 // group 0, binding 1: key_cache      [slot, D of K], slots as the layout numbers them
 // group 0, binding 2: value_cache    [slot, D of V]
 // group 0, binding 3: result         the output, any strides over (B, Hq, Tq); or, of several splits,
-//                                    [split, row, D of V + 2]: sums, highest score, total weight
+//                                    [split, row, D of V + 2]: sums, highest score, total weight.
+//                                    Holds q as well if `is_pooled`
 // group 1, binding 0: lists          the table of pages
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
@@ -29,10 +34,9 @@ struct Params {
     // In elements.
     query: Rows,
     output: Rows,
-    // Units of a head, and quads of elements.
+    // Units of a head, and quads of elements of V's.
     key_units: u32,
     value_units: u32,
-    key_quads: u32,
     value_quads: u32,
     // Query heads of a K/V head; new tokens of a batch row.
     group: u32,
@@ -63,6 +67,15 @@ override fours: u32 = 1u;
 // adapter pays dearly for a barrier in a loop), and a lane's tokens follow one another: neighbours on a
 // GPU should read neighbours, while a CPU runs their loads one by one and fetches ahead of each.
 override is_alone: bool = false;
+// How V of a token that a row does not see is kept out of the row's sums.
+// 0: every row sees the same tokens, so V of others is replaced by zeros as it is loaded.
+// 1: per row, but only in rounds with a token that some row does not see: a branch, which a GPU skips.
+// 2: per row in every round, for a software adapter, which runs both sides of a branch.
+override masking: u32 = 1u;
+// Whether the threads of a lane hold more elements than a head of K has.
+override has_rest: bool = true;
+// Whether q is read from the buffer of the output: one buffer cannot be bound for reading and for writing.
+override is_pooled: bool = false;
 
 const ROWS: u32 = 4u;
 // Below all scores, and far enough from the end of f32 that no difference is infinite.
@@ -77,6 +90,14 @@ struct Quads {
     y: mat4x4<f32>,
     z: mat4x4<f32>,
     w: mat4x4<f32>,
+}
+
+// Which of four tokens each of the four rows sees.
+struct Seen {
+    x: vec4<bool>,
+    y: vec4<bool>,
+    z: vec4<bool>,
+    w: vec4<bool>,
 }
 
 @compute @workgroup_size(threads)
@@ -157,15 +178,15 @@ fn main(
             let fade = exp(before - highest);
             let weight = select(vec4(0.0), exp(score - highest), is_seen);
             total = total * fade + weight;
-            sum0 = with_value(sum0, fade, slot, quad0, weight);
+            sum0 = with_value(sum0, fade, slot, quad0, weight, is_seen);
             if fours > 1u {
-                sum1 = with_value(sum1, fade, slot, quad1, weight);
+                sum1 = with_value(sum1, fade, slot, quad1, weight, is_seen);
             }
             if fours > 2u {
-                sum2 = with_value(sum2, fade, slot, quad2, weight);
+                sum2 = with_value(sum2, fade, slot, quad2, weight, is_seen);
             }
             if fours > 3u {
-                sum3 = with_value(sum3, fade, slot, quad3, weight);
+                sum3 = with_value(sum3, fade, slot, quad3, weight, is_seen);
             }
         } else {
             let token = first + vec4(0u, 1u, 2u, 3u) * lanes;
@@ -183,6 +204,12 @@ fn main(
                 score_of(slot.w, quad0, q0, q1, q2, q3),
             ));
             let ends = min(seen, vec4(end));
+            let is_seen = Seen(
+                token < vec4(ends.x),
+                token < vec4(ends.y),
+                token < vec4(ends.z),
+                token < vec4(ends.w),
+            );
             let s0 = select(vec4(LOWEST), scores[0], vec4(token.x) < ends);
             let s1 = select(vec4(LOWEST), scores[1], vec4(token.y) < ends);
             let s2 = select(vec4(LOWEST), scores[2], vec4(token.z) < ends);
@@ -196,15 +223,15 @@ fn main(
             let w3 = select(vec4(0.0), exp(s3 - highest), vec4(token.w) < ends);
             total = total * fade + (w0 + w1) + (w2 + w3);
             let weights = transpose(mat4x4(w0, w1, w2, w3));
-            sum0 = with_values(sum0, fade, slot, quad0, weights);
+            sum0 = with_values(sum0, fade, slot, quad0, weights, is_seen);
             if fours > 1u {
-                sum1 = with_values(sum1, fade, slot, quad1, weights);
+                sum1 = with_values(sum1, fade, slot, quad1, weights, is_seen);
             }
             if fours > 2u {
-                sum2 = with_values(sum2, fade, slot, quad2, weights);
+                sum2 = with_values(sum2, fade, slot, quad2, weights, is_seen);
             }
             if fours > 3u {
-                sum3 = with_values(sum3, fade, slot, quad3, weights);
+                sum3 = with_values(sum3, fade, slot, quad3, weights, is_seen);
             }
         }
         first += step;
@@ -255,7 +282,12 @@ fn query_quad(b: u32, h: u32, row: u32, quad: u32) -> vec4<f32> {
     let at = place(params.query, b, h, row);
     let d = 4u * quad + vec4(0u, 1u, 2u, 3u);
     let i = at + min(d, vec4(params.kv.key_dim - 1u));
-    let elements = vec4(query[i.x], query[i.y], query[i.z], query[i.w]);
+    var elements: vec4<f32>;
+    if is_pooled {
+        elements = vec4(result[i.x], result[i.y], result[i.z], result[i.w]);
+    } else {
+        elements = vec4(query[i.x], query[i.y], query[i.z], query[i.w]);
+    }
     return params.scale * select(vec4(0.0), elements, d < vec4(params.kv.key_dim));
 }
 
@@ -281,10 +313,8 @@ fn score_of(slot: u32, quad: vec4<u32>, q0: Quads, q1: Quads, q2: Quads, q3: Qua
 }
 
 fn score(slot: u32, quad: vec4<u32>, q: Quads) -> vec4<f32> {
-    // What lies past the head is read as its last quad: its q is zero.
-    let at = min(quad, vec4(params.key_quads - 1u));
-    return key_quad(slot, at.x) * q.x + key_quad(slot, at.y) * q.y
-        + (key_quad(slot, at.z) * q.z + key_quad(slot, at.w) * q.w);
+    return key_quad(slot, quad.x) * q.x + key_quad(slot, quad.y) * q.y
+        + (key_quad(slot, quad.z) * q.z + key_quad(slot, quad.w) * q.w);
 }
 
 // The scores of a lane's tokens: all of its slices add up the same numbers in the same order.
@@ -315,40 +345,82 @@ fn with_values(
     slot: vec4<u32>,
     quad: vec4<u32>,
     weights: mat4x4<f32>,
+    is_seen: Seen,
 ) -> Quads {
-    // What lies past the head is read as its last quad, and its sum is not written.
+    // Quads past the head are clamped to its last one, and their sums are not written.
     let at = min(quad, vec4(params.value_quads - 1u));
     return Quads(
-        scaled(sums.x, fade) + values(slot, at.x) * weights,
-        scaled(sums.y, fade) + values(slot, at.y) * weights,
-        scaled(sums.z, fade) + values(slot, at.z) * weights,
-        scaled(sums.w, fade) + values(slot, at.w) * weights,
+        scaled(sums.x, fade) + weighed(values(slot, at.x, is_seen), weights, is_seen),
+        scaled(sums.y, fade) + weighed(values(slot, at.y, is_seen), weights, is_seen),
+        scaled(sums.z, fade) + weighed(values(slot, at.z, is_seen), weights, is_seen),
+        scaled(sums.w, fade) + weighed(values(slot, at.w, is_seen), weights, is_seen),
     );
 }
 
 // Sums so far, faded, and four quads of V of one token by its weights.
-fn with_value(sums: Quads, fade: vec4<f32>, slot: u32, quad: vec4<u32>, weight: vec4<f32>) -> Quads {
+fn with_value(
+    sums: Quads,
+    fade: vec4<f32>,
+    slot: u32,
+    quad: vec4<u32>,
+    weight: vec4<f32>,
+    is_seen: vec4<bool>,
+) -> Quads {
     let at = min(quad, vec4(params.value_quads - 1u));
     return Quads(
-        scaled(sums.x, fade) + outer(value_quad(slot, at.x), weight),
-        scaled(sums.y, fade) + outer(value_quad(slot, at.y), weight),
-        scaled(sums.z, fade) + outer(value_quad(slot, at.z), weight),
-        scaled(sums.w, fade) + outer(value_quad(slot, at.w), weight),
+        scaled(sums.x, fade) + outer(value_quad(slot, at.x), weight, is_seen),
+        scaled(sums.y, fade) + outer(value_quad(slot, at.y), weight, is_seen),
+        scaled(sums.z, fade) + outer(value_quad(slot, at.z), weight, is_seen),
+        scaled(sums.w, fade) + outer(value_quad(slot, at.w), weight, is_seen),
     );
 }
 
-// A quad, once for each row, by its weight.
-fn outer(quad: vec4<f32>, weight: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4(quad * weight.x, quad * weight.y, quad * weight.z, quad * weight.w);
+// A quad, once for each row that sees it, by its weight.
+fn outer(quad: vec4<f32>, weight: vec4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
+    if masking == 0u {
+        let seen = select(vec4(0.0), quad, is_seen.x);
+        return mat4x4(seen * weight.x, seen * weight.y, seen * weight.z, seen * weight.w);
+    }
+    return mat4x4(
+        select(vec4(0.0), quad, is_seen.x) * weight.x,
+        select(vec4(0.0), quad, is_seen.y) * weight.y,
+        select(vec4(0.0), quad, is_seen.z) * weight.z,
+        select(vec4(0.0), quad, is_seen.w) * weight.w,
+    );
 }
 
 // The same quad of four tokens' V; a token a column.
-fn values(slot: vec4<u32>, quad: u32) -> mat4x4<f32> {
+fn values(slot: vec4<u32>, quad: u32, is_seen: Seen) -> mat4x4<f32> {
+    let x = value_quad(slot.x, quad);
+    let y = value_quad(slot.y, quad);
+    let z = value_quad(slot.z, quad);
+    let w = value_quad(slot.w, quad);
+    if masking == 0u {
+        return masked(mat4x4(x, y, z, w), is_seen.x);
+    }
+    return mat4x4(x, y, z, w);
+}
+
+// Four tokens' V by each row's weights: a token a column becomes a row of q a column.
+fn weighed(values: mat4x4<f32>, weights: mat4x4<f32>, is_seen: Seen) -> mat4x4<f32> {
+    if masking == 2u || (masking == 1u && !all(is_seen.x & is_seen.y & is_seen.z & is_seen.w)) {
+        return mat4x4(
+            masked(values, is_seen.x) * weights[0],
+            masked(values, is_seen.y) * weights[1],
+            masked(values, is_seen.z) * weights[2],
+            masked(values, is_seen.w) * weights[3],
+        );
+    }
+    return values * weights;
+}
+
+// Zeros in place of the tokens that are not seen.
+fn masked(values: mat4x4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
     return mat4x4(
-        value_quad(slot.x, quad),
-        value_quad(slot.y, quad),
-        value_quad(slot.z, quad),
-        value_quad(slot.w, quad),
+        select(vec4(0.0), values[0], is_seen.x),
+        select(vec4(0.0), values[1], is_seen.y),
+        select(vec4(0.0), values[2], is_seen.z),
+        select(vec4(0.0), values[3], is_seen.w),
     );
 }
 

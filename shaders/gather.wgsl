@@ -8,6 +8,7 @@
 // group 0, binding 1: value_cache    [B, H, capacity, D of V]
 // group 1, binding 0: lists          the moves: copies (from, how many rows, these), then cycles (how
 //                                    many rows, these)
+// group 1, binding 1: witness        counts the calls that ran
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -32,6 +33,7 @@ struct Params {
 @group(0) @binding(0) var<storage, read_write> key_cache: array<Unit>;
 @group(0) @binding(1) var<storage, read_write> value_cache: array<Unit>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
+@group(1) @binding(1) var<storage, read_write> witness: atomic<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
 // Which moves there are, so that a kernel runs no others. Loops break at the end of their bodies: a software
@@ -92,6 +94,9 @@ fn main(
                 break;
             }
         }
+    }
+    if number + local == 0u {
+        atomicAdd(&witness, 1u);
     }
 }
 

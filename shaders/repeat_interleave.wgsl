@@ -9,6 +9,7 @@
 // group 0, binding 2: key_cache      [new B, H, new capacity, D of K]
 // group 0, binding 3: value_cache    [new B, H, new capacity, D of V]
 // group 1, binding 0: lists          the copies: (from, how many rows, these)
+// group 1, binding 1: witness        counts the calls that ran
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -35,6 +36,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> key_cache: array<Unit>;
 @group(0) @binding(3) var<storage, read_write> value_cache: array<Unit>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
+@group(1) @binding(1) var<storage, read_write> witness: atomic<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
 @compute @workgroup_size(WORKGROUP)
@@ -66,6 +68,9 @@ fn main(
         if next == params.list_at + params.list_end {
             break;
         }
+    }
+    if number + local == 0u {
+        atomicAdd(&witness, 1u);
     }
 }
 

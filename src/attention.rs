@@ -1,17 +1,14 @@
 //! Attention over a layer's view: softmax(q·Kᵀ·scale)·V.
 
-use std::collections::HashMap;
+mod checks;
 
-use crate::dtype::DType;
+use crate::bind_groups::{Keepers, Purpose};
+use crate::device::binding_limit;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, binding_limit};
-use crate::kernels::{AttentionShape, MOST_DIM, ROWS};
+use crate::gpu::Gpu;
+use crate::kernels::{AttentionShape, ROWS, least_splits};
 use crate::ledger::Ledger;
-use crate::view::{LayerView, TensorView};
-
-/// Calls between two looks at which bind groups are still in use, and how many calls a bind group may go
-/// unused. A step of a model has fewer layers.
-const UNUSED: u64 = 512;
+use crate::view::{LayerView, Source, TensorView};
 
 /// Attention of new tokens over any [`LayerView`]: contiguous, wrapped or paged, read where it lies.
 ///
@@ -19,12 +16,15 @@ const UNUSED: u64 = 512;
 /// softmax(q·Kᵀ·scale)·V into the caller's pass: one dispatch, or two where the tokens are split. K and V
 /// are f32, f16 or bf16; q, the output and all sums are f32. The highest score is taken off before the
 /// exponential, so any scores within ±1e38 give finite weights (online softmax: Milakov and Gimelshein, 2018).
+/// A score of -inf gives a weight of zero, if not all scores of a query are -inf. A token that a query does
+/// not see changes no bit of its result, whatever K and V hold there, NaN included.
 /// Where the new tokens are few, the live ones are split over workgroups and put together afterwards, so
 /// that a long cache fills a GPU (flash-decoding: Dao et al., 2023).
 ///
-/// One `Attention` serves all layers and caches of a device. It keeps the bind groups of late, which keeps
-/// their buffers alive for some hundred calls, and a scratch buffer for splits: in a steady loop a call
-/// creates nothing.
+/// One `Attention` serves all layers and caches of a device. In a steady loop a call creates nothing: a few
+/// bind groups a layer are kept if their buffers have come twice, and a scratch buffer for splits. A bind group
+/// keeps the buffers of q and of the output alive. It goes when the layer grows, is reset or is dropped, and
+/// at [`release`](Self::release) or when the `Attention` is dropped.
 ///
 /// # Examples
 ///
@@ -48,9 +48,8 @@ const UNUSED: u64 = 512;
 #[derive(Debug)]
 pub struct Attention {
     gpu: Gpu,
-    /// Bind groups by what they bind, with the call that last used them.
-    bound: HashMap<Bound, (wgpu::BindGroup, u64)>,
-    calls: u64,
+    /// The layers that keep bind groups for this.
+    keepers: Keepers,
     /// Whether the adapter is a CPU, which has kernels in forms of its own.
     is_cpu: bool,
     /// Partial results of splits.
@@ -76,21 +75,12 @@ impl Default for AttentionOptions {
     }
 }
 
-/// What a bind group binds.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Bound {
-    buffers: Vec<wgpu::Buffer>,
-    /// Offset and size of the two that are bound in part.
-    windows: [(u64, Option<wgpu::BufferSize>); 2],
-}
-
 impl Attention {
     /// Compiles nothing yet: a kernel is compiled when it is first used.
     pub fn new(gpu: &Gpu) -> Self {
         Self {
             gpu: gpu.clone(),
-            bound: HashMap::new(),
-            calls: 0,
+            keepers: Keepers::default(),
             is_cpu: gpu.is_cpu(),
             scratch: None,
             ledger: Ledger::default(),
@@ -100,8 +90,9 @@ impl Attention {
     /// Records attention of `query` over `view` into `output`.
     ///
     /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], both f32 with any strides: a
-    /// [`TensorView::bthd`] serves a projection that comes in or goes on as (B, T, H, D). `output` must not
-    /// lie in a buffer that is read. Elements of `output` that its strides skip are left alone.
+    /// [`TensorView::bthd`] serves a projection that comes in or goes on as (B, T, H, D). Both may lie in one
+    /// buffer if they do not overlap: at different ranges, or in different columns of the same rows. Elements
+    /// of `output` that its strides skip are left alone.
     ///
     /// The work of a call grows with Tq times the live tokens, and systems end a dispatch that takes seconds:
     /// hand a prompt of many thousands of tokens in by pieces, a piece's K and V with its queries.
@@ -110,9 +101,15 @@ impl Attention {
     ///
     /// - [`Error::AttentionShape`] where the shapes do not fit the view, where the view holds no token,
     ///   or, if causal, fewer tokens than there are queries, and where D is more than 256.
-    /// - [`Error::WrongDType`] where q or the output is not f32; [`Error::OutputIsRead`].
+    /// - [`Error::AttentionShape`] as well for an output whose strides put two elements in one place.
+    /// - [`Error::WrongDType`] where q or the output is not f32, and [`Error::AttentionScale`].
+    /// - [`Error::OutputIsRead`] for an output in a buffer of a cache of this device, and
+    ///   [`Error::OutputOverlapsQuery`].
     /// - Views that a kernel cannot read, as for [`KVCache::update`](crate::KVCache::update).
-    /// - [`Error::TooManyWorkgroups`] and [`Error::OutOfMemory`].
+    /// - [`Error::PassDropped`] where the view shows what was lost with a pass, [`Error::OtherDevice`],
+    ///   [`Error::DeviceLost`], and [`Error::Device`] for a buffer that cannot be bound.
+    /// - [`Error::AttentionTooLarge`] where very many tokens need splits, and the queries are too many for
+    ///   their partial results; [`Error::TooManyWorkgroups`] and [`Error::OutOfMemory`].
     pub fn record(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
@@ -122,15 +119,25 @@ impl Attention {
         options: AttentionOptions,
     ) -> Result<()> {
         let gpu = self.gpu.clone();
-        let (group, tokens) = check_shapes(query, view, output, options)?;
-        let from = query.source("query", gpu.limits())?;
-        let to = output.source("output", gpu.limits())?;
-        check_alias(query, view, output)?;
-        self.forget_unused();
+        let (group, tokens) = checks::shapes(query, view, output, options)?;
+        let scale = checks::scale(options.scale, view.key_dim)?;
+        view.check(&gpu, pass, [("query", query), ("output", output)])?;
+        let mut from = query.source("query", gpu.limits())?;
+        let mut to = output.source("output", gpu.limits())?;
+        checks::output(&gpu, (query, &from), view, (output, &to))?;
 
         let rows = group * tokens;
-        let (split, splits) = self.splits(view, rows);
-        let scale = options.scale.unwrap_or_else(|| default_scale(view.key_dim));
+        let (mut split, mut splits) = self.splits(view, rows);
+        let mut is_pooled = splits == 1 && query.buffer == output.buffer;
+        if is_pooled {
+            if let Some(joined) = joined([from, to], binding_limit(gpu.limits())) {
+                [from, to] = joined;
+            } else {
+                // Too far apart for one binding, so partial results go through another buffer. The second
+                // split is empty.
+                (split, splits, is_pooled) = (view.len, 2, false);
+            }
+        }
         let shape = AttentionShape {
             view,
             query: &from,
@@ -142,20 +149,21 @@ impl Attention {
             scale,
             is_causal: options.is_causal,
             is_cpu: self.is_cpu,
+            is_pooled,
         };
-        let mut dispatches = Vec::with_capacity(2);
-        let query = from.binding(query.buffer);
+        let [k, v] = [view.key, view.value].map(wgpu::Buffer::as_entire_buffer_binding);
+        let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
         let output = to.binding(output.buffer);
+        let mut dispatches = Vec::with_capacity(2);
         if splits == 1 {
-            let bindings = self.bind(query, view, output);
+            let bindings = self.bind(view, Purpose::Attention, &[q, k, v, output])?;
             dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
         } else {
-            let sums = [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()];
-            let bytes = sums.iter().try_fold(splits as u64, |all, &n| all.checked_mul(n as u64));
-            let scratch = self.scratch(bytes.ok_or(Error::SizeOverflow { what: "splits" })?)?;
-            let bindings = self.bind(query, view, scratch.as_entire_buffer_binding());
+            let scratch = self.scratch(view, rows, splits)?;
+            let scratch = scratch.as_entire_buffer_binding();
+            let bindings = self.bind(view, Purpose::Attention, &[q, k, v, scratch.clone()])?;
             dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
-            let bindings = self.bind_combine(&scratch, output);
+            let bindings = self.bind(view, Purpose::AttentionCombine, &[scratch, output])?;
             dispatches.push(gpu.kernels().attention_combine(&gpu, bindings, &shape)?);
         }
         for dispatch in dispatches {
@@ -164,70 +172,90 @@ impl Attention {
         Ok(())
     }
 
+    /// Lets go of the bind groups that layers keep for this `Attention`, and so of the buffers of q and of the
+    /// output, and of the scratch buffer. What is recorded still runs; what is needed again is made again.
+    pub fn release(&mut self) {
+        self.keepers.release();
+        self.scratch = None;
+    }
+
     /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
-    /// to be worth putting together.
+    /// to be worth putting together; but no more tokens than a workgroup can go through.
     fn splits(&self, view: &LayerView<'_>, rows: usize) -> (usize, usize) {
         let (wanted, least) = if self.is_cpu { (16, 1024) } else { (512, 256) };
         let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
         let splits = wanted_splits(workgroups, wanted, view.len, least);
+        let fit = binding_limit(self.gpu.limits()) / scratch_bytes(view, rows, 1);
+        let splits = splits.min(usize::try_from(fit).unwrap_or(usize::MAX));
+        let splits = splits.max(least_splits(view, self.is_cpu));
         let split = view.len.div_ceil(splits);
         (split, view.len.div_ceil(split))
     }
 
+    /// A bind group, kept with the layer if its buffers have come before. All of attention's are made here.
     fn bind(
         &mut self,
-        query: wgpu::BufferBinding<'_>,
         view: &LayerView<'_>,
-        result: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
-        let buffers = [query.buffer, view.key, view.value, result.buffer].map(Clone::clone);
-        let windows = [(query.offset, query.size), (result.offset, result.size)];
-        let gpu = self.gpu.clone();
-        self.kept(Bound { buffers: buffers.to_vec(), windows }, || {
-            gpu.kernels().bind_attention(&gpu, query, view, result)
-        })
-    }
-
-    fn bind_combine(
-        &mut self,
-        scratch: &wgpu::Buffer,
-        output: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
-        let buffers = vec![scratch.clone(), output.buffer.clone()];
-        let windows = [(0, None), (output.offset, output.size)];
-        let gpu = self.gpu.clone();
-        self.kept(Bound { buffers, windows }, || {
-            gpu.kernels().bind_attention_combine(&gpu, scratch, output)
-        })
-    }
-
-    fn kept(&mut self, bound: Bound, bind: impl FnOnce() -> wgpu::BindGroup) -> wgpu::BindGroup {
-        let (bindings, last_used) = self.bound.entry(bound).or_insert_with(|| (bind(), 0));
-        *last_used = self.calls;
-        bindings.clone()
-    }
-
-    /// Lets go of bind groups of which the buffers are probably gone, as after a cache has grown.
-    fn forget_unused(&mut self) {
-        self.calls += 1;
-        if self.calls.is_multiple_of(UNUSED) {
-            let calls = self.calls;
-            self.bound.retain(|_, (_, last_used)| *last_used + UNUSED > calls);
+        purpose: Purpose,
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        let (gpu, kernels) = (&self.gpu, self.gpu.kernels());
+        let make = |bindings: &[wgpu::BufferBinding<'_>]| match purpose {
+            Purpose::AttentionCombine => kernels.bind_attention_combine(gpu, bindings),
+            _ => kernels.bind_attention(gpu, bindings),
+        };
+        let (bindings, is_kept) = view.bind_groups.get(purpose, bindings, make)?;
+        if is_kept {
+            self.keepers.add(view.bind_groups);
         }
+        Ok(bindings)
     }
 
-    fn scratch(&mut self, bytes: u64) -> Result<wgpu::Buffer> {
+    /// A buffer for the partial results of all splits.
+    fn scratch(
+        &mut self,
+        view: &LayerView<'_>,
+        rows: usize,
+        splits: usize,
+    ) -> Result<wgpu::Buffer> {
+        let bytes = scratch_bytes(view, rows, splits);
+        let limit = binding_limit(self.gpu.limits());
+        if bytes > limit {
+            return Err(Error::AttentionTooLarge { tokens: view.len, splits, bytes, limit });
+        }
         if let Some(scratch) = self.scratch.as_ref().filter(|scratch| scratch.size() >= bytes) {
             return Ok(scratch.clone());
         }
         // Doubling, so that a text that grows token by token rarely needs a new one.
         let least = self.scratch.as_ref().map_or(64 << 10, |scratch| 2 * scratch.size());
-        let limit = binding_limit(self.gpu.limits());
         let bytes = bytes.max(least.min(limit)).next_multiple_of(4);
         let usage = wgpu::BufferUsages::STORAGE;
         let scratch = self.gpu.handle().create_buffer("kvcache attention splits", bytes, usage)?;
+        // Bind groups keep the one before alive.
+        self.keepers.release();
         Ok(self.scratch.insert(scratch).clone())
     }
+}
+
+/// Bytes of the partial results of `splits` splits: sums, highest score and total weight of each query row.
+fn scratch_bytes(view: &LayerView<'_>, rows: usize, splits: usize) -> u64 {
+    [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()]
+        .iter()
+        .fold(splits as u64, |all, &n| all.saturating_mul(n as u64))
+}
+
+/// Two views of one buffer in one window, if it can be bound.
+fn joined(sources: [Source; 2], limit: u64) -> Option<[Source; 2]> {
+    let [a, b] = sources.map(|source| source.window);
+    let begin = a.0.min(b.0);
+    let bytes = (a.0 + a.1).max(b.0 + b.1) - begin;
+    (bytes <= limit).then(|| {
+        sources.map(|source| Source {
+            offset: source.offset + source.window.0 - begin,
+            window: (begin, bytes),
+            ..source
+        })
+    })
 }
 
 /// How often the tokens are split.
@@ -235,208 +263,5 @@ fn wanted_splits(workgroups: usize, wanted: usize, len: usize, least: usize) -> 
     (wanted / workgroups.max(1)).min(len / least).clamp(1, 64)
 }
 
-/// 1/√D.
-fn default_scale(dim: usize) -> f32 {
-    let dim = u16::try_from(dim).expect("the head was checked to have at most 256 elements");
-    1.0 / f32::from(dim).sqrt()
-}
-
-/// Query heads of a K/V head, and new tokens.
-fn check_shapes(
-    query: &TensorView<'_>,
-    view: &LayerView<'_>,
-    output: &TensorView<'_>,
-    options: AttentionOptions,
-) -> Result<(usize, usize)> {
-    for (what, tensor) in [("query", query), ("output", output)] {
-        if tensor.dtype != DType::F32 {
-            return Err(Error::WrongDType { what, expected: DType::F32, got: tensor.dtype });
-        }
-    }
-    let [batch, heads, tokens, dim] = query.shape;
-    let refused = |reason| Error::AttentionShape {
-        reason,
-        query: query.shape,
-        what: "K",
-        other: view.key_shape(),
-    };
-    if batch != view.batch {
-        return Err(refused("the query and the cache differ in batch rows"));
-    }
-    if heads % view.heads != 0 {
-        return Err(refused("the query's heads are no multiple of the cache's"));
-    }
-    if dim != view.key_dim {
-        return Err(refused("the query and K differ in head_dim"));
-    }
-    if output.shape != [batch, heads, tokens, view.value_dim] {
-        return Err(Error::AttentionShape {
-            reason: "the output must be (B, Hq, Tq, D of V)",
-            query: query.shape,
-            what: "output",
-            other: output.shape,
-        });
-    }
-    if output.shape.iter().zip(output.strides).any(|(&extent, stride)| extent > 1 && stride == 0) {
-        return Err(Error::AttentionShape {
-            reason: "the output has a stride of 0, so that several results would lie in one place",
-            query: query.shape,
-            what: "output",
-            other: output.shape,
-        });
-    }
-    if view.key_dim.max(view.value_dim) > MOST_DIM {
-        return Err(refused("head_dim is more than the 256 that the kernel holds"));
-    }
-    if view.len == 0 {
-        return Err(refused("the cache holds no token to attend to"));
-    }
-    if options.is_causal && tokens > view.len {
-        return Err(refused("causal attention needs every new token in the cache first"));
-    }
-    Ok((heads / view.heads, tokens))
-}
-
-/// One dispatch cannot read and write a buffer through two bindings.
-fn check_alias(
-    query: &TensorView<'_>,
-    view: &LayerView<'_>,
-    output: &TensorView<'_>,
-) -> Result<()> {
-    for (what, buffer) in [("query", query.buffer), ("K", view.key), ("V", view.value)] {
-        if output.buffer == buffer {
-            return Err(Error::OutputIsRead { what });
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
-mod tests {
-    use half::{bf16, f16};
-
-    use super::*;
-    use crate::{
-        CachePosition, DynamicKVCache, KVCache, Layout, PagedKVCache, PagedOptions, StaticKVCache,
-        Tensor,
-    };
-
-    const APPEND: CachePosition<'_> = CachePosition::Append;
-
-    /// Numbers from -1 up to 1, or whole ones from -8 to 8.
-    fn random(state: &mut u32, count: usize, is_whole: bool) -> Vec<f32> {
-        let mut next = || {
-            *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let number = f32::from((*state >> 16) as u16) / 32_768.0 - 1.0;
-            if is_whole { (8.0 * number).round() } else { number }
-        };
-        (0..count).map(|_| next()).collect()
-    }
-
-    fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -> Tensor {
-        let tensor = match dtype {
-            DType::F32 => gpu.upload(values, shape),
-            DType::F16 => {
-                gpu.upload(&values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>(), shape)
-            }
-            DType::BF16 => {
-                gpu.upload(&values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>(), shape)
-            }
-        };
-        tensor.unwrap_or_else(|error| panic!("{error}"))
-    }
-
-    /// An empty cache for each layout.
-    fn caches(gpu: &Gpu, len: usize) -> [(Layout, Box<dyn KVCache>); 5] {
-        let paged = |page_tokens| -> (Layout, Box<dyn KVCache>) {
-            let options = PagedOptions { page_tokens, ..PagedOptions::default() };
-            let cache = PagedKVCache::with_options(gpu, options).expect("a power of two");
-            (Layout::Paged, Box::new(cache))
-        };
-        [
-            (Layout::Contiguous, Box::new(DynamicKVCache::new(gpu))),
-            (Layout::Wrapped, Box::new(StaticKVCache::new(gpu, len, 1))),
-            paged(1),
-            paged(4),
-            paged(16),
-        ]
-    }
-
-    /// Software adapters, which most tests run on, get the kernels in other forms than GPUs do.
-    ///
-    /// They are given the same work, over every layout and type. Those for CPUs are compared with f64
-    /// elsewhere. Whole numbers have exact scores, up to some thousands, so one token decides there.
-    #[test]
-    fn forms_for_a_gpu_and_for_a_cpu_agree() {
-        let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
-        let mut attention =
-            [false, true].map(|is_cpu| Attention { is_cpu, ..Attention::new(&gpu) });
-        let mut state = 1;
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for (dim, len, tokens, is_whole) in [
-                (50, 700, 3, false),
-                (32, 3000, 2, false),
-                (64, 2500, 1, true),
-                (96, 40, 5, false),
-                (128, 2100, 3, true),
-                (256, 900, 2, false),
-            ] {
-                for (layout, mut cache) in caches(&gpu, len) {
-                    // A second piece follows where the oldest are dropped: over the end of a ring, or
-                    // from amid a page on.
-                    let mut pieces = vec![(0, len)];
-                    if layout != Layout::Contiguous {
-                        pieces.push((len - len / 3, len / 3));
-                    }
-                    for (kept, tokens) in pieces {
-                        let shape = [2, 3, tokens, dim];
-                        let key = random(&mut state, 6 * tokens * dim, is_whole);
-                        let value = random(&mut state, 6 * tokens * dim, false);
-                        let [key, value] =
-                            [key, value].map(|values| upload(&gpu, dtype, &values, &shape));
-                        cache.crop(kept);
-                        gpu.submit_pass("fill", |pass| {
-                            cache.update(pass, &key.view(), &value.view(), 0, APPEND).map(|_| ())
-                        })
-                        .unwrap_or_else(|error| panic!("{error}"));
-                    }
-                    let view = cache.view(0).expect("it exists").expect("it was written");
-                    let case = format!("{layout:?}, {dtype:?}, {:?}", view.key_shape());
-                    assert!(view.layout() == layout && view.len == len, "{case}");
-
-                    let query = random(&mut state, 12 * tokens * dim, is_whole);
-                    let query = upload(&gpu, DType::F32, &query, &[2, 6, tokens, dim]);
-                    let scale = is_whole.then_some(2.0);
-                    let options = AttentionOptions { scale, is_causal: true };
-                    let answers = attention.each_mut().map(|attention| {
-                        let unwritten = vec![f32::NAN; 12 * tokens * dim];
-                        let output = upload(&gpu, DType::F32, &unwritten, &query.shape());
-                        let mut answer = DynamicKVCache::new(&gpu);
-                        gpu.submit_pass("attention", |pass| {
-                            let to = output.view();
-                            attention.record(pass, &query.view(), &view, &to, options)?;
-                            answer.update(pass, &to, &to, 0, APPEND).map(|_| ())
-                        })
-                        .unwrap_or_else(|error| panic!("{case}: {error}"));
-                        answer.get(0).expect("read back").expect("written").0.to_f32()
-                    });
-                    let square = |numbers: &mut dyn Iterator<Item = f32>| {
-                        numbers.map(|n| n * n).sum::<f32>()
-                    };
-                    let apart = &mut answers[0].iter().zip(&answers[1]).map(|(a, b)| a - b);
-                    let (apart, whole) = (square(apart), square(&mut answers[1].iter().copied()));
-                    assert!(apart <= 1e-10 * whole && whole > 0.0, "{case}: {apart} of {whole}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn splits_fill_the_device_and_are_worth_it() {
-        assert_eq!(wanted_splits(32, 512, 4096, 256), 16);
-        assert_eq!(wanted_splits(1, 512, 8192, 256), 32);
-        assert_eq!(wanted_splits(1, 512, 300, 256), 1);
-        assert_eq!(wanted_splits(600, 512, 8192, 256), 1);
-        assert_eq!(wanted_splits(0, 512, 1, 256), 1);
-    }
-}
+mod tests;

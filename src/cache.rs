@@ -15,8 +15,10 @@ use crate::view::{HostTensor, LayerView, TensorView};
 /// or mapped. A call counts as done once it is recorded: lengths and views move on at once, and the GPU
 /// follows when the engine submits. So
 /// - passes must be submitted in the order in which they were recorded;
-/// - a pass must not be dropped: if it is, every later call answers [`Error::PassDropped`] until
-///   [`reset`](Cache::reset);
+/// - a pass must not be dropped, and its submit must not fail: if it is, or does, every later call answers
+///   [`Error::PassDropped`] until [`reset`](Cache::reset). A dropped pass is known at once. Of a failed submit
+///   wgpu says nothing but to the engine's own error handler, where there is one; the cache finds out at the
+///   next [`get`](KVCache::get);
 /// - a call leaves its own pipeline, bind groups 0 to 2 and immediates set in the pass; set yours again.
 ///
 /// # Errors change nothing
@@ -24,12 +26,17 @@ use crate::view::{HostTensor, LayerView, TensorView};
 /// Everything is checked and allocated before anything is recorded, for all layers. A call that returns
 /// an error has left the cache, on the host and the GPU, as it was.
 ///
+/// Any call may answer [`Error::DeviceLost`] once the device is lost, and [`Error::Device`] where wgpu refuses
+/// to make something, such as the binding of a buffer that was destroyed.
+///
 /// # For implementers
 ///
 /// `prepare_batch` must find every reason for which the change could fail. A cache made of several
 /// others ([`EncoderDecoderCache`](crate::EncoderDecoderCache)) prepares all of them before it
 /// changes one.
 ///
+/// [`Error::Device`]: crate::Error::Device
+/// [`Error::DeviceLost`]: crate::Error::DeviceLost
 /// [`Error::PassDropped`]: crate::Error::PassDropped
 pub trait Cache {
     /// Empties every layer and keeps the memory for reuse. A layer may have another shape afterwards.
@@ -44,7 +51,8 @@ pub trait Cache {
     fn truncate(&mut self, length: usize);
 
     /// Checks a change of the batch and allocates all that it needs, so that the same change, made
-    /// next, cannot fail. Alters nothing that can be seen; any other call lets go of what was prepared.
+    /// next, cannot fail for want of room. Alters nothing that can be seen. To prepare the same change again
+    /// keeps what was prepared; any other call that takes the cache mutably lets go of it.
     ///
     /// # Errors
     ///
@@ -52,7 +60,8 @@ pub trait Cache {
     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()>;
 
     /// Makes new batch row `i` of every layer the old row `indices[i]`. The batch may shrink, grow and
-    /// repeat rows. Layers that were never written stay so.
+    /// repeat rows. Layers that were never written stay so, and take no part: their first update afterwards
+    /// must have as many rows as a layer that did, else it is refused ([`Error::BatchChanged`]) until a reset.
     ///
     /// In a ring ([`DynamicKVCache`](crate::DynamicKVCache), [`StaticKVCache`](crate::StaticKVCache)),
     /// within the rows that a layer has memory for, the rows move in place, without scratch memory, and
@@ -65,6 +74,7 @@ pub trait Cache {
     /// [`Error::LayerTooLarge`] and [`Error::OutOfMemory`]; for very many rows [`Error::ListTooLarge`].
     ///
     /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::BatchChanged`]: crate::Error::BatchChanged
     /// [`Error::NoIndices`]: crate::Error::NoIndices
     /// [`Error::IndexOutOfRange`]: crate::Error::IndexOutOfRange
     /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
@@ -90,8 +100,11 @@ pub trait Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroRepeats`], [`Error::LayerTooLarge`] and [`Error::OutOfMemory`].
+    /// [`Error::ZeroRepeats`], [`Error::LayerTooLarge`] and [`Error::OutOfMemory`]; for very many rows
+    /// [`Error::ListTooLarge`] and [`Error::SizeOverflow`].
     ///
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::SizeOverflow`]: crate::Error::SizeOverflow
     /// [`Error::ZeroRepeats`]: crate::Error::ZeroRepeats
     /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
     /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
@@ -100,6 +113,35 @@ pub trait Cache {
         pass: &mut wgpu::ComputePass<'_>,
         repeats: usize,
     ) -> Result<()>;
+
+    /// Makes room for `tokens` more tokens of each row, in every layer written so far: in all of them, or, with
+    /// an error, in none. For a step that must not run out of room at its seventh layer.
+    ///
+    /// After it, appends of up to `tokens` tokens a row in all do not fail for want of room in any of these
+    /// layers ([`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::SequenceTooLong`], and
+    /// [`Error::OutOfMemory`] for K, V and page tables), until the batch changes or the cache is reset.
+    /// [`crop`](Cache::crop) and [`truncate`](Cache::truncate) leave the room as it is.
+    ///
+    /// Where a layer needs new memory, a copy of its live tokens is recorded into `pass`. In pages, the copies
+    /// of shared pages that the appends will take are counted in. Changes nothing else: neither lengths nor
+    /// contents, nor the pages in use. Of an [`EncoderDecoderCache`](crate::EncoderDecoderCache) it concerns
+    /// the self-attention side.
+    ///
+    /// # Errors
+    ///
+    /// Those named above, and [`Error::PassDropped`]. A cache of one's own that does not have this method
+    /// answers [`Error::NotSupported`].
+    ///
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfPages`]: crate::Error::OutOfPages
+    /// [`Error::SequenceTooLong`]: crate::Error::SequenceTooLong
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    /// [`Error::PassDropped`]: crate::Error::PassDropped
+    /// [`Error::NotSupported`]: crate::Error::NotSupported
+    fn reserve(&mut self, pass: &mut wgpu::ComputePass<'_>, tokens: usize) -> Result<()> {
+        let _ = (pass, tokens);
+        Err(crate::Error::NotSupported { what: "reserve()" })
+    }
 
     /// The most tokens that a row can hold, or `None` where there is no bound but the device's.
     fn get_max_cache_shape(&self) -> Option<usize>;
@@ -121,15 +163,21 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// - Shapes that disagree: [`Error::KeyValueShape`], [`Error::LayerShape`], [`Error::WrongDType`].
+    /// - Shapes that disagree: [`Error::KeyValueShape`], [`Error::LayerShape`], [`Error::WrongDType`],
+    ///   [`Error::BatchChanged`].
     /// - Inputs that a kernel cannot read: [`Error::OddHeadDim`], [`Error::InnerStride`],
     ///   [`Error::Misaligned`], [`Error::BufferTooShort`], [`Error::MissingUsage`],
-    ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`].
+    ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`], [`Error::OtherDevice`].
     /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
     ///   [`Error::SequenceTooLong`].
     /// - A layer past those that the cache is made for: [`Error::LayerOutOfRange`].
-    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::OutOfMemory`].
+    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::PoolTooLarge`],
+    ///   [`Error::ListTooLarge`], [`Error::OutOfMemory`].
     ///
+    /// [`Error::BatchChanged`]: crate::Error::BatchChanged
+    /// [`Error::PoolTooLarge`]: crate::Error::PoolTooLarge
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::OtherDevice`]: crate::Error::OtherDevice
     /// [`Error::OutOfPages`]: crate::Error::OutOfPages
     /// [`Error::KeyValueShape`]: crate::Error::KeyValueShape
     /// [`Error::LayerShape`]: crate::Error::LayerShape
@@ -160,7 +208,8 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for.
+    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for;
+    /// [`Error::PassDropped`](crate::Error::PassDropped) where what was written was lost with a pass.
     fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>>;
 
     /// Reads the live tokens of K and V back to the host; `None` for a layer never written.
@@ -170,24 +219,29 @@ pub trait KVCache: Cache {
     ///
     /// # Errors
     ///
-    /// [`Error::NotSubmitted`] where recorded work has not been submitted,
-    /// [`Error::LayerOutOfRange`], [`Error::Readback`] and [`Error::OutOfMemory`].
+    /// [`Error::NotSubmitted`] where recorded work has not been submitted, [`Error::PassDropped`] where it
+    /// never ran, [`Error::LayerOutOfRange`], [`Error::Readback`] and [`Error::OutOfMemory`].
     ///
     /// [`Error::NotSubmitted`]: crate::Error::NotSubmitted
+    /// [`Error::PassDropped`]: crate::Error::PassDropped
     /// [`Error::LayerOutOfRange`]: crate::Error::LayerOutOfRange
     /// [`Error::Readback`]: crate::Error::Readback
     /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
     fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>>;
 
-    /// As [`get`](KVCache::get), without blocking. On native backends the future polls the device each
-    /// time that it is polled itself.
+    /// As [`get`](KVCache::get), without blocking.
+    ///
+    /// The device must be polled for anything to arrive. In a browser that happens by itself. On native
+    /// backends the future polls it, without waiting, each time that it is polled itself, so callbacks of the
+    /// engine's may run there. It is woken when its bytes have arrived, if the engine polls the device
+    /// elsewhere, and otherwise by a thread of its own, up to once a millisecond.
     fn get_async(&self, layer_idx: usize) -> GetFuture<'_>;
 
     /// Live tokens; 0 for a layer never written.
     ///
     /// # Errors
     ///
-    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for.
+    /// As for [`view`](KVCache::view).
     fn get_seq_length(&self, layer_idx: usize) -> Result<usize>;
 }
 

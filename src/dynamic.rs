@@ -38,8 +38,8 @@ impl DynamicKVCache {
         Self::with_capacity(gpu, 0)
     }
 
-    /// An empty cache whose layers start with room for `tokens` tokens, so that a sequence of known
-    /// length never grows.
+    /// An empty cache whose layers start with room for `tokens` tokens a row, after a
+    /// [`reset`](crate::Cache::reset) to another shape as well, so that a sequence of known length never grows.
     pub fn with_capacity(gpu: &Gpu, tokens: usize) -> Self {
         Self { layers: Layers::new(gpu, Growth::Dynamic { tokens }, None) }
     }

@@ -1,5 +1,7 @@
 //! A self-attention and a cross-attention cache side by side.
 
+use std::collections::BTreeSet;
+
 use crate::cache::{BatchChange, Cache, KVCache, Stats};
 use crate::dynamic::DynamicKVCache;
 use crate::error::Result;
@@ -38,8 +40,8 @@ use crate::view::{HostTensor, LayerView, TensorView};
 pub struct EncoderDecoderCache<S = DynamicKVCache, C = DynamicKVCache> {
     self_attention: S,
     cross_attention: C,
-    /// For each layer, whether its cross side was written since the last reset.
-    is_updated: Vec<bool>,
+    /// The layers whose cross side was written since the last reset.
+    updated: BTreeSet<usize>,
 }
 
 impl EncoderDecoderCache {
@@ -52,7 +54,7 @@ impl EncoderDecoderCache {
 impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// A cache made of two.
     pub fn new(self_attention: S, cross_attention: C) -> Self {
-        Self { self_attention, cross_attention, is_updated: Vec::new() }
+        Self { self_attention, cross_attention, updated: BTreeSet::new() }
     }
 
     /// The decoder's side.
@@ -76,9 +78,10 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     }
 
     /// Whether the cross side of `layer_idx` was written through this cache since the last reset, so
-    /// that the encoder's K and V need not be computed again.
+    /// that the encoder's K and V need not be computed again. Not where what was written is known to be
+    /// lost: with a pass that was dropped, say, after which [`view`](Self::view) is an error until a reset.
     pub fn is_updated(&self, layer_idx: usize) -> bool {
-        self.is_updated.get(layer_idx).copied().unwrap_or(false)
+        self.updated.contains(&layer_idx) && self.cross_attention.view(layer_idx).is_ok()
     }
 
     fn side(&self, is_cross_attention: bool) -> &dyn KVCache {
@@ -100,13 +103,12 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
         is_cross_attention: bool,
     ) -> Result<LayerView<'_>> {
         if !is_cross_attention {
+            let_go(&mut self.cross_attention);
             return self.self_attention.update(pass, key, value, layer_idx, cache_position);
         }
+        let_go(&mut self.self_attention);
         let view = self.cross_attention.update(pass, key, value, layer_idx, cache_position)?;
-        if self.is_updated.len() <= layer_idx {
-            self.is_updated.resize(layer_idx + 1, false);
-        }
-        self.is_updated[layer_idx] = true;
+        self.updated.insert(layer_idx);
         Ok(view)
     }
 
@@ -150,25 +152,27 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
     fn reset(&mut self) {
         self.self_attention.reset();
         self.cross_attention.reset();
-        self.is_updated.clear();
+        self.updated.clear();
     }
 
     fn crop(&mut self, max_length: usize) {
+        let_go(&mut self.cross_attention);
         self.self_attention.crop(max_length);
     }
 
     fn truncate(&mut self, length: usize) {
+        let_go(&mut self.cross_attention);
         self.self_attention.truncate(length);
     }
 
     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
-        self.self_attention.prepare_batch(change)?;
-        let cross = self.cross_attention.prepare_batch(change);
-        if cross.is_err() {
-            // Any call lets go of what was prepared; this one does nothing else.
-            self.self_attention.truncate(usize::MAX);
+        let prepared = self.self_attention.prepare_batch(change);
+        let prepared = prepared.and_then(|()| self.cross_attention.prepare_batch(change));
+        if prepared.is_err() {
+            let_go(&mut self.self_attention);
+            let_go(&mut self.cross_attention);
         }
-        cross
+        prepared
     }
 
     fn batch_select_indices(
@@ -176,6 +180,7 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
         pass: &mut wgpu::ComputePass<'_>,
         indices: &[u32],
     ) -> Result<()> {
+        // Where it is prepared already, this only asks whether the sides are still whole.
         self.prepare_batch(BatchChange::Select(indices))?;
         self.self_attention.batch_select_indices(pass, indices)?;
         self.cross_attention.batch_select_indices(pass, indices)
@@ -191,6 +196,12 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
         self.cross_attention.batch_repeat_interleave(pass, repeats)
     }
 
+    /// Room on the self-attention side.
+    fn reserve(&mut self, pass: &mut wgpu::ComputePass<'_>, tokens: usize) -> Result<()> {
+        let_go(&mut self.cross_attention);
+        self.self_attention.reserve(pass, tokens)
+    }
+
     /// The bound of the self-attention side.
     fn get_max_cache_shape(&self) -> Option<usize> {
         self.self_attention.get_max_cache_shape()
@@ -199,4 +210,9 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
     fn stats(&self) -> Stats {
         self.self_attention.stats() + self.cross_attention.stats()
     }
+}
+
+/// Lets go of what a side has prepared: any call does, and this one does nothing else.
+fn let_go(side: &mut impl Cache) {
+    side.truncate(usize::MAX);
 }

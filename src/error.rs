@@ -52,6 +52,32 @@ pub enum Error {
         got: DType,
     },
 
+    /// A slice of another type than a tensor that was read back holds.
+    #[error(
+        "the tensor holds {held}, but a slice of {asked} was asked for; ask for {held}, or let to_f32() convert"
+    )]
+    SliceType {
+        /// The type of the tensor's elements.
+        held: DType,
+        /// The type of the slice.
+        asked: DType,
+    },
+
+    /// A layer is written for the first time after a change of the batch in which it took no part.
+    #[error(
+        "layer {layer} is written for the first time, with {got} rows, after the batch was changed; layer {other} has {batch} rows since. A layer that was never written takes no part in such a change: hand in tensors of {batch} rows, in the order of the others, or reset() the cache to begin with another batch"
+    )]
+    BatchChanged {
+        /// The layer.
+        layer: usize,
+        /// Batch rows of the new tokens.
+        got: usize,
+        /// A layer that took part in the change.
+        other: usize,
+        /// Batch rows of that layer.
+        batch: usize,
+    },
+
     /// New tokens do not fit the layer's shape.
     #[error(
         "layer {layer} holds batch {batch}, heads {heads}, head_dim {key_dim} (K) and {value_dim} (V), but the new key is {key:?} and the new value {value:?}; only T may differ (reset() frees the layer for another shape)"
@@ -187,7 +213,7 @@ pub enum Error {
     },
 
     /// A position past the end of a cache that is made for so many tokens.
-    #[error("position {position} is past the end of a cache made for {bound} tokens (0 to {last}); crop() or truncate() first, or make the cache longer", last = bound.saturating_sub(1))]
+    #[error("position {position} is past the end of a cache made for {bound} tokens ({range}); crop() or truncate() first, or make the cache longer", range = range(*bound))]
     PositionOutOfBounds {
         /// The highest position named.
         position: usize,
@@ -209,7 +235,7 @@ pub enum Error {
     },
 
     /// A batch index past the batch.
-    #[error("index {index} (at place {place}) is past the batch of layer {layer}, which has rows 0 to {last}; beam indices count batch rows, not beams of one sample", last = batch.saturating_sub(1))]
+    #[error("index {index} (at place {place}) is past the batch of layer {layer}, which has rows {range}; beam indices count batch rows, not beams of one sample", range = range(*batch))]
     IndexOutOfRange {
         /// The index.
         index: u32,
@@ -232,7 +258,7 @@ pub enum Error {
     ZeroRepeats,
 
     /// A layer past those that the cache is made for.
-    #[error("layer {layer} is past the {num_layers} layers (0 to {last}) that the cache was made for", last = num_layers.saturating_sub(1))]
+    #[error("layer {layer} is past the {num_layers} layers ({range}) that the cache was made for; make it for more", range = range(*num_layers))]
     LayerOutOfRange {
         /// The layer that was named.
         layer: usize,
@@ -242,7 +268,8 @@ pub enum Error {
 
     /// A layer would need a larger buffer than the device makes or binds.
     #[error(
-        "layer {layer} needs {needed} bytes for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {dtype}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Shorten the sequence or the batch, use a 16-bit type, or request a device with higher max_storage_buffer_binding_size and max_buffer_size"
+        "layer {layer} needs {needed} bytes for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {dtype}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Shorten the sequence or the batch{or_type}, or request a device with higher max_storage_buffer_binding_size and max_buffer_size",
+        or_type = if dtype.size() > 2 { ", use a 16-bit type" } else { "" }
     )]
     LayerTooLarge {
         /// The layer.
@@ -265,6 +292,27 @@ pub enum Error {
         dtype: DType,
     },
 
+    /// A pool that would have room for a write's new pages has none for copies of the pages that rows share.
+    #[error(
+        "layer {layer} needs {new} new pages of {page_tokens} tokens and {copies} copies of pages that rows share and write into, beside {used} in use, but {fits} pages are all that fit the {limit} bytes that this device binds as one buffer; append in place of writing into what rows share, truncate(), crop() or select fewer rows, or request a device with higher max_storage_buffer_binding_size and max_buffer_size"
+    )]
+    PoolTooLarge {
+        /// The layer.
+        layer: usize,
+        /// Pages in use.
+        used: usize,
+        /// New pages that the call needs.
+        new: usize,
+        /// Copies that it needs of pages which several rows share.
+        copies: usize,
+        /// Pages that fit.
+        fits: usize,
+        /// The device's limit, in bytes.
+        limit: u64,
+        /// Tokens of a page.
+        page_tokens: usize,
+    },
+
     /// A bounded pool has no page left.
     #[error(
         "{wanted} more pages of {page_tokens} tokens are wanted, beside {used} in use ({shared} of them shared by several rows), but the cache was made for {limit}; truncate(), crop() or select fewer rows to give pages back, or make the cache larger"
@@ -283,8 +331,10 @@ pub enum Error {
         page_tokens: usize,
     },
 
-    /// A page size that is no power of two.
-    #[error("pages of {page_tokens} tokens were asked for; it must be a power of two, such as 16")]
+    /// A page size that is no power of two, or too large a one.
+    #[error(
+        "pages of {page_tokens} tokens were asked for; it must be a power of two of at most 2147483648, such as 16"
+    )]
     PageSize {
         /// Tokens of a page.
         page_tokens: usize,
@@ -292,22 +342,26 @@ pub enum Error {
 
     /// A list that a kernel reads, longer than the device binds at once.
     #[error(
-        "a list of {bytes} bytes (positions, row moves, or the pages of all rows) is more than the {limit} that this device binds at once; use fewer rows or tokens at once, or larger pages"
+        "{what} takes {bytes} bytes, more than the {limit} that this device binds at once; {remedy}"
     )]
     ListTooLarge {
-        /// Bytes of the list.
+        /// Which list.
+        what: &'static str,
+        /// Bytes of the list, and of what has to lie beside it.
         bytes: u64,
         /// The device's limit.
         limit: u64,
+        /// What to do.
+        remedy: &'static str,
     },
 
     /// Attention over a view that does not fit the query or the output.
-    #[error(
-        "{reason}: query {query:?}, {what} {other:?} (B, H, T, D); hand in tensors that fit the view, after the update that adds the new tokens"
-    )]
+    #[error("{reason}: query {query:?}, {what} {other:?} (B, H, T, D); {remedy}")]
     AttentionShape {
         /// What does not fit.
         reason: &'static str,
+        /// What to do.
+        remedy: &'static str,
         /// Shape of the query, (B, Hq, Tq, D).
         query: [usize; 4],
         /// What the query does not fit: the output, or the live K.
@@ -316,20 +370,61 @@ pub enum Error {
         other: [usize; 4],
     },
 
-    /// The output of attention lies in a buffer that it reads.
+    /// A scale of attention that is infinite or no number.
     #[error(
-        "the output of attention lies in the buffer of {what}, which cannot be read and written in one dispatch; give the output a buffer of its own"
+        "the scale of attention is {scale}, with which no score would be a number; give a finite scale, or None for 1/sqrt(head_dim)"
+    )]
+    AttentionScale {
+        /// The scale that was given, as text.
+        scale: String,
+    },
+
+    /// The partial results of attention do not fit one buffer.
+    #[error(
+        "attention over {tokens} tokens, in {splits} splits, needs {bytes} bytes for partial results, more than the {limit} that this device binds as one buffer; hand in fewer queries, heads or batch rows at once"
+    )]
+    AttentionTooLarge {
+        /// Live tokens.
+        tokens: usize,
+        /// Splits of the tokens, each with partial results of all queries.
+        splits: usize,
+        /// Bytes of all partial results.
+        bytes: u64,
+        /// The device's limit, in bytes.
+        limit: u64,
+    },
+
+    /// The output of attention lies in a buffer that a cache holds its content in.
+    #[error(
+        "the output of attention lies in the buffer of {what}, which would overwrite what a cache holds; give the output a buffer of its own, or a range of the query's"
     )]
     OutputIsRead {
-        /// Which input.
+        /// Which buffer: K, V or the page table of the view, or that of another layer or cache.
         what: &'static str,
     },
 
+    /// The output of attention overlaps the query.
+    #[error(
+        "the output of attention (bytes {output:?} of its buffer) and the query (bytes {query:?} of the same) overlap, or their elements interleave in a way that is not two sets of columns of the same rows; give the output a range of its own, or another buffer"
+    )]
+    OutputOverlapsQuery {
+        /// From the first byte of the query to one past its last.
+        query: std::ops::Range<u64>,
+        /// From the first byte of the output to one past its last.
+        output: std::ops::Range<u64>,
+    },
+
     /// A product of sizes does not fit the types that carry it.
-    #[error("the {what} is too large to count; split the work into smaller pieces")]
+    #[error(
+        "the {what} would be {asked}, more than can be counted, which is {limit}; split the work into smaller pieces"
+    )]
     SizeOverflow {
         /// What was being counted.
         what: &'static str,
+        /// What was asked for.
+        asked: String,
+        /// The highest count.
+        limit: u64,
     },
 
     /// A dispatch would need more workgroups than the device starts.
@@ -347,13 +442,26 @@ pub enum Error {
 
     /// The device has no memory left.
     #[error(
-        "the device is out of memory: {bytes} bytes for '{label}' could not be allocated; the cache still holds all that it held. Free other buffers, shorten the sequence, or use a 16-bit type"
+        "the device is out of memory: {bytes} bytes for '{label}' could not be allocated; the cache still holds all that it held. Free other buffers, or shorten the sequence or the batch"
     )]
     OutOfMemory {
         /// Bytes asked for.
         bytes: u64,
         /// Label of the buffer.
         label: String,
+    },
+
+    /// A buffer that is larger than the device makes.
+    #[error(
+        "'{label}' needs a buffer of {bytes} bytes, more than the {limit} that this device makes; use fewer tokens, heads or batch rows at once, or request a device with a higher max_buffer_size"
+    )]
+    BufferTooLarge {
+        /// Label of the buffer.
+        label: String,
+        /// Bytes asked for.
+        bytes: u64,
+        /// The device's limit, in bytes.
+        limit: u64,
     },
 
     /// The device refused to make something, for instance because it is lost.
@@ -387,13 +495,46 @@ pub enum Error {
         calls: u64,
     },
 
-    /// A pass with work of this cache was dropped instead of submitted.
+    /// A pass with work of this cache was dropped instead of submitted, or its submit failed.
     #[error(
-        "a pass with {calls} recorded calls on this cache was dropped without being submitted, so the GPU no longer holds what the cache counts on; reset() it and fill it again"
+        "a pass with {calls} recorded calls on this cache never ran: it was dropped without being submitted, or the submit failed (the device's error handler was told why). The GPU does not hold what the cache counts on; reset() it and fill it again"
     )]
     PassDropped {
-        /// Recorded calls that were dropped.
+        /// Recorded calls that never ran.
         calls: u64,
+    },
+
+    /// The device is lost: destroyed, or given up by the system.
+    #[error("the device is lost, and with it all that it held; make a new device and a new cache")]
+    DeviceLost,
+
+    /// A device that was made with less than the kernels need.
+    #[error(
+        "the device was made with {limit} {value}, but the kernels need {needed}; request it with wgpu::Limits::default() or more"
+    )]
+    DeviceLimit {
+        /// Which limit, as a field of `wgpu::Limits`.
+        limit: &'static str,
+        /// What the device was made with.
+        value: u64,
+        /// The least that is needed.
+        needed: u64,
+    },
+
+    /// A tensor or a view of another device.
+    #[error(
+        "{what} belongs to another device; caches, attention and their inputs must be of one device, which clones of a Gpu share"
+    )]
+    OtherDevice {
+        /// Which tensor or view.
+        what: &'static str,
+    },
+
+    /// A kind of cache that does not have what was asked of it.
+    #[error("this kind of cache has no {what}; it is up to those who made it to add one")]
+    NotSupported {
+        /// What was asked for.
+        what: &'static str,
     },
 
     /// There is no adapter.
@@ -413,4 +554,25 @@ pub enum Error {
         /// What wgpu said.
         reason: String,
     },
+}
+
+impl Error {
+    /// A count past what the types that carry it hold.
+    pub(crate) fn overflow(what: &'static str, asked: String, limit: u64) -> Self {
+        Self::SizeOverflow { what, asked, limit }
+    }
+
+    /// A count past 32 bits.
+    pub(crate) fn too_many(what: &'static str, asked: u64) -> Self {
+        Self::overflow(what, asked.to_string(), u64::from(u32::MAX))
+    }
+}
+
+/// The numbers of `count` things, counted from zero.
+fn range(count: usize) -> String {
+    match count {
+        0 => "none".to_owned(),
+        1 => "0 alone".to_owned(),
+        _ => format!("0 to {}", count - 1),
+    }
 }

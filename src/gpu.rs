@@ -1,14 +1,14 @@
 //! The device: an engine's own, or one that is found without a window.
 
-use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
 
-use crate::arena::{Arena, Placed};
+use crate::arena::{Arena, Bound, Placed};
+use crate::device::{DeviceHandle, answer_now};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::view::{Tensor, checked_shape};
+use crate::witness::Witness;
 
 /// A device, its queue, and the compiled kernels of this crate. Cheap to clone: clones share all three.
 ///
@@ -31,6 +31,8 @@ struct Inner {
     handle: DeviceHandle,
     kernels: Kernels,
     arena: Mutex<Arena>,
+    /// A list that nothing reads, to bind where a kernel wants none.
+    unused_list: Arc<Bound>,
 }
 
 /// What [`Gpu::headless_with`] looks for.
@@ -62,18 +64,20 @@ impl Gpu {
     ///
     /// WebGPU's default limits and no optional feature suffice. Where the device was made with
     /// [`wgpu::Features::IMMEDIATES`] and at least 128 bytes of them, parameters travel that way.
+    /// `queue` must be the device's own.
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where the device was made with limits below WebGPU's defaults, such as fewer storage
-    /// buffers a stage than the five that kernels bind; [`Error::OutOfMemory`] or [`Error::Device`] where it
-    /// cannot make two buffers of 64 KiB.
+    /// [`Error::DeviceLimit`] where the device was made with a limit below what the kernels need, such as fewer
+    /// storage buffers a stage than the six that they bind; [`Error::DeviceLost`]; [`Error::OutOfMemory`] or
+    /// [`Error::Device`] where it cannot make three buffers of 64 KiB.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
-        let is_cpu = device.adapter_info().device_type == wgpu::DeviceType::Cpu;
-        let handle = DeviceHandle { limits: device.limits(), is_cpu, device, queue };
+        crate::kernels::check_limits(&device.limits())?;
+        let handle = DeviceHandle::new(device, queue)?;
         let kernels = Kernels::new(&handle)?;
-        let arena = Mutex::new(Arena::new(&handle, &kernels.layouts)?);
-        Ok(Self(Arc::new(Inner { handle, kernels, arena })))
+        let arena = Arena::new(&handle, &kernels.layouts)?;
+        let unused_list = Arc::clone(arena.unused_list());
+        Ok(Self(Arc::new(Inner { handle, kernels, arena: Mutex::new(arena), unused_list })))
     }
 
     /// Finds an adapter without a window, a GPU before a software adapter, and makes a device.
@@ -166,14 +170,17 @@ impl Gpu {
     ///
     /// # Errors
     ///
-    /// [`Error::WrongRank`], [`Error::ZeroExtent`], [`Error::SliceLength`] and
-    /// [`Error::OutOfMemory`].
+    /// [`Error::WrongRank`], [`Error::ZeroExtent`], [`Error::SliceLength`], [`Error::OutOfMemory`] and
+    /// [`Error::DeviceLost`]; [`Error::Device`] for a tensor larger than a buffer may be.
     pub fn upload<E: Element>(&self, data: &[E], shape: &[usize]) -> Result<Tensor> {
         let four = checked_shape(shape)?;
         let expected = four
             .iter()
             .try_fold(1_usize, |product, &extent| product.checked_mul(extent))
-            .ok_or(Error::SizeOverflow { what: "tensor" })?;
+            .ok_or_else(|| {
+                let asked = format!("the product of {shape:?}");
+                Error::overflow("number of elements of a tensor", asked, usize::MAX as u64)
+            })?;
         if expected != data.len() {
             return Err(Error::SliceLength { shape: shape.to_vec(), expected, got: data.len() });
         }
@@ -185,14 +192,14 @@ impl Gpu {
         let buffer = self.0.handle.create_buffer("kvcache upload", padded as u64, usage)?;
         let whole = bytes.len() / 4 * 4;
         if whole > 0 {
-            self.queue().write_buffer(&buffer, 0, &bytes[..whole]);
+            self.0.handle.write(&buffer, 0, &bytes[..whole])?;
         }
         if whole < bytes.len() {
             // A single 16-bit element at the end: writes are whole words.
             let last = [bytes[whole], bytes[whole + 1], 0, 0];
-            self.queue().write_buffer(&buffer, whole as u64, &last);
+            self.0.handle.write(&buffer, whole as u64, &last)?;
         }
-        Ok(Tensor { buffer, dtype: E::DTYPE, shape: four })
+        Ok(Tensor { gpu: self.clone(), buffer, dtype: E::DTYPE, shape: four })
     }
 
     /// Whether the adapter runs kernels in software.
@@ -218,9 +225,71 @@ impl Gpu {
         self.arena().place(&self.0.handle, &self.0.kernels.layouts, words)
     }
 
+    /// Reserves a piece that its owner writes bit by bit, with room beside it for a list of `spare` words.
+    pub(crate) fn reserve(&self, words: usize, spare: usize) -> Result<Placed> {
+        self.arena().reserve(&self.0.handle, &self.0.kernels.layouts, words, spare)
+    }
+
+    /// Puts `words` into the buffer of a reserved piece; `None` where the piece has to move first.
+    pub(crate) fn place_beside(&self, piece: &Placed, words: &[u32]) -> Result<Option<Placed>> {
+        self.arena().place_beside(&self.0.handle, piece, words)
+    }
+
+    /// Whether a reserved piece may stay where it is.
+    pub(crate) fn is_in_place(&self, piece: &Placed) -> bool {
+        self.arena().is_in_place(piece)
+    }
+
+    /// Writes words of a reserved piece that nothing has read yet, from its word `at` on.
+    pub(crate) fn write_piece(&self, piece: &Placed, at: usize, words: &[u32]) -> Result<()> {
+        let offset = u64::from(piece.offset) + 4 * at as u64;
+        self.0.handle.write(&piece.buffer, offset, bytemuck::cast_slice(words))
+    }
+
     /// A list that nothing reads, to bind where a kernel wants none.
-    pub(crate) fn unused_list(&self) -> wgpu::BindGroup {
-        self.arena().unused_list()
+    pub(crate) fn unused_list(&self) -> &Arc<Bound> {
+        &self.0.unused_list
+    }
+
+    /// A word that counts what has run.
+    pub(crate) fn witness(&self) -> Result<Witness> {
+        self.arena().witness(&self.0.handle, &self.0.kernels.layouts)
+    }
+
+    /// The buffer that a page of witnesses is.
+    pub(crate) fn witness_page(&self, page: usize) -> wgpu::Buffer {
+        self.arena().witness_page(page)
+    }
+
+    /// To be called once leases were abandoned.
+    pub(crate) fn replace_abandoned(&self) {
+        // Where that fails, whoever needs a chunk next makes it, and is told.
+        let _ = self.arena().replace_abandoned(&self.0.handle, &self.0.kernels.layouts);
+    }
+
+    /// Whether dispatches do anything: everywhere but on wgpu's backend without a driver.
+    pub(crate) fn runs_kernels(&self) -> bool {
+        self.0.handle.runs_kernels
+    }
+
+    /// Whether both are one device.
+    ///
+    /// wgpu numbers the devices of each instance from the start, so that those of two instances compare equal.
+    /// What tells them apart is where their errors go: an error that is sure to happen to the other device
+    /// is caught here only if it is this one.
+    pub(crate) fn is_device_of(&self, other: &Self) -> bool {
+        if Arc::ptr_eq(&self.0, &other.0) {
+            return true;
+        }
+        if self.device() != other.device() || cfg!(target_arch = "wasm32") {
+            return self.device() == other.device();
+        }
+        let theirs = other.device().push_error_scope(wgpu::ErrorFilter::Validation);
+        let ours = self.device().push_error_scope(wgpu::ErrorFilter::Validation);
+        other.handle().make_an_error();
+        let is_ours = answer_now(ours.pop()).is_some();
+        let _ = answer_now(theirs.pop());
+        is_ours
     }
 
     fn arena(&self) -> MutexGuard<'_, Arena> {
@@ -250,81 +319,4 @@ async fn find_adapter(backends: wgpu::Backends) -> Result<wgpu::Adapter> {
         }
     }
     Err(Error::NoAdapter { reason })
-}
-
-/// The device with what belongs to it, below the kernels.
-#[derive(Debug)]
-pub(crate) struct DeviceHandle {
-    pub(crate) device: wgpu::Device,
-    pub(crate) queue: wgpu::Queue,
-    /// The limits that the device was made with, which it enforces.
-    pub(crate) limits: wgpu::Limits,
-    pub(crate) is_cpu: bool,
-}
-
-impl DeviceHandle {
-    /// Makes a buffer, and says so where that fails.
-    pub(crate) fn create_buffer(
-        &self,
-        label: &str,
-        bytes: u64,
-        usage: wgpu::BufferUsages,
-    ) -> Result<wgpu::Buffer> {
-        self.checked(label, bytes, |device| {
-            device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some(label),
-                size: bytes,
-                usage,
-                mapped_at_creation: false,
-            })
-        })
-    }
-
-    /// Makes a part of the device, of so many bytes, and says so where that fails.
-    ///
-    /// Failures arrive in error scopes. On native backends a scope answers at once. In a browser it answers
-    /// later, and nothing here may wait: there no scope is opened, so that a failure reaches the device's
-    /// own error handler.
-    pub(crate) fn checked<T>(
-        &self,
-        label: &str,
-        bytes: u64,
-        make: impl FnOnce(&wgpu::Device) -> T,
-    ) -> Result<T> {
-        if cfg!(target_arch = "wasm32") {
-            return Ok(make(&self.device));
-        }
-        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
-        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let made = make(&self.device);
-        let refused = [answer_now(validation.pop()), answer_now(internal.pop())];
-        if answer_now(memory.pop()).is_some() {
-            return Err(Error::OutOfMemory { bytes, label: label.to_owned() });
-        }
-        match refused.into_iter().flatten().next() {
-            Some(error) => {
-                Err(Error::Device { label: label.to_owned(), reason: error.to_string() })
-            }
-            None => Ok(made),
-        }
-    }
-}
-
-/// The largest buffer that can be made and bound as a whole.
-///
-/// Less than 4 GiB whatever the device says: Metal binds more, but wgpu hands its shaders the size of a
-/// binding in 32 bits, and moves what lies further on into it. So 32 bits count all words and slots, too.
-pub(crate) fn binding_limit(limits: &wgpu::Limits) -> u64 {
-    let counted = u64::from(u32::MAX) / 16 * 16;
-    limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(counted) / 4 * 4
-}
-
-/// What an error scope has to say without waiting for it.
-pub(crate) fn answer_now(scope: impl Future<Output = Option<wgpu::Error>>) -> Option<wgpu::Error> {
-    let mut scope = std::pin::pin!(scope);
-    match scope.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(error) => error,
-        Poll::Pending => None,
-    }
 }

@@ -40,6 +40,14 @@ macro_rules! implement_cache {
                 self.layers.change_batch(pass, crate::cache::BatchChange::Repeat(repeats))
             }
 
+            fn reserve(
+                &mut self,
+                pass: &mut wgpu::ComputePass<'_>,
+                tokens: usize,
+            ) -> crate::error::Result<()> {
+                self.layers.reserve(pass, tokens)
+            }
+
             fn get_max_cache_shape(&self) -> Option<usize> {
                 self.layers.bound()
             }

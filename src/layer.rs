@@ -8,10 +8,12 @@
 use std::fmt::Debug;
 
 use crate::arena::{Lease, Placed};
+use crate::bind_groups::Purpose;
+use crate::device::binding_limit;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernels::{AppendShape, Dispatch};
-use crate::ledger::Ledger;
+use crate::ledger::Call;
 use crate::position::{self, CachePosition, Order};
 use crate::store::{Shape, Store};
 use crate::view::{LayerView, TensorView};
@@ -35,6 +37,11 @@ pub(crate) trait Held: Debug + Sized {
 
     fn truncate(&mut self, policy: &mut Self::Policy, length: usize);
 
+    /// Where a table lies that views have shown; `None` for a ring.
+    fn table(&self) -> Option<&Lease> {
+        None
+    }
+
     /// Pages in use, shared and free; nothing for a ring.
     fn pages(&self) -> PageCounts {
         PageCounts::default()
@@ -54,6 +61,15 @@ pub(crate) trait Held: Debug + Sized {
         tokens: NewTokens<'_>,
     ) -> Result<Room<Self>>;
 
+    /// Refuses a change to `batch` rows that has no room, from counts alone.
+    fn check_batch(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        policy: &Self::Policy,
+        batch: usize,
+    ) -> Result<()>;
+
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`, which is not the identity.
     fn stage_batch(
         &self,
@@ -63,6 +79,16 @@ pub(crate) trait Held: Debug + Sized {
         policy: &mut Self::Policy,
         map: &[u32],
     ) -> Result<Staged<Self>>;
+
+    /// Stages room for appends up to `new_len` tokens; `None` where it is there.
+    fn stage_reserve(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        store: &Store,
+        policy: &mut Self::Policy,
+        new_len: usize,
+    ) -> Result<Option<Staged<Self>>>;
 }
 
 /// A layer as a change finds it.
@@ -86,9 +112,11 @@ pub(crate) struct NewTokens<'a> {
 }
 
 impl NewTokens<'_> {
-    /// Which token goes where. As long as the gaps that it fills: to be asked once their room is sure.
-    pub(crate) fn order(&self) -> Order {
-        position::order(self.position, self.len, self.new_len)
+    /// Which token goes where. As long as the positions that are named: to be asked once there is room for
+    /// the tokens. Refuses a list that is more than a kernel can read, before it is made.
+    pub(crate) fn order(&self, gpu: &Gpu) -> Result<Order> {
+        position::check_list(self.position, binding_limit(gpu.limits()))?;
+        Ok(position::order(self.position, self.len, self.new_len))
     }
 }
 
@@ -199,8 +227,15 @@ impl<L: Held> Layer<L> {
         self.held = None;
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
-            store.sources = crate::sources::BoundSources::default();
+            store.bind_groups.clear();
         }
+    }
+
+    /// Leaves to those who record passes of their own what a view has shown: no call comes that holds it.
+    /// Whether there was such.
+    pub(crate) fn abandon(&self) -> bool {
+        let table = self.held.as_ref().and_then(L::table);
+        table.inspect(|table| table.abandon()).is_some()
     }
 
     pub(crate) fn crop(&mut self, policy: &mut L::Policy, max_length: usize) {
@@ -226,6 +261,8 @@ impl<L: Held> Layer<L> {
     ) -> Result<Staged<L>> {
         let shape = self.check_shapes(key, value)?;
         let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
+        key.check_device("key", gpu)?;
+        value.check_device("value", gpu)?;
         self.check_alias(key, value)?;
         let (count, len) = (key.shape[2], self.len());
         let new_len = position::check(position, shape.batch, count, len, L::bound(policy))?;
@@ -234,10 +271,12 @@ impl<L: Held> Layer<L> {
         let place =
             Place { gpu, layer: self.index, store: self.store.as_ref(), held: self.held.as_ref() };
         let mut room = L::stage_room(place, policy, shape, tokens)?;
-        let store = room.store.as_mut().or(self.store.as_mut());
+        let store = room.store.as_ref().or(self.store.as_ref());
         let store = store.expect("a layer with room has memory");
-        let views = [(key, &sources[0]), (value, &sources[1])];
-        let bindings = store.sources.bind(gpu, views, &store.key, &store.value);
+        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
+        let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
+        let bind = |bindings: &[_]| gpu.kernels().bind_append(gpu, bindings);
+        let (bindings, _) = store.bind_groups.get(Purpose::Append, &bindings, bind)?;
         let append = AppendShape {
             key: &sources[0],
             value: &sources[1],
@@ -247,7 +286,8 @@ impl<L: Held> Layer<L> {
             lists: room.lists.as_ref().map(|(placed, list_at)| (placed, *list_at)),
         };
         let append = gpu.kernels().append(gpu, bindings, &append)?;
-        let written = shape.bytes(1, room.order.written(shape.batch, count))?;
+        let written = room.order.written(shape.batch, count).saturating_mul(shape.heads as u64);
+        let written = shape.row_bytes().map(|row| row.saturating_mul(written));
         room.dispatches.push(append);
         Ok(Staged {
             dispatches: room.dispatches,
@@ -256,6 +296,24 @@ impl<L: Held> Layer<L> {
             moved: room.moved + written.iter().sum::<u64>(),
             leases: room.leases,
         })
+    }
+
+    /// Refuses a change to `batch` rows that has no room, from counts alone.
+    pub(crate) fn check_batch(&self, gpu: &Gpu, policy: &L::Policy, batch: usize) -> Result<()> {
+        self.held.as_ref().map_or(Ok(()), |held| held.check_batch(gpu, self.index, policy, batch))
+    }
+
+    /// Stages room for `tokens` more tokens a row; `None` where it is there or nothing was ever written.
+    pub(crate) fn stage_reserve(
+        &mut self,
+        gpu: &Gpu,
+        policy: &mut L::Policy,
+        tokens: usize,
+    ) -> Result<Option<Staged<L>>> {
+        let (Some(held), Some(store)) = (&self.held, &self.store) else { return Ok(None) };
+        let (batch, append) = (held.shape().batch, CachePosition::Append);
+        let new_len = position::check(append, batch, tokens, held.len(), L::bound(policy))?;
+        held.stage_reserve(gpu, self.index, store, policy, new_len)
     }
 
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`. `None` where nothing changes
@@ -274,21 +332,11 @@ impl<L: Held> Layer<L> {
     }
 
     /// Makes a staged change happen. Cannot fail.
-    pub(crate) fn commit(
-        &mut self,
-        staged: Staged<L>,
-        pass: &mut wgpu::ComputePass<'_>,
-        ledger: &Ledger,
-    ) -> Effect {
+    pub(crate) fn commit(&mut self, staged: Staged<L>, call: &mut Call<'_, '_>) -> Effect {
         let effect = Effect { dispatches: staged.dispatches.len() as u64, moved: staged.moved };
-        let mut leases = staged.leases;
-        for dispatch in staged.dispatches {
-            dispatch.record(pass, ledger, std::mem::take(&mut leases));
-        }
-        if !leases.is_empty() {
-            // A change without a dispatch is lost with its pass as well.
-            ledger.record(pass, leases);
-        }
+        // A change without a dispatch is lost with its pass as well.
+        call.hold(staged.leases);
+        staged.dispatches.into_iter().for_each(|dispatch| call.add(dispatch));
         if let Some(store) = staged.store {
             self.store = Some(store);
         }

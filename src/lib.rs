@@ -33,7 +33,9 @@
 
 mod arena;
 mod attention;
+mod bind_groups;
 mod cache;
+mod device;
 mod dtype;
 mod dynamic;
 mod encoder_decoder;
@@ -45,6 +47,7 @@ mod layer;
 mod layers;
 mod layout;
 mod ledger;
+mod own_buffers;
 mod paged;
 mod pages;
 mod paging;
@@ -52,10 +55,12 @@ mod plan;
 mod position;
 mod readback;
 mod ring;
-mod sources;
 mod static_cache;
 mod store;
+mod table;
 mod view;
+mod witness;
+mod words;
 
 pub use attention::{Attention, AttentionOptions};
 pub use cache::{BatchChange, Cache, GetFuture, KVCache, Stats};

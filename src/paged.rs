@@ -55,8 +55,8 @@ pub struct PagedOptions {
     /// Tokens of a page: a power of two. Small pages share more, large ones have shorter tables.
     pub page_tokens: usize,
     /// The most pages of a layer. Its pool is then made at once, at the first update, as large as that or as
-    /// the device can bind, and its buffers stay the same while the layer's shape does. `None` for a pool that
-    /// grows, doubling.
+    /// the device can bind, and its buffers stay the same while the layer's shape does, after a reset as before
+    /// it. `None` for a pool that grows, doubling.
     pub max_pages: Option<usize>,
     /// The most tokens of a row; `None` where only pages and the device bound it.
     pub max_tokens: Option<usize>,
@@ -81,7 +81,7 @@ impl PagedKVCache {
     ///
     /// # Errors
     ///
-    /// [`Error::PageSize`] where `page_tokens` is no power of two.
+    /// [`Error::PageSize`] where `page_tokens` is no power of two, or more than 2^31.
     pub fn with_options(gpu: &Gpu, options: PagedOptions) -> Result<Self> {
         let page_tokens = options.page_tokens;
         if !page_tokens.is_power_of_two() || u32::try_from(page_tokens).is_err() {

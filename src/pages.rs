@@ -1,9 +1,16 @@
 //! Which pages the tokens of each row lie in. Pure host logic: nothing here knows wgpu.
 
-use crate::position::{Order, SKIP};
+use std::collections::HashSet;
+use std::ops::Range;
+
+use crate::position::Order;
+use crate::words::Words;
+
+/// Words of a row's table that a change of the batch leaves free, so that the next pages need no new table.
+const SPARE: usize = 8;
 
 /// The pages of all batch rows of a layer, with their reference counts: a value, of which every change
-/// makes a new state.
+/// makes a new state. A copy costs nothing, and a write what it changes, however many pages there are.
 ///
 /// Token t of row b is slot `start + t` of the row's pages, in order. Rows may name the same page, and
 /// such a page is never written: a row that writes into it gets a copy first. That is how vLLM's
@@ -15,27 +22,55 @@ use crate::position::{Order, SKIP};
 /// row 0 -> 3, 0      page 3 | .  0  1  2 |    page 0 | 3  4  5  . |
 /// row 1 -> 3, 5                               page 5 | 3  4  5  . |
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct PageMap {
     /// Tokens of a page: a power of two.
     page_tokens: usize,
-    /// The pages of each row, oldest tokens first; as many in every row.
-    rows: Vec<Vec<u32>>,
+    batch: usize,
+    /// The pages of each row, oldest tokens first, one row every `stride` words: as they lie on the GPU.
+    table: Words,
+    stride: usize,
+    /// The first word of each row that is in use, and how many are.
+    first: usize,
+    row_pages: usize,
     /// How many rows name each page that was ever in use.
-    counts: Vec<u32>,
+    counts: Words,
     /// Pages of those that no row names. The last is used first.
-    free: Vec<u32>,
+    free: Words,
+    /// Pages that several rows name.
+    shared: usize,
     /// Slot of the oldest live token in a row's first page.
     start: usize,
     /// Live tokens.
     len: usize,
+    /// Whether no other row names the last page of any: then an append needs no copies. It may be false of
+    /// such rows, too.
+    has_own_tails: bool,
 }
 
-/// A write that needs more pages than there may be.
+/// Pages that a write needs beside those in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct OutOfPages {
-    /// Pages that the write needs beside those in use: new ones, and copies of shared ones.
-    pub(crate) wanted: usize,
+pub(crate) struct Wanted {
+    pub(crate) new: usize,
+    /// Copies of pages that several rows name and one of them writes into.
+    pub(crate) copies: usize,
+}
+
+impl Wanted {
+    pub(crate) fn all(self) -> usize {
+        self.new.saturating_add(self.copies)
+    }
+}
+
+/// What a write has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Pages to copy first, (from, to) each, one source after the other.
+    pub(crate) copies: Vec<(u32, u32)>,
+    /// Runs of words of the table that are new.
+    pub(crate) words: Vec<Range<usize>>,
+    /// Whether the table was laid out anew: then every word is.
+    pub(crate) is_laid_out: bool,
 }
 
 impl PageMap {
@@ -44,11 +79,17 @@ impl PageMap {
         debug_assert!(page_tokens.is_power_of_two());
         Self {
             page_tokens,
-            rows: vec![Vec::new(); batch],
-            counts: Vec::new(),
-            free: Vec::new(),
+            batch,
+            table: Words::default(),
+            stride: 0,
+            first: 0,
+            row_pages: 0,
+            counts: Words::default(),
+            free: Words::default(),
+            shared: 0,
             start: 0,
             len: 0,
+            has_own_tails: false,
         }
     }
 
@@ -57,7 +98,7 @@ impl PageMap {
     }
 
     pub(crate) fn batch(&self) -> usize {
-        self.rows.len()
+        self.batch
     }
 
     pub(crate) fn start(&self) -> usize {
@@ -70,12 +111,22 @@ impl PageMap {
 
     /// Pages of each row.
     pub(crate) fn row_pages(&self) -> usize {
-        self.rows.first().map_or(0, Vec::len)
+        self.row_pages
     }
 
-    /// The table: the pages of each row, one row after the other.
-    pub(crate) fn table(&self) -> Vec<u32> {
-        self.rows.concat()
+    /// The table, as the GPU reads it.
+    pub(crate) fn table(&self) -> &Words {
+        &self.table
+    }
+
+    /// Words of the table from one row to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The word of a row's first page.
+    pub(crate) fn first(&self) -> usize {
+        self.first
     }
 
     /// Pages that the pool must have room for.
@@ -85,7 +136,8 @@ impl PageMap {
 
     /// Pages up to the last one that is in use.
     pub(crate) fn used_prefix(&self) -> usize {
-        self.counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1)
+        let counts = self.counts.to_vec();
+        counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1)
     }
 
     pub(crate) fn used(&self) -> usize {
@@ -94,26 +146,25 @@ impl PageMap {
 
     /// Pages that several rows name.
     pub(crate) fn shared(&self) -> usize {
-        self.counts.iter().filter(|&&count| count > 1).count()
+        self.shared
     }
 
     /// Pages of a row of `len` tokens, the oldest of which lies where it does.
-    fn pages_of(&self, len: usize) -> usize {
-        if len == 0 { 0 } else { (self.start + len).div_ceil(self.page_tokens) }
+    pub(crate) fn pages_of(&self, len: usize) -> usize {
+        if len == 0 { 0 } else { self.start.saturating_add(len).div_ceil(self.page_tokens) }
     }
 
     /// Pages that the rows need beside those in use to be `new_len` tokens long, copies of shared ones aside.
     pub(crate) fn new_pages(&self, new_len: usize) -> usize {
-        self.batch().saturating_mul(self.pages_of(new_len).saturating_sub(self.row_pages()))
+        self.batch.saturating_mul(self.pages_of(new_len).saturating_sub(self.row_pages))
     }
 
     /// Tokens that each row can hold with appends where at most `most` pages exist.
     pub(crate) fn tokens_in(&self, most: usize) -> usize {
-        let is_part = !(self.start + self.len).is_multiple_of(self.page_tokens);
-        let copies = if is_part { self.tail_copies() } else { 0 };
+        let copies = self.copies_of_append();
         match most.checked_sub(self.used() + copies) {
             Some(left) => {
-                let pages = self.row_pages() + left / self.batch();
+                let pages = self.row_pages + left / self.batch;
                 pages.saturating_mul(self.page_tokens).saturating_sub(self.start)
             }
             None => self.len,
@@ -121,87 +172,137 @@ impl PageMap {
     }
 
     /// Copies of last pages that the next append takes: all that name one but the last get their own.
-    fn tail_copies(&self) -> usize {
-        let mut tails: Vec<u32> = self.rows.iter().filter_map(|row| row.last().copied()).collect();
-        tails.sort_unstable();
-        let named = tails.len();
-        tails.dedup();
-        named - tails.len()
+    pub(crate) fn copies_of_append(&self) -> usize {
+        let is_part = !(self.start + self.len).is_multiple_of(self.page_tokens);
+        if !is_part || self.shared == 0 || self.has_own_tails {
+            return 0;
+        }
+        self.copies((0..self.batch).map(|row| self.page(row, self.row_pages - 1)))
     }
 
-    /// Whether every page is free or named, and named as often as its count says: a recount.
-    pub(crate) fn is_sound(&self) -> bool {
-        let mut counts = vec![0; self.counts.len()];
-        self.rows.iter().flatten().for_each(|&page| counts[page as usize] += 1);
-        let mut free = self.free.clone();
-        free.sort_unstable();
-        let unnamed = (0..).zip(&counts).filter(|(_, count)| **count == 0).map(|(page, _)| page);
-        let pages = self.pages_of(self.len);
-        counts == self.counts
-            && unnamed.eq(free.iter().copied())
-            && self.rows.iter().all(|row| row.len() == pages)
-            && self.start < self.page_tokens
+    /// What a write of `order` needs, after which `new_len` tokens are live. Changes nothing.
+    pub(crate) fn wanted(&self, order: &Order, tokens: usize, new_len: usize) -> Wanted {
+        let new = self.new_pages(new_len);
+        if self.is_unshared(order, tokens) {
+            return Wanted { new, copies: 0 };
+        }
+        let rows = 0..self.batch;
+        let touched = rows.flat_map(|row| {
+            let indices = self.touched(order, row, tokens, new_len);
+            indices.into_iter().map(move |index| self.page(row, index))
+        });
+        Wanted { new, copies: self.copies(touched) }
+    }
+
+    /// Copies that writes into these pages take, one entry for each row that writes into one.
+    fn copies(&self, touched: impl Iterator<Item = u32>) -> usize {
+        let count = |page: u32| self.counts.get(page as usize) as usize;
+        let mut shared: Vec<u32> = touched.filter(|&page| count(page) > 1).collect();
+        shared.sort_unstable();
+        let writers = shared.chunk_by(|a, b| a == b);
+        writers.map(|writers| writers.len().min(count(writers[0]) - 1)).sum()
+    }
+
+    fn page(&self, row: usize, index: usize) -> u32 {
+        self.table.get(self.word(row, index))
+    }
+
+    fn word(&self, row: usize, index: usize) -> usize {
+        row * self.stride + self.first + index
+    }
+
+    /// Whether a write surely goes to no page that rows share, as an append to rows that have all been
+    /// appended to.
+    fn is_unshared(&self, order: &Order, tokens: usize) -> bool {
+        self.shared == 0
+            || match order {
+                Order::Run { first, zeros } => {
+                    let old = self.old_pages(*first as usize, *zeros as usize + tokens);
+                    old.is_empty() || (old.start + 1 == self.row_pages && self.has_own_tails)
+                }
+                Order::List(_) => false,
+            }
+    }
+
+    /// The pages that a row has, of those that a run of positions lies in.
+    fn old_pages(&self, first: usize, positions: usize) -> Range<usize> {
+        let from = (self.start + first) / self.page_tokens;
+        let to = (self.start + first + positions).div_ceil(self.page_tokens);
+        if positions == 0 { 0..0 } else { from..to.min(self.row_pages) }
     }
 
     /// Makes room for a write of `order`, after which `new_len` tokens are live: new pages behind each
     /// row, and for each page that several rows name and one of them writes into, a page of its own.
-    /// Returns the copies to make first, (from, to) each.
-    ///
-    /// At most `most` pages exist. An error leaves the map in no useful state: work on a copy.
+    /// Where the table has no room for the new pages, it is laid out anew with `stride` words a row.
     pub(crate) fn write(
         &mut self,
         order: &Order,
         tokens: usize,
         new_len: usize,
-        most: usize,
-    ) -> Result<Vec<(u32, u32)>, OutOfPages> {
-        let before = self.used();
-        let old_pages = self.row_pages();
-        let new_pages = self.pages_of(new_len);
-        let mut copies = Vec::new();
-        for row in 0..self.rows.len() {
-            for index in self.touched(order, row, tokens, old_pages) {
-                let page = self.rows[row][index];
-                if self.counts[page as usize] > 1 {
-                    self.counts[page as usize] -= 1;
-                    let own = self.take();
-                    self.rows[row][index] = own;
-                    copies.push((page, own));
-                }
-            }
-            for _ in old_pages..new_pages {
-                let page = self.take();
-                self.rows[row].push(page);
-            }
+        stride: usize,
+    ) -> Written {
+        let (old_pages, new_pages) = (self.row_pages, self.pages_of(new_len));
+        let is_unshared = self.is_unshared(order, tokens);
+        let mut written = Written::default();
+        if self.first + new_pages > self.stride {
+            self.lay_out(stride.max(new_pages));
+            written.is_laid_out = true;
         }
         self.len = new_len;
-        if self.used() > most {
-            return Err(OutOfPages { wanted: self.used() - before });
+        if is_unshared && new_pages == old_pages {
+            return written;
         }
-        // One source after the other, so that each is read once.
-        copies.sort_unstable();
-        Ok(copies)
+        for row in 0..self.batch {
+            let touched =
+                if is_unshared { Vec::new() } else { self.touched(order, row, tokens, new_len) };
+            for index in touched {
+                let (word, page) = (self.word(row, index), self.page(row, index));
+                if self.counts.get(page as usize) > 1 {
+                    self.release(page);
+                    let own = self.take();
+                    self.table.set(word, own);
+                    written.words.push(word..word + 1);
+                    written.copies.push((page, own));
+                }
+            }
+            for index in old_pages..new_pages {
+                let page = self.take();
+                self.table.set(self.word(row, index), page);
+            }
+            if old_pages < new_pages {
+                written.words.push(self.word(row, old_pages)..self.word(row, new_pages));
+            }
+        }
+        self.row_pages = new_pages;
+        self.has_own_tails |= new_pages > old_pages || self.reaches_tails(order, tokens);
+        written.copies.sort_unstable();
+        written
     }
 
-    /// The pages of a row, of the first `pages`, that a write of `order` goes to: in order, each once.
-    fn touched(&self, order: &Order, row: usize, tokens: usize, pages: usize) -> Vec<usize> {
-        let page_of = |position: usize| (self.start + position) / self.page_tokens;
+    /// Whether a write goes into the last page of every row.
+    fn reaches_tails(&self, order: &Order, tokens: usize) -> bool {
         match order {
             Order::Run { first, zeros } => {
-                let first = *first as usize;
-                let last = first + *zeros as usize + tokens - 1;
-                (page_of(first)..=page_of(last)).take_while(|&index| index < pages).collect()
+                let old = self.old_pages(*first as usize, *zeros as usize + tokens);
+                old.end == self.row_pages && !old.is_empty()
             }
-            Order::List { entries, count, per_row } => {
-                let count = *count as usize;
-                let from = if *per_row { row * count } else { 0 };
-                let mut touched: Vec<usize> = entries[from..from + count]
-                    .iter()
-                    .filter(|[position, _]| *position != SKIP)
-                    .map(|[position, _]| page_of(*position as usize))
-                    .filter(|&index| index < pages)
-                    .collect();
-                touched.sort_unstable();
+            Order::List(_) => false,
+        }
+    }
+
+    /// The pages of a row, of those that it has, that a write of `order` goes to: in order, each once.
+    fn touched(&self, order: &Order, row: usize, tokens: usize, new_len: usize) -> Vec<usize> {
+        match order {
+            Order::Run { first, zeros } => {
+                self.old_pages(*first as usize, *zeros as usize + tokens).collect()
+            }
+            Order::List(list) => {
+                let before = list.positions(row).take_while(|&position| position < list.len);
+                let pages = before.map(|position| self.old_pages(position as usize, 1).start);
+                // Of what lies behind, every position is written: with a token or as a gap.
+                let len = list.len as usize;
+                let mut touched: Vec<usize> =
+                    pages.chain(self.old_pages(len, new_len - len)).collect();
                 touched.dedup();
                 touched
             }
@@ -214,29 +315,44 @@ impl PageMap {
         self.keep(0, self.pages_of(self.len));
     }
 
-    /// Keeps the latest `len` tokens; whole pages before them go back. Returns how many of each row.
-    pub(crate) fn crop(&mut self, len: usize) -> usize {
+    /// Keeps the latest `len` tokens; whole pages before them go back.
+    pub(crate) fn crop(&mut self, len: usize) {
         let start = self.start + self.len - self.len.min(len);
         self.len = self.len.min(len);
-        let dropped = start / self.page_tokens;
         self.start = start % self.page_tokens;
         if self.len == 0 {
             self.keep(0, 0);
         } else {
-            self.keep(dropped, self.row_pages());
+            self.keep(start / self.page_tokens, self.row_pages);
         }
-        dropped
     }
 
     /// New row `i` names the pages of old row `map[i]`.
     pub(crate) fn select(&mut self, map: &[u32]) {
-        let rows = map.iter().map(|&from| self.rows[from as usize].clone()).collect();
-        // First all new references, so that no page is free in between.
-        let old = std::mem::replace(&mut self.rows, rows);
-        for &page in self.rows.iter().flatten() {
-            self.counts[page as usize] += 1;
+        let (old, pages) = (self.table.to_vec(), self.row_pages);
+        let row_of = |row: usize| &old[row * self.stride + self.first..][..pages];
+        let stride = if pages == 0 { 0 } else { pages + SPARE };
+        let mut table = Vec::with_capacity(map.len() * stride);
+        let mut named = vec![0_u32; self.batch];
+        for &from in map {
+            named[from as usize] += 1;
+            table.extend(row_of(from as usize));
+            table.resize(table.len() + stride - pages, 0);
         }
-        old.into_iter().flatten().rev().for_each(|page| self.release(page));
+        // First all new references, so that no page is free in between.
+        for (row, &named) in named.iter().enumerate().filter(|(_, named)| **named > 1) {
+            for &page in row_of(row) {
+                let count = self.counts.get(page as usize);
+                self.shared += usize::from(count == 1);
+                self.counts.set(page as usize, count + named - 1);
+            }
+        }
+        let gone = named.iter().enumerate().rev().filter(|(_, named)| **named == 0);
+        let gone = gone.flat_map(|(row, _)| row_of(row).iter().rev().copied());
+        gone.collect::<Vec<u32>>().into_iter().for_each(|page| self.release(page));
+        (self.table, self.stride, self.first) = (table.as_slice().into(), stride, 0);
+        self.batch = map.len();
+        self.has_own_tails = false;
     }
 
     /// Keeps the pages `from..to` of each row.
@@ -244,195 +360,74 @@ impl PageMap {
         if to == 0 {
             self.start = 0;
         }
-        for row in (0..self.rows.len()).rev() {
-            let behind = self.rows[row].split_off(to);
-            let mut kept = std::mem::take(&mut self.rows[row]);
-            let before: Vec<u32> = kept.drain(..from).collect();
-            self.rows[row] = kept;
-            for page in before.into_iter().chain(behind).rev() {
-                self.release(page);
+        self.has_own_tails &= to == self.row_pages;
+        if to - from == self.row_pages {
+            return;
+        }
+        for row in (0..self.batch).rev() {
+            for index in (0..from).chain(to..self.row_pages).rev() {
+                self.release(self.page(row, index));
             }
         }
+        self.first += from;
+        self.row_pages = to - from;
+    }
+
+    /// Lays the table out anew, with `stride` words a row.
+    pub(crate) fn lay_out(&mut self, stride: usize) {
+        let old = self.table.to_vec();
+        let mut table = Vec::with_capacity(self.batch * stride);
+        for row in 0..self.batch {
+            if self.row_pages > 0 {
+                table.extend(&old[self.word(row, 0)..][..self.row_pages]);
+            }
+            table.resize((row + 1) * stride, 0);
+        }
+        (self.table, self.stride, self.first) = (table.as_slice().into(), stride, 0);
     }
 
     /// A page that no row names, from now on named once.
     fn take(&mut self) -> u32 {
-        let page = self.free.pop().unwrap_or_else(|| {
-            self.counts.push(0);
-            u32::try_from(self.counts.len() - 1).expect("fewer pages than a buffer has bytes")
-        });
-        self.counts[page as usize] = 1;
-        page
+        if let Some(page) = self.free.pop() {
+            self.counts.set(page as usize, 1);
+            return page;
+        }
+        self.counts.push(1);
+        u32::try_from(self.counts.len() - 1).expect("fewer pages than a buffer has bytes")
     }
 
+    /// Takes a row's name off a page.
     fn release(&mut self, page: u32) {
-        let count = &mut self.counts[page as usize];
-        *count -= 1;
-        if *count == 0 {
+        let count = self.counts.get(page as usize);
+        self.counts.set(page as usize, count - 1);
+        self.shared -= usize::from(count == 2);
+        if count == 1 {
             self.free.push(page);
         }
+    }
+
+    /// Whether every page is free or named, and named as often as its count says: a recount.
+    pub(crate) fn is_sound(&self) -> bool {
+        let mut counts = vec![0; self.counts.len()];
+        let words =
+            (0..self.batch).flat_map(|row| (0..self.row_pages).map(move |index| (row, index)));
+        words.for_each(|(row, index)| counts[self.page(row, index) as usize] += 1);
+        let mut free = self.free.to_vec();
+        free.sort_unstable();
+        let unnamed = (0..).zip(&counts).filter(|(_, count)| **count == 0).map(|(page, _)| page);
+        let tails = || (0..self.batch).map(|row| self.page(row, self.row_pages - 1));
+        counts == self.counts.to_vec()
+            && self.shared == counts.iter().filter(|&&count| count > 1).count()
+            && unnamed.eq(free.iter().copied())
+            && self.row_pages == self.pages_of(self.len)
+            && self.first + self.row_pages <= self.stride
+            && self.table.len() == self.batch * self.stride
+            && self.start < self.page_tokens
+            && (!self.has_own_tails
+                || self.row_pages == 0
+                || tails().collect::<HashSet<_>>().len() == self.batch)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The map beside what each row holds, token by token: a number for each write.
-    #[derive(Clone)]
-    struct Twin {
-        map: PageMap,
-        /// Content of the pool: what each slot holds.
-        pool: Vec<u32>,
-        rows: Vec<Vec<u32>>,
-        next: u32,
-    }
-
-    impl Twin {
-        fn new(page_tokens: usize, batch: usize) -> Self {
-            let map = PageMap::new(page_tokens, batch);
-            Self { map, pool: Vec::new(), rows: vec![Vec::new(); batch], next: 1 }
-        }
-
-        fn slot(&self, row: usize, token: usize) -> usize {
-            let slot = self.map.start + token;
-            let page = self.map.rows[row][slot / self.map.page_tokens] as usize;
-            page * self.map.page_tokens + slot % self.map.page_tokens
-        }
-
-        fn write(&mut self, first: usize, tokens: usize) {
-            let len = self.map.len;
-            let new_len = len.max(first + tokens);
-            let zeros = first.saturating_sub(len);
-            let narrow = |n: usize| u32::try_from(n).unwrap();
-            let order = Order::Run { first: narrow(first - zeros), zeros: narrow(zeros) };
-            let copies = self.map.write(&order, tokens, new_len, usize::MAX).unwrap();
-            let size = self.map.page_tokens;
-            self.pool.resize(self.map.pool_pages() * size, 0);
-            for (from, to) in copies {
-                let (from, to) = (from as usize * size, to as usize * size);
-                self.pool.copy_within(from..from + size, to);
-            }
-            for row in 0..self.rows.len() {
-                self.rows[row].resize(new_len, 0);
-                for position in first - zeros..first + tokens {
-                    let value = if position < first { 0 } else { self.next };
-                    self.next += u32::from(position >= first);
-                    self.rows[row][position] = value;
-                    let slot = self.slot(row, position);
-                    self.pool[slot] = value;
-                }
-            }
-        }
-
-        fn check(&self, context: &str) {
-            for (row, held) in self.rows.iter().enumerate() {
-                assert_eq!(held.len(), self.map.len, "{context}");
-                for (token, value) in held.iter().enumerate() {
-                    assert_eq!(self.pool[self.slot(row, token)], *value, "{context}: row {row}");
-                }
-            }
-            assert!(self.map.is_sound(), "{context}: {:?}", self.map);
-        }
-    }
-
-    /// Every history of 5 calls out of 10, on pages of 1, 2 and 4 tokens.
-    #[test]
-    fn every_short_history_keeps_every_row_and_count() {
-        type Call = fn(&mut Twin);
-        let calls: [(&str, Call); 10] = [
-            ("append 1", |twin| twin.write(twin.map.len, 1)),
-            ("append 3", |twin| twin.write(twin.map.len, 3)),
-            ("write 1 at 1", |twin| twin.write(1, 1)),
-            ("write 2 past a gap", |twin| twin.write(twin.map.len + 2, 2)),
-            ("truncate to 2", |twin| {
-                twin.map.truncate(2);
-                twin.rows.iter_mut().for_each(|row| row.truncate(2));
-            }),
-            ("crop to 3", |twin| crop(twin, 3)),
-            ("crop to 0", |twin| crop(twin, 0)),
-            ("repeat", |twin| select(twin, |batch| (0..2 * batch).map(|row| row / 2).collect())),
-            ("turn", |twin| select(twin, |n| (0..n).map(|row| (row + 1) % n).collect())),
-            ("last row twice", |twin| select(twin, |batch| vec![batch - 1; 2])),
-        ];
-        for page_tokens in [1, 2, 4] {
-            for code in 0..10_usize.pow(5) {
-                let mut twin = Twin::new(page_tokens, 1);
-                let mut names = Vec::new();
-                for place in 0..5 {
-                    let (name, call) = calls[code / 10_usize.pow(place) % 10];
-                    names.push(name);
-                    call(&mut twin);
-                }
-                twin.check(&format!("pages of {page_tokens}: {names:?}"));
-            }
-        }
-    }
-
-    fn crop(twin: &mut Twin, len: usize) {
-        twin.map.crop(len);
-        for row in &mut twin.rows {
-            row.drain(..row.len().saturating_sub(len));
-        }
-    }
-
-    fn select(twin: &mut Twin, map: impl Fn(u32) -> Vec<u32>) {
-        let map = map(u32::try_from(twin.rows.len()).unwrap());
-        twin.map.select(&map);
-        twin.rows = map.iter().map(|&from| twin.rows[from as usize].clone()).collect();
-    }
-
-    #[test]
-    fn only_the_shared_tail_is_copied_and_the_last_row_keeps_it() {
-        let mut map = PageMap::new(4, 1);
-        let prompt = Order::Run { first: 0, zeros: 0 };
-        assert_eq!(map.write(&prompt, 6, 6, 2), Ok(vec![]));
-        map.select(&[0; 3]);
-        assert_eq!((map.used(), map.shared()), (2, 2));
-        let next = Order::Run { first: 6, zeros: 0 };
-        assert_eq!(map.clone().write(&next, 1, 7, 3), Err(OutOfPages { wanted: 2 }));
-        assert_eq!(map.write(&next, 1, 7, 4), Ok(vec![(1, 2), (1, 3)]));
-        assert_eq!((map.used(), map.shared()), (4, 1));
-        map.truncate(4);
-        assert_eq!((map.used(), map.shared(), map.pool_pages()), (1, 1, 4));
-    }
-
-    /// What `tokens_in` says fits does, and a token more does not.
-    #[test]
-    fn as_many_tokens_fit_as_is_said() {
-        for (len, cropped, rows) in
-            [(0, 0, vec![0]), (6, 6, vec![0]), (6, 5, vec![0, 0, 0]), (8, 6, vec![0; 4])]
-        {
-            let mut map = PageMap::new(4, 1);
-            if len > 0 {
-                map.write(&Order::Run { first: 0, zeros: 0 }, len, len, 9).unwrap();
-            }
-            map.crop(cropped);
-            map.select(&rows);
-            for most in map.used()..20 {
-                let fit = map.tokens_in(most);
-                let append = |new_len: usize| {
-                    let first = u32::try_from(map.len).unwrap();
-                    let tokens = new_len - map.len;
-                    map.clone().write(&Order::Run { first, zeros: 0 }, tokens, new_len, most)
-                };
-                assert!(fit == map.len || append(fit).is_ok(), "{most} pages, {map:?}");
-                assert!(append(fit + 1).is_err(), "{most} pages, {map:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_list_copies_only_the_pages_that_each_row_names() {
-        let mut map = PageMap::new(2, 1);
-        map.write(&Order::Run { first: 0, zeros: 0 }, 6, 6, 9).unwrap();
-        map.select(&[0, 0]);
-        // Row 0 writes positions 1 and 4, row 1 position 5.
-        let entries = vec![[1, 0], [4, 1], [5, 0], [SKIP, 0]];
-        let order = Order::List { entries, count: 2, per_row: true };
-        let copies = map.write(&order, 2, 6, 9).unwrap();
-        assert_eq!(copies.iter().map(|copy| copy.0).collect::<Vec<_>>(), [0, 2]);
-        assert!(map.is_sound(), "{map:?}");
-        assert_eq!(map.shared(), 1);
-    }
-}
+mod tests;

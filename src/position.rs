@@ -16,8 +16,9 @@ pub enum CachePosition<'a> {
     At(u32),
     /// One position a token, the same for every batch row: T numbers.
     PerToken(&'a [u32]),
-    /// One list a batch row, one position a token: B lists of T numbers. For rows that have gone
-    /// different ways, as in continuous batching.
+    /// One list a batch row, one position a token: B lists of T numbers. Rows are written at different
+    /// positions, but have one length: it is that of the longest row, what the others never wrote reads as
+    /// zero, and [`Attention`](crate::Attention) sees it as tokens.
     PerRow(&'a [Vec<u32>]),
 }
 
@@ -39,31 +40,62 @@ impl<'a> From<&'a [Vec<u32>]> for CachePosition<'a> {
     }
 }
 
-/// An entry whose token is this one writes zeros: the position lies in a gap.
-pub(crate) const ZERO: u32 = u32::MAX;
-/// An entry whose position is this one writes nothing: it pads a shorter row.
+/// The position of a pair that writes nothing: it pads a shorter row.
 pub(crate) const SKIP: u32 = u32::MAX;
 
 /// Which token goes to which position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
     /// Positions `first..first + zeros` become zero, and the T tokens follow in order.
-    Run { first: u32, zeros: u32 },
-    /// (position, token) pairs; `per_row` entries for each batch row, or one list for all rows.
-    List {
-        entries: Vec<[u32; 2]>,
-        /// Entries a list: the same for every row.
-        count: u32,
-        per_row: bool,
+    Run {
+        first: u32,
+        zeros: u32,
     },
+    List(List),
+}
+
+/// Positions in any order, for each batch row its own or the same for all. Every position from the old length
+/// to the new one that a row does not name becomes zero: its gap, which the list only counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct List {
+    /// As a kernel reads it. For each list two words, how many of its positions lie before the gap and how
+    /// many the gap has, then `named` pairs (position, token), lowest position first.
+    pub(crate) words: Vec<u32>,
+    /// Pairs a list: the same for every row.
+    pub(crate) named: u32,
+    /// Positions of the longest gap.
+    pub(crate) gap: u32,
+    /// Where gaps begin: the old length.
+    pub(crate) len: u32,
+    pub(crate) per_row: bool,
+}
+
+impl List {
+    /// Words from one list to the next.
+    pub(crate) fn stride(&self) -> usize {
+        2 * (self.named as usize + 1)
+    }
+
+    /// The positions that row `row` names, lowest first.
+    pub(crate) fn positions(&self, row: usize) -> impl Iterator<Item = u32> {
+        let from = if self.per_row { row * self.stride() } else { 0 };
+        let pairs = self.words[from + 2..from + self.stride()].chunks(2);
+        pairs.map(|pair| pair[0]).take_while(|&position| position != SKIP)
+    }
+
+    /// Positions written by each list, its gap included.
+    fn written(&self) -> impl Iterator<Item = u64> {
+        let lists = self.words.chunks(self.stride()).enumerate();
+        lists.map(|(row, list)| self.positions(row).count() as u64 + u64::from(list[1]))
+    }
 }
 
 impl Order {
-    /// Entries a batch row: how many positions each row visits.
+    /// Positions that a kernel visits in each batch row.
     pub(crate) fn count(&self, tokens: u32) -> u32 {
         match self {
             Self::Run { zeros, .. } => zeros + tokens,
-            Self::List { count, .. } => *count,
+            Self::List(list) => list.named + list.gap,
         }
     }
 
@@ -71,18 +103,17 @@ impl Order {
     pub(crate) fn list(&self) -> Option<&[u32]> {
         match self {
             Self::Run { .. } => None,
-            Self::List { entries, .. } => Some(entries.as_flattened()),
+            Self::List(list) => Some(&list.words),
         }
     }
 
     /// Positions written in all of `batch` rows together.
-    pub(crate) fn written(&self, batch: usize, tokens: usize) -> usize {
+    pub(crate) fn written(&self, batch: usize, tokens: usize) -> u64 {
+        let in_all = |row: u64| (batch as u64).saturating_mul(row);
         match self {
-            Self::Run { zeros, .. } => batch * (*zeros as usize + tokens),
-            Self::List { entries, per_row: true, .. } => {
-                entries.iter().filter(|[position, _]| *position != SKIP).count()
-            }
-            Self::List { entries, per_row: false, .. } => batch * entries.len(),
+            Self::Run { zeros, .. } => in_all(u64::from(*zeros) + tokens as u64),
+            Self::List(list) if list.per_row => list.written().sum(),
+            Self::List(list) => in_all(list.written().sum()),
         }
     }
 }
@@ -150,36 +181,106 @@ pub(crate) fn check(
     };
     // The highest 32-bit value is a marker, and slots are counted from start on, up to twice a capacity.
     if end > (u32::MAX / 2) as usize {
-        return Err(Error::SizeOverflow { what: "sequence length" });
+        let limit = u64::from(u32::MAX / 2);
+        return Err(Error::overflow("length of a row", format!("{end} tokens"), limit));
     }
     Ok(len.max(end))
 }
 
-/// What goes where, for positions that [`check`] has passed: from `len` live tokens to `new_len`.
-pub(crate) fn order(position: CachePosition<'_>, len: usize, new_len: usize) -> Order {
-    match position {
-        CachePosition::Append => run(len, len),
-        CachePosition::At(position) => run(position as usize, len),
-        CachePosition::PerToken(positions) => {
-            if positions.windows(2).all(|pair| pair[0].checked_add(1) == Some(pair[1])) {
-                return run(positions[0] as usize, len);
-            }
-            let entries = entries(positions, len, new_len);
-            Order::List { count: narrow(entries.len()), entries, per_row: false }
-        }
-        CachePosition::PerRow(rows) => {
-            if rows.windows(2).all(|pair| pair[0] == pair[1]) {
-                return order(CachePosition::PerToken(&rows[0]), len, new_len);
-            }
-            let mut lists: Vec<Vec<[u32; 2]>> =
-                rows.iter().map(|positions| entries(positions, len, new_len)).collect();
-            let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
-            for list in &mut lists {
-                list.resize(longest, [SKIP, ZERO]);
-            }
-            Order::List { entries: lists.concat(), count: narrow(longest), per_row: true }
-        }
+/// Refuses positions whose list is longer than `limit` bytes, before it is made.
+pub(crate) fn check_list(position: CachePosition<'_>, limit: u64) -> Result<()> {
+    let (lists, tokens) = match position {
+        CachePosition::Append | CachePosition::At(_) => return Ok(()),
+        CachePosition::PerToken(positions) => (1, positions.len()),
+        CachePosition::PerRow(rows) => (rows.len(), rows[0].len()),
+    };
+    let bytes = |lists: usize, named: usize| (lists as u64).saturating_mul(8 * (named as u64 + 1));
+    if bytes(lists, tokens) <= limit || run_of(position).is_some() {
+        return Ok(());
     }
+    // Equal rows have one list, and a position named twice is in it once.
+    let bytes = match position {
+        CachePosition::PerRow(rows) if !are_equal(rows) => {
+            bytes(lists, rows.iter().map(|positions| distinct(positions)).max().unwrap_or(0))
+        }
+        CachePosition::PerRow(rows) => bytes(1, distinct(&rows[0])),
+        CachePosition::PerToken(positions) => bytes(1, distinct(positions)),
+        CachePosition::Append | CachePosition::At(_) => 0,
+    };
+    if bytes <= limit {
+        return Ok(());
+    }
+    Err(Error::ListTooLarge {
+        what: "the list of the positions that are named",
+        bytes,
+        limit,
+        remedy: "name fewer positions in one update; consecutive positions that are the same for all rows need no list",
+    })
+}
+
+/// How many positions are named, in little memory: a window of them at a time.
+fn distinct(positions: &[u32]) -> usize {
+    const WINDOW: u32 = 1 << 23;
+    let mut seen = vec![0_u64; WINDOW as usize / 64];
+    let last = positions.iter().copied().max().unwrap_or(0) / WINDOW;
+    let mut count = 0;
+    for window in 0..=last {
+        seen.fill(0);
+        for position in positions.iter().filter(|&&position| position / WINDOW == window) {
+            let place = (position % WINDOW) as usize;
+            seen[place / 64] |= 1 << (place % 64);
+        }
+        count += seen.iter().map(|word| word.count_ones() as usize).sum::<usize>();
+    }
+    count
+}
+
+/// What goes where, for positions that [`check`] has passed: from `len` live tokens to `new_len`. No longer
+/// than the positions that are named, whatever the gap.
+pub(crate) fn order(position: CachePosition<'_>, len: usize, new_len: usize) -> Order {
+    if let Some(first) = run_of(position) {
+        return run(first, len);
+    }
+    let lists: Vec<Vec<[u32; 2]>> = match position {
+        CachePosition::Append => return run(len, len),
+        CachePosition::At(position) => return run(position as usize, len),
+        CachePosition::PerToken(positions) => vec![named(positions)],
+        CachePosition::PerRow(rows) if are_equal(rows) => vec![named(&rows[0])],
+        CachePosition::PerRow(rows) => rows.iter().map(|positions| named(positions)).collect(),
+    };
+    let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
+    let mut words = Vec::with_capacity(lists.len() * 2 * (longest + 1));
+    let mut longest_gap = 0;
+    for list in &lists {
+        let before = list.partition_point(|[position, _]| (*position as usize) < len);
+        let gap = new_len - len - (list.len() - before);
+        longest_gap = longest_gap.max(gap);
+        words.extend([narrow(before), narrow(gap)]);
+        words.extend(list.as_flattened());
+        words.extend([SKIP, 0].repeat(longest - list.len()));
+    }
+    Order::List(List {
+        words,
+        named: narrow(longest),
+        gap: narrow(longest_gap),
+        len: narrow(len),
+        per_row: lists.len() > 1,
+    })
+}
+
+/// The first of positions that are consecutive, and the same for all rows.
+fn run_of(position: CachePosition<'_>) -> Option<usize> {
+    let positions = match position {
+        CachePosition::PerToken(positions) => positions,
+        CachePosition::PerRow(rows) if are_equal(rows) => &rows[0],
+        _ => return None,
+    };
+    let is_run = positions.windows(2).all(|pair| pair[0].checked_add(1) == Some(pair[1]));
+    is_run.then(|| positions[0] as usize)
+}
+
+fn are_equal(rows: &[Vec<u32>]) -> bool {
+    rows.windows(2).all(|pair| pair[0] == pair[1])
 }
 
 /// Consecutive positions from `first` on, with zeros before them where they leave a gap.
@@ -199,30 +300,16 @@ fn end_of(positions: &[u32], bound: Option<usize>) -> Result<usize> {
     }
 }
 
-/// The entries of one row, by position: of a position named twice only the later token, and zeros for
-/// the positions from the old length to the new one that no token is for.
-fn entries(positions: &[u32], len: usize, new_len: usize) -> Vec<[u32; 2]> {
+/// The positions that one row names, lowest first, each with its token: of a position named twice the later.
+fn named(positions: &[u32]) -> Vec<[u32; 2]> {
     let mut named: Vec<[u32; 2]> =
         (0_u32..).zip(positions).map(|(token, &position)| [position, token]).collect();
     named.sort_unstable();
     // Of equal positions the last in order has the highest token: keep that one.
-    let mut entries: Vec<[u32; 2]> = Vec::with_capacity(named.len());
-    for entry in named {
-        match entries.last_mut() {
-            Some(last) if last[0] == entry[0] => *last = entry,
-            _ => entries.push(entry),
-        }
-    }
-    let mut is_named = vec![false; new_len - len];
-    for [position, _] in &entries {
-        if let Some(flag) = (*position as usize).checked_sub(len).and_then(|i| is_named.get_mut(i))
-        {
-            *flag = true;
-        }
-    }
-    let gap = (len..new_len).zip(is_named).filter(|(_, named)| !named);
-    entries.extend(gap.filter_map(|(position, _)| Some([u32::try_from(position).ok()?, ZERO])));
-    entries
+    named.reverse();
+    named.dedup_by_key(|pair| pair[0]);
+    named.reverse();
+    named
 }
 
 /// `check` has made sure that every position and count fits.
@@ -231,153 +318,4 @@ fn narrow(value: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What one row holds after `writes`: `None` a position that was not live and was not written,
-    /// otherwise old token (negative), new token, or zero.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    enum Held {
-        Stale,
-        Old(u32),
-        Zero,
-        New(u32),
-    }
-
-    struct Writes {
-        len: usize,
-        order: Order,
-    }
-
-    fn resolve(
-        position: CachePosition<'_>,
-        batch: usize,
-        tokens: usize,
-        len: usize,
-        bound: Option<usize>,
-    ) -> Result<Writes> {
-        let new_len = check(position, batch, tokens, len, bound)?;
-        Ok(Writes { len: new_len, order: order(position, len, new_len) })
-    }
-
-    fn apply(writes: &Writes, row: usize, tokens: u32, len: usize) -> Vec<Held> {
-        let mut held: Vec<Held> = (0..).take(len).map(Held::Old).collect();
-        held.resize(writes.len, Held::Stale);
-        let entries: Vec<[u32; 2]> = match &writes.order {
-            Order::Run { first, zeros } => (0..zeros + tokens)
-                .map(|i| [first + i, if i < *zeros { ZERO } else { i - zeros }])
-                .collect(),
-            Order::List { entries, count, per_row } => {
-                let from = if *per_row { row * *count as usize } else { 0 };
-                entries[from..from + *count as usize].to_vec()
-            }
-        };
-        let mut written = vec![false; writes.len];
-        for [position, token] in entries {
-            if position == SKIP {
-                continue;
-            }
-            let position = position as usize;
-            assert!(!written[position], "position {position} written twice in one dispatch");
-            written[position] = true;
-            held[position] = if token == ZERO { Held::Zero } else { Held::New(token) };
-        }
-        held
-    }
-
-    fn expected(positions: &[u32], len: usize, new_len: usize) -> Vec<Held> {
-        let mut held: Vec<Held> = (0..).take(len).map(Held::Old).collect();
-        held.resize(new_len, Held::Zero);
-        for (token, &position) in (0..).zip(positions) {
-            held[position as usize] = Held::New(token);
-        }
-        held
-    }
-
-    /// Every list of up to 3 positions below 6, on every length up to 5.
-    #[test]
-    fn every_small_list_writes_each_position_once_and_right() {
-        for tokens in 1..=3_u32 {
-            for code in 0..6_u32.pow(tokens) {
-                let positions: Vec<u32> = (0..tokens).map(|i| code / 6_u32.pow(i) % 6).collect();
-                for len in 0..=5 {
-                    let writes = resolve(
-                        CachePosition::PerToken(&positions),
-                        2,
-                        tokens as usize,
-                        len,
-                        Some(6),
-                    )
-                    .unwrap();
-                    let end = *positions.iter().max().unwrap() as usize + 1;
-                    assert_eq!(writes.len, len.max(end));
-                    assert_eq!(
-                        apply(&writes, 0, tokens, len),
-                        expected(&positions, len, writes.len),
-                        "positions {positions:?}, len {len}"
-                    );
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn every_small_pair_of_rows_is_right_for_both_rows() {
-        for code in 0..5_u32.pow(4) {
-            let digit = |i: u32| code / 5_u32.pow(i) % 5;
-            let rows = [vec![digit(0), digit(1)], vec![digit(2), digit(3)]];
-            for len in 0..=4 {
-                let writes = resolve(CachePosition::PerRow(&rows), 2, 2, len, None).unwrap();
-                let end = *rows.iter().flatten().max().unwrap() as usize + 1;
-                assert_eq!(writes.len, len.max(end));
-                for (row, positions) in rows.iter().enumerate() {
-                    assert_eq!(
-                        apply(&writes, row, 2, len),
-                        expected(positions, len, writes.len),
-                        "rows {rows:?}, row {row}, len {len}"
-                    );
-                }
-            }
-        }
-    }
-
-    /// Every append and every single position for lengths and bounds up to 12.
-    #[test]
-    fn bounds_hold_for_every_small_run() {
-        for bound in 1..=12_usize {
-            for len in 0..=bound {
-                for tokens in 1..=12_usize {
-                    let appended = resolve(CachePosition::Append, 1, tokens, len, Some(bound));
-                    assert_eq!(appended.is_ok(), len + tokens <= bound);
-                    for first in 0..=12_u32 {
-                        let list: Vec<u32> = (first..).take(tokens).collect();
-                        let at =
-                            resolve(CachePosition::PerToken(&list), 1, tokens, len, Some(bound));
-                        assert_eq!(at.is_ok(), first as usize + tokens <= bound);
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn lists_that_say_the_same_as_a_run_become_one() {
-        let run = resolve(CachePosition::PerRow(&[vec![7, 8], vec![7, 8]]), 2, 2, 3, None).unwrap();
-        assert_eq!(run.len, 9);
-        assert_eq!(run.order, Order::Run { first: 3, zeros: 4 });
-    }
-
-    #[test]
-    fn wrong_counts_and_far_positions_are_refused() {
-        let rows = [vec![0], vec![0]];
-        assert!(resolve(CachePosition::At(0), 1, 2, 0, None).is_err());
-        assert!(resolve(CachePosition::PerToken(&[0, 1]), 1, 3, 0, None).is_err());
-        assert!(resolve(CachePosition::PerToken(&[]), 1, 1, 0, None).is_err());
-        assert!(resolve(CachePosition::PerRow(&rows), 3, 1, 0, None).is_err());
-        assert!(resolve(CachePosition::PerRow(&rows), 2, 2, 0, None).is_err());
-        assert!(resolve(CachePosition::PerRow(&[]), 1, 1, 0, None).is_err());
-        assert!(resolve(CachePosition::At(u32::MAX), 1, 1, 0, None).is_err());
-        let error = check(CachePosition::At(9), 1, 1, 0, Some(8)).unwrap_err().to_string();
-        assert!(error.contains('9') && error.contains('8'), "{error}");
-    }
-}
+mod tests;

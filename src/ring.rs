@@ -1,7 +1,8 @@
 //! Tokens in a ring: the live part of [B, H, capacity, D], which may run over the end.
 
+use crate::device::binding_limit;
 use crate::error::Result;
-use crate::gpu::{Gpu, binding_limit};
+use crate::gpu::Gpu;
 use crate::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::layer::{Held, NewTokens, Place, Room, Staged};
 use crate::plan;
@@ -71,13 +72,18 @@ impl Held for Ring {
         tokens: NewTokens<'_>,
     ) -> Result<Room<Self>> {
         let Place { gpu, layer, store, held } = place;
+        // First all that is only counted, then the list, which is as long as the caller's, then memory.
+        let needed = held.map_or(0, |held| held.capacity);
+        if tokens.new_len > needed {
+            capacity_for(gpu, layer, shape, *growth, needed, tokens.new_len)?;
+        }
+        let order = tokens.order(gpu)?;
         let staged = match (held, store) {
             (Some(held), Some(store)) => {
                 held.with_room(gpu, layer, store, *growth, tokens.new_len)?
             }
             _ => Self::first_room(gpu, layer, store, *growth, shape, tokens.new_len)?,
         };
-        let order = tokens.order();
         let list = order.list().map(|list| gpu.place(list)).transpose()?;
         Ok(Room {
             store: staged.store,
@@ -91,6 +97,27 @@ impl Held for Ring {
             }),
             leases: staged.leases,
         })
+    }
+
+    fn check_batch(&self, gpu: &Gpu, layer: usize, growth: &Growth, batch: usize) -> Result<()> {
+        if batch <= self.rows {
+            return Ok(());
+        }
+        self.capacity_of_copy(gpu, layer, Shape { batch, ..self.shape }, *growth).map(|_| ())
+    }
+
+    fn stage_reserve(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        store: &Store,
+        growth: &mut Growth,
+        new_len: usize,
+    ) -> Result<Option<Staged<Self>>> {
+        if new_len <= self.capacity {
+            return Ok(None);
+        }
+        self.with_room(gpu, layer, store, *growth, new_len).map(Some)
     }
 
     fn stage_batch(
@@ -122,7 +149,7 @@ impl Held for Ring {
                 capacity: self.capacity,
                 moves: &moves,
             };
-            dispatches.push(gpu.kernels().gather(gpu, store.gather_bindings(gpu), &gather)?);
+            dispatches.push(gpu.kernels().gather(gpu, store.gather_bindings(gpu)?, &gather)?);
             moved = shape.bytes(moves.written, self.len)?.iter().sum();
         }
         let held = Self { shape, ..*self };
@@ -161,8 +188,12 @@ impl Ring {
         let empty = |capacity| Self { shape, rows: shape.batch, capacity, start: 0, len: 0 };
         if let Some(store) = store {
             let fits = shape.tokens_in(shape.batch, store.bytes());
-            if fits >= Self::bound(&growth).unwrap_or(new_len) {
-                return Ok(Staged::unmoved(empty(Self::bound(&growth).unwrap_or(fits))));
+            let (needed, capacity) = match growth {
+                Growth::Static { tokens } => (tokens, tokens),
+                Growth::Dynamic { tokens } => (new_len.max(tokens), fits),
+            };
+            if fits >= needed {
+                return Ok(Staged::unmoved(empty(capacity)));
             }
         }
         let capacity = capacity_for(gpu, layer, shape, growth, 0, new_len)?;

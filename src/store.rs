@@ -1,11 +1,13 @@
 //! A layer's shape and memory.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
+use crate::bind_groups::BindGroups;
+use crate::device::binding_limit;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, binding_limit};
-use crate::sources::BoundSources;
+use crate::gpu::Gpu;
+use crate::own_buffers::OwnBuffer;
 use crate::view::{LayerView, PageTable};
 
 /// Shape of a layer: all but its length.
@@ -32,7 +34,12 @@ impl Shape {
                 .and_then(|all| all.checked_mul(tokens as u64))
                 .and_then(|all| all.checked_mul(row))
         });
-        key.zip(value).map(Into::into).ok_or(Error::SizeOverflow { what: "layer" })
+        key.zip(value).map(Into::into).ok_or_else(|| {
+            let Self { heads, key_dim, value_dim, dtype, .. } = self;
+            let dim = key_dim.max(value_dim);
+            let asked = format!("{rows} x {tokens} tokens of {heads} heads of {dim} {dtype}");
+            Error::overflow("size of a layer", asked, u64::MAX)
+        })
     }
 
     /// A view of tokens of this shape in `store`.
@@ -54,6 +61,8 @@ impl Shape {
             len,
             capacity,
             pages,
+            bind_groups: &store.bind_groups,
+            owner: None,
         }
     }
 
@@ -96,8 +105,10 @@ impl Shape {
 pub(crate) struct Store {
     pub(crate) key: wgpu::Buffer,
     pub(crate) value: wgpu::Buffer,
-    pub(crate) sources: BoundSources,
+    /// Bind groups that name the buffers and an engine's own; they go with the memory.
+    pub(crate) bind_groups: Arc<BindGroups>,
     gather: OnceLock<wgpu::BindGroup>,
+    _own: [OwnBuffer; 2],
 }
 
 impl Store {
@@ -108,12 +119,9 @@ impl Store {
         let make = |role: &str, bytes: u64| {
             gpu.handle().create_buffer(&format!("kvcache layer {layer} {role}"), bytes, usage)
         };
-        Ok(Self {
-            key: make("key", bytes[0])?,
-            value: make("value", bytes[1])?,
-            sources: BoundSources::default(),
-            gather: OnceLock::new(),
-        })
+        let (key, value) = (make("key", bytes[0])?, make("value", bytes[1])?);
+        let own = [&key, &value].map(|buffer| gpu.handle().own_buffers.add(buffer));
+        Ok(Self { key, value, bind_groups: Arc::default(), gather: OnceLock::new(), _own: own })
     }
 
     /// Bytes of K and of V.
@@ -126,7 +134,11 @@ impl Store {
     }
 
     /// The buffers, bound for moves in place.
-    pub(crate) fn gather_bindings(&self, gpu: &Gpu) -> wgpu::BindGroup {
-        self.gather.get_or_init(|| gpu.kernels().bind_gather(gpu, &self.key, &self.value)).clone()
+    pub(crate) fn gather_bindings(&self, gpu: &Gpu) -> Result<wgpu::BindGroup> {
+        if let Some(bindings) = self.gather.get() {
+            return Ok(bindings.clone());
+        }
+        let bindings = gpu.kernels().bind_gather(gpu, &self.key, &self.value)?;
+        Ok(self.gather.get_or_init(|| bindings).clone())
     }
 }

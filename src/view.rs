@@ -1,11 +1,16 @@
 //! Tensors at the edge of the crate: [`TensorView`] goes in, [`LayerView`] is what attention reads,
 //! [`HostTensor`] is what comes back.
 
+use std::sync::Arc;
+
 use crate::arena::Placed;
+use crate::bind_groups::BindGroups;
+use crate::device::binding_limit;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::gpu::binding_limit;
+use crate::gpu::Gpu;
 use crate::layout::Layout;
+use crate::ledger::Ledger;
 
 /// Where new K or V lies on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
 ///
@@ -37,6 +42,8 @@ pub struct TensorView<'a> {
     pub(crate) offset: u64,
     pub(crate) shape: [usize; 4],
     pub(crate) strides: [usize; 4],
+    /// The device, where it is known.
+    pub(crate) gpu: Option<&'a Gpu>,
 }
 
 impl<'a> TensorView<'a> {
@@ -50,7 +57,7 @@ impl<'a> TensorView<'a> {
         let shape = checked_shape(shape)?;
         let [_, h, t, d] = shape;
         let strides = [h.saturating_mul(t).saturating_mul(d), t.saturating_mul(d), d, 1];
-        Ok(Self { buffer, dtype, offset: 0, shape, strides })
+        Ok(Self { buffer, dtype, offset: 0, shape, strides, gpu: None })
     }
 
     /// A row-major [B, T, H, D] tensor, as a projection writes it. `shape` is given in that order; the
@@ -62,7 +69,7 @@ impl<'a> TensorView<'a> {
     pub fn bthd(buffer: &'a wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Self> {
         let [b, t, h, d] = checked_shape(shape)?;
         let strides = [t.saturating_mul(h).saturating_mul(d), d, h.saturating_mul(d), 1];
-        Ok(Self { buffer, dtype, offset: 0, shape: [b, h, t, d], strides })
+        Ok(Self { buffer, dtype, offset: 0, shape: [b, h, t, d], strides, gpu: None })
     }
 
     /// The same view with its first element at byte `offset` of the buffer: a multiple of 4.
@@ -103,6 +110,15 @@ impl<'a> TensorView<'a> {
         self.strides
     }
 
+    /// Refuses a view of which it is known that it is of another device. wgpu refuses others when they are
+    /// bound.
+    pub(crate) fn check_device(&self, what: &'static str, gpu: &Gpu) -> Result<()> {
+        match self.gpu {
+            Some(own) if !gpu.is_device_of(own) => Err(Error::OtherDevice { what }),
+            _ => Ok(()),
+        }
+    }
+
     /// One past the view's last byte, counted from the buffer's start.
     fn end(&self) -> Option<u64> {
         let mut last = 0_usize;
@@ -123,7 +139,11 @@ impl<'a> TensorView<'a> {
         if self.dtype.size() == 2 && d % 2 != 0 {
             return Err(Error::OddHeadDim { what, dtype: self.dtype, head_dim: d });
         }
-        let needed = self.end().ok_or(Error::SizeOverflow { what: "extent of the view" })?;
+        let needed = self.end().ok_or_else(|| {
+            let Self { offset, shape, strides, .. } = self;
+            let asked = format!("{shape:?} with strides {strides:?} from byte {offset} on");
+            Error::overflow("extent of a view", asked, u64::MAX)
+        })?;
         if !self.offset.is_multiple_of(4) {
             return Err(Error::Misaligned { what, quantity: "an offset", bytes: self.offset });
         }
@@ -219,6 +239,7 @@ pub(crate) fn checked_shape(shape: &[usize]) -> Result<[usize; 4]> {
 /// Made by [`Gpu::upload`](crate::Gpu::upload).
 #[derive(Clone, Debug)]
 pub struct Tensor {
+    pub(crate) gpu: Gpu,
     pub(crate) buffer: wgpu::Buffer,
     pub(crate) dtype: DType,
     pub(crate) shape: [usize; 4],
@@ -234,6 +255,7 @@ impl Tensor {
             offset: 0,
             shape: self.shape,
             strides: [h * t * d, t * d, d, 1],
+            gpu: Some(&self.gpu),
         }
     }
 
@@ -289,6 +311,23 @@ pub struct LayerView<'a> {
     pub(crate) len: usize,
     pub(crate) capacity: usize,
     pub(crate) pages: Option<PageTable<'a>>,
+    /// Bind groups that are kept with the buffers.
+    pub(crate) bind_groups: &'a Arc<BindGroups>,
+    /// Whose layer it is.
+    pub(crate) owner: Option<Owner<'a>>,
+}
+
+/// The cache that a view is of: its device, and whether what the view shows is there.
+#[derive(Clone, Copy)]
+pub(crate) struct Owner<'a> {
+    pub(crate) gpu: &'a Gpu,
+    pub(crate) ledger: &'a Ledger,
+}
+
+impl std::fmt::Debug for Owner<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owner").field("ledger", self.ledger).finish_non_exhaustive()
+    }
 }
 
 /// Where the table of a paged view lies.
@@ -301,6 +340,24 @@ pub(crate) struct PageTable<'a> {
 }
 
 impl<'a> LayerView<'a> {
+    /// Refuses what `gpu` cannot read: what was lost with a pass since the view was taken, and the view or a
+    /// tensor of another device.
+    pub(crate) fn check(
+        &self,
+        gpu: &Gpu,
+        pass: &wgpu::ComputePass<'_>,
+        tensors: [(&'static str, &TensorView<'_>); 2],
+    ) -> Result<()> {
+        gpu.handle().check_alive_for(pass)?;
+        if let Some(Owner { gpu: own, ledger }) = self.owner {
+            if !gpu.is_device_of(own) {
+                return Err(Error::OtherDevice { what: "the layer" });
+            }
+            ledger.check()?;
+        }
+        tensors.into_iter().try_for_each(|(what, tensor)| tensor.check_device(what, gpu))
+    }
+
     /// The buffer of K. Bind it read-only.
     pub fn key(&self) -> &'a wgpu::Buffer {
         self.key
@@ -401,7 +458,8 @@ impl<'a> LayerView<'a> {
 
     /// The buffer that the page table lies in; `None` where the layout is not [`Layout::Paged`]. Bind it
     /// whole, read-only, as `array<u32>`: `layout_words` says where the table begins. It stays as it is until
-    /// what was recorded up to the cache's next update has run; take it from a fresh view at every step.
+    /// what was recorded up to the cache's next update has run, also if the cache is reset or dropped before;
+    /// take it from a fresh view at every step.
     pub fn page_table(&self) -> Option<&'a wgpu::Buffer> {
         self.pages.map(|pages| &pages.placed.buffer)
     }
@@ -445,14 +503,10 @@ impl HostTensor {
     ///
     /// # Errors
     ///
-    /// [`Error::WrongDType`] where `E` is not the type that the cache holds.
+    /// [`Error::SliceType`] where `E` is not the type that the tensor holds.
     pub fn as_slice<E: Element>(&self) -> Result<&[E]> {
         if E::DTYPE != self.dtype {
-            return Err(Error::WrongDType {
-                what: "the slice asked for",
-                expected: self.dtype,
-                got: E::DTYPE,
-            });
+            return Err(Error::SliceType { held: self.dtype, asked: E::DTYPE });
         }
         Ok(bytemuck::cast_slice(&self.words))
     }

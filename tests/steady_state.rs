@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, Once};
 
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Gpu, HeadlessOptions, KVCache, PagedKVCache,
-    PagedOptions, StaticKVCache, TensorView, wgpu,
+    BatchChange, Cache, CachePosition, DType, DynamicKVCache, EncoderDecoderCache, Gpu,
+    HeadlessOptions, KVCache, PagedKVCache, PagedOptions, StaticKVCache, TensorView, wgpu,
 };
 
 /// Counts log lines by their first word, e.g. `Queue::submit`.
@@ -193,6 +193,112 @@ fn a_steady_step_makes_submits_and_maps_nothing() {
                 assert_eq!(after.bytes_allocated, before.bytes_allocated);
                 assert_eq!(after.buffers, before.buffers);
             }
+        }
+    }
+}
+
+/// A page table longer than the ordinary buffers of parameters.
+#[test]
+fn a_steady_step_of_a_long_page_table_makes_nothing() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    const TOKENS: u32 = 4500;
+    const STEPS: u32 = 400;
+    for (name, gpu) in devices() {
+        let engine = Engine::new(&gpu);
+        for kind in [Loop::Greedy, Loop::Beams, Loop::Ragged] {
+            let max_pages = Some(BATCH * (TOKENS + STEPS + 200) as usize);
+            let options = PagedOptions { page_tokens: 1, max_pages, ..PagedOptions::default() };
+            let mut cache = PagedKVCache::with_options(&gpu, options).unwrap();
+            let view = |tokens| {
+                let view = TensorView::new(&engine.key, DType::F32, &[BATCH, 1, tokens, 4]);
+                view.unwrap().with_strides([4, 4, 0, 1])
+            };
+            let mut run = |steps: std::ops::Range<u32>| {
+                let mut seen = HashMap::new();
+                for step in steps {
+                    let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                    let mut pass = encoder.begin_compute_pass(&Default::default());
+                    let at = TOKENS + step;
+                    let ragged: Vec<Vec<u32>> =
+                        (0..).take(BATCH).map(|row| vec![at + row]).collect();
+                    let position = match kind {
+                        Loop::Ragged => CachePosition::PerRow(&ragged),
+                        Loop::Greedy | Loop::Beams => CachePosition::Append,
+                    };
+                    let new = if step == 0 { view(TOKENS as usize) } else { view(1) };
+                    let calls = witnessed(|| {
+                        if matches!(kind, Loop::Beams) && step > 0 {
+                            let beams = [step % 4, 0, 1, (step + 1) % 4];
+                            cache.reorder_cache(&mut pass, &beams).unwrap();
+                        }
+                        let position = if step == 0 { CachePosition::Append } else { position };
+                        for layer in 0..2 {
+                            cache.update(&mut pass, &new, &new, layer, position).unwrap();
+                        }
+                    });
+                    for (call, times) in calls {
+                        *seen.entry(call).or_default() += times;
+                    }
+                    drop(pass);
+                    gpu.queue().submit([encoder.finish()]);
+                    gpu.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+                }
+                seen
+            };
+            run(0..40);
+            let calls = run(40..STEPS);
+            for call in MAKING {
+                assert_eq!(count(&calls, call), 0, "{call}, {name} device, {kind:?}");
+            }
+            let table = cache.view(0).unwrap().unwrap().page_table().unwrap().size();
+            assert!(table > 64 << 10, "{name} device, {kind:?}: {table} bytes");
+        }
+    }
+}
+
+/// A change of the batch that was prepared is made as it was prepared: a pair of caches does not prepare it
+/// again. And any other call on the pair lets go of it, on both sides.
+#[test]
+fn a_pair_prepares_once_and_lets_go_of_both_sides() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for (name, gpu) in devices() {
+        let engine = Engine::new(&gpu);
+        let view = TensorView::new(&engine.key, DType::F32, &[2, 1, 3, 4]).unwrap();
+        let update = |pair: &mut EncoderDecoderCache, is_cross: bool| {
+            gpu.submit_pass("update", |pass| {
+                let append = CachePosition::Append;
+                pair.update(pass, &view, &view, 0, append, is_cross).map(|_| ()).unwrap();
+            });
+        };
+        let change = BatchChange::Repeat(3);
+        for way in 0..6 {
+            let context = format!("{name} device, way {way}");
+            let mut pair = EncoderDecoderCache::dynamic(&gpu);
+            update(&mut pair, false);
+            update(&mut pair, true);
+            gpu.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+            let calls = witnessed(|| pair.prepare_batch(change).unwrap());
+            // K and V of a layer of each side.
+            assert_eq!(count(&calls, "Device::create_buffer"), 4, "{context}");
+            let calls = witnessed(|| match way {
+                0 => pair.prepare_batch(change).unwrap(),
+                1 => pair.crop(3),
+                2 => pair.truncate(3),
+                3 => update(&mut pair, false),
+                4 => update(&mut pair, true),
+                _ => assert!(pair.prepare_batch(BatchChange::Select(&[7])).is_err()),
+            });
+            let gone = if way == 0 { 0 } else { 4 };
+            assert_eq!(count(&calls, "Buffer::drop"), gone, "{context}: {calls:?}");
+            let calls = witnessed(|| {
+                let repeat =
+                    |pass: &mut wgpu::ComputePass<'_>| pair.batch_repeat_interleave(pass, 3);
+                gpu.submit_pass("repeat", repeat).unwrap();
+            });
+            let made = if way == 0 { 0 } else { 4 };
+            assert_eq!(count(&calls, "Device::create_buffer"), made, "{context}");
+            let rows = |side| pair.view(0, side).unwrap().unwrap().key_shape()[0];
+            assert_eq!([rows(false), rows(true)], [6, 6], "{context}");
         }
     }
 }

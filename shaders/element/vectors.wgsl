@@ -2,7 +2,12 @@
 
 alias Unit = Quad;
 
+// Zeros past the end of a head: there q is zero, too, but zero times an infinity would be a NaN.
 fn key_quad(slot: u32, quad: u32) -> vec4<f32> {
+    if has_rest {
+        let at = slot * params.key_units + min(quad, params.key_units - 1u);
+        return select(vec4(0.0), floats(key_cache[at]), quad < params.key_units);
+    }
     return floats(key_cache[slot * params.key_units + quad]);
 }
 

@@ -36,17 +36,13 @@ pub(crate) struct AppendShape<'a> {
 }
 
 impl Kernels {
-    /// Binds sources and a layer's buffers for any number of appends.
+    /// Binds new K and V, and a layer's K and V, for any number of appends.
     pub(crate) fn bind_append(
         &self,
         gpu: &Gpu,
-        sources: [wgpu::BufferBinding<'_>; 2],
-        key: &wgpu::Buffer,
-        value: &wgpu::Buffer,
-    ) -> wgpu::BindGroup {
-        let [key_source, value_source] = sources;
-        let bindings = [key_source, value_source, super::whole(key), super::whole(value)];
-        self.append.bind(gpu, &bindings)
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        self.append.bind(gpu, bindings)
     }
 
     pub(crate) fn append(
@@ -89,13 +85,14 @@ impl Kernels {
         let (list, list_at) = shape.lists.unzip();
         params.extend(match shape.order {
             Order::Run { first, zeros } => [*first, *zeros, 0, 0],
-            Order::List { count, per_row, .. } => {
-                [0, 0, list_at.unwrap_or(0), if *per_row { 2 * count } else { 0 }]
+            Order::List(list) => {
+                let stride = if list.per_row { super::narrow(list.stride())? } else { 0 };
+                [list.len, list.named, list_at.unwrap_or(0), stride]
             }
         });
 
         let layout = if view.pages.is_some() { Layout::Paged } else { Layout::Wrapped };
-        let has_list = matches!(shape.order, Order::List { .. });
+        let has_list = matches!(shape.order, Order::List(_));
         let [is_bthd, has_list, is_single] = [tile.is_bthd, has_list, entries == 1].map(u32::from);
         let variant = Variant {
             unit,

@@ -12,7 +12,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     wgsl: include_str!("../../shaders/attention.wgsl"),
     common: "",
     writes: &[false, false, false, true],
-    constants: &["threads", "fours", "is_alone"],
+    constants: &["threads", "fours", "is_alone", "masking", "has_rest", "is_pooled"],
     layouts: &Layout::ALL,
     dtypes: &[DType::F32, DType::F16, DType::BF16],
 };
@@ -56,6 +56,42 @@ impl Spread {
     }
 }
 
+/// Rounds of a workgroup's loop over tokens at most, those of loops in it included: Mesa's llvmpipe ends the
+/// loops of an invocation without a word after 65,535 rounds, all of them counted together. The loops that
+/// put lanes together take up to 1,500.
+const MOST_ROUNDS: usize = 60_000;
+
+impl Spread {
+    /// Of a view.
+    fn of(view: &LayerView<'_>, is_cpu: bool) -> Self {
+        let most = view.key_dim.max(view.value_dim).min(MOST_DIM);
+        let quads = u32::try_from(most.div_ceil(4)).expect("a head is small");
+        Self::new(quads, unit_of(view), is_cpu)
+    }
+
+    /// Tokens of a split that a workgroup can go through.
+    fn most_tokens(self) -> usize {
+        let lanes = (self.threads / self.slices) as usize;
+        if self.is_alone {
+            lanes * MOST_ROUNDS
+        } else {
+            // The slices of a lane add up their scores in a loop of their own.
+            4 * lanes * (MOST_ROUNDS / (1 + self.slices as usize))
+        }
+    }
+}
+
+/// What K and V of a view are read in.
+fn unit_of(view: &LayerView<'_>) -> Unit {
+    let is_whole = [view.key_dim, view.value_dim].iter().all(|dim| dim % 4 == 0);
+    if is_whole { Unit::Vector } else { Unit::Word }
+}
+
+/// Splits of a view's tokens that there are at least.
+pub(crate) fn least_splits(view: &LayerView<'_>, is_cpu: bool) -> usize {
+    view.len.div_ceil(Spread::of(view, is_cpu).most_tokens())
+}
+
 /// Elements a head at most: what leaves four lanes or more for each part of a sum.
 pub(crate) const MOST_DIM: usize = 256;
 
@@ -77,29 +113,28 @@ pub(crate) struct AttentionShape<'a> {
     pub(crate) is_causal: bool,
     /// Whether it is a CPU that runs the kernel.
     pub(crate) is_cpu: bool,
+    /// Whether q is read from the buffer that the kernel writes, in the window of that.
+    pub(crate) is_pooled: bool,
 }
 
 impl Kernels {
-    /// Binds q, a layer's buffers and the result for any number of calls.
+    /// Binds q, K, V and the result for any number of calls. If q is pooled with the result, which is bound
+    /// once then, K stands in its place.
     pub(crate) fn bind_attention(
         &self,
         gpu: &Gpu,
-        query: wgpu::BufferBinding<'_>,
-        view: &LayerView<'_>,
-        result: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
-        let bindings = [query, super::whole(view.key), super::whole(view.value), result];
-        self.attention.bind(gpu, &bindings)
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        self.attention.bind(gpu, bindings)
     }
 
     /// Binds partial results and the output for any number of calls.
     pub(crate) fn bind_attention_combine(
         &self,
         gpu: &Gpu,
-        partial: &wgpu::Buffer,
-        output: wgpu::BufferBinding<'_>,
-    ) -> wgpu::BindGroup {
-        self.attention_combine.bind(gpu, &[super::whole(partial), output])
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        self.attention_combine.bind(gpu, bindings)
     }
 
     pub(crate) fn attention(
@@ -110,20 +145,20 @@ impl Kernels {
     ) -> Result<Dispatch> {
         let view = shape.view;
         let dims = [view.key_dim, view.value_dim];
-        let unit = if dims.iter().all(|dim| dim % 4 == 0) { Unit::Vector } else { Unit::Word };
+        let unit = unit_of(view);
         let unit_bytes = match unit {
             Unit::Vector => 4 * view.dtype.size(),
             Unit::Word => 4,
         };
-        let quads = dims.map(|dim| dim.div_ceil(4));
-        let spread = Spread::new(super::narrow(quads[0].max(quads[1]))?, unit, shape.is_cpu);
+        let spread = Spread::of(view, shape.is_cpu);
         let mut params = view.layout_words().to_vec();
         params.extend(rows(shape.query)?);
         params.extend(rows(shape.output)?);
-        for count in dims.map(|dim| dim * view.dtype.size() / unit_bytes).into_iter().chain(quads) {
-            params.push(super::narrow(count)?);
+        for dim in dims {
+            params.push(super::narrow(dim * view.dtype.size() / unit_bytes)?);
         }
         for count in [
+            view.value_dim.div_ceil(4),
             shape.group,
             shape.tokens,
             spread.slices as usize,
@@ -138,7 +173,14 @@ impl Kernels {
             unit,
             layout: Some(view.layout()),
             dtype: Some(view.dtype),
-            constants: [spread.threads, spread.fours, u32::from(spread.is_alone), 0, 0, 0],
+            constants: [
+                spread.threads,
+                spread.fours,
+                u32::from(spread.is_alone),
+                masking(shape) as u32,
+                u32::from(16 * spread.fours * spread.slices > view.layout_words()[1]),
+                u32::from(shape.is_pooled),
+            ],
         };
         let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
         // Of a long prompt there are more tiles than a side may have: then they go on along the third.
@@ -166,6 +208,22 @@ impl Kernels {
         let groups = [(all as u64).min(limit), 1, 1];
         let variant = Variant::default();
         self.attention_combine.prepare_sides(gpu, variant, bindings, None, &params, groups)
+    }
+}
+
+/// How V of a token that a row does not see is kept out of the row's sums, as in the shader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Masking {
+    AllRows = 0,
+    SomeRounds = 1,
+    EveryRound = 2,
+}
+
+fn masking(shape: &AttentionShape<'_>) -> Masking {
+    match (shape.is_cpu, shape.is_causal && shape.tokens > 1) {
+        (false, _) => Masking::SomeRounds,
+        (true, true) => Masking::EveryRound,
+        (true, false) => Masking::AllRows,
     }
 }
 

@@ -43,7 +43,7 @@ impl Kernels {
         ]);
         let [key, value] = targets;
         let bindings =
-            self.collect.bind(gpu, &[view.key, view.value, key, value].map(super::whole));
+            self.collect.bind(gpu, &[view.key, view.value, key, value].map(super::whole))?;
         let groups = u64::from(tiles) * all as u64;
         let variant = Variant { unit, layout: Some(Layout::Paged), ..Variant::default() };
         let table = view.pages.map(|pages| pages.placed.clone());

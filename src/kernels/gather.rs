@@ -34,7 +34,7 @@ impl Kernels {
         gpu: &Gpu,
         key: &wgpu::Buffer,
         value: &wgpu::Buffer,
-    ) -> wgpu::BindGroup {
+    ) -> Result<wgpu::BindGroup> {
         self.gather.bind(gpu, &[super::whole(key), super::whole(value)])
     }
 
@@ -89,5 +89,5 @@ pub(super) fn tiles(unit: Unit, row_bytes: [u64; 2], len: usize) -> Result<u32> 
     let live = unit.count(row_bytes[0].max(row_bytes[1]))?;
     let units = u64::from(live).saturating_mul(len as u64);
     let tiles = units.div_ceil(u64::from(4 * WORKGROUP));
-    u32::try_from(tiles).map_err(|_| crate::Error::SizeOverflow { what: "layer" })
+    u32::try_from(tiles).map_err(|_| crate::Error::too_many("number of workgroups a head", tiles))
 }

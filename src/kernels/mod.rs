@@ -4,26 +4,30 @@ mod append;
 mod attention;
 mod collect;
 mod gather;
+mod limits;
 mod repeat_interleave;
 mod variant;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) use append::AppendShape;
-pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS};
+pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS, least_splits};
 pub(crate) use gather::GatherShape;
+pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;
 pub(crate) use variant::Unit;
 use variant::{ParamsPath, Variant};
 
-use crate::arena::{Layouts, Lease, PARAMS_BYTES, Placed};
+use crate::arena::{Bound, Layouts, Lease, PARAMS_BYTES, Placed};
+use crate::device::DeviceHandle;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::{DeviceHandle, Gpu};
+use crate::gpu::Gpu;
 use crate::layout::Layout;
 use crate::ledger::Ledger;
+use crate::witness::Witness;
 
 /// Invocations of a workgroup: what every WebGPU device allows.
 pub(crate) const WORKGROUP: u32 = 256;
@@ -45,7 +49,6 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    /// An error where the device's limits are below WebGPU's: it binds too few buffers, for one.
     pub(crate) fn new(handle: &DeviceHandle) -> Result<Self> {
         handle.checked("kvcache kernels", 0, |device| Self::new_unchecked(handle, device))
     }
@@ -60,6 +63,11 @@ impl Kernels {
         };
         let layouts = Layouts {
             lists: bind_layout(device, "kvcache lists", &[storage(0, true)]),
+            witnessed: bind_layout(
+                device,
+                "kvcache lists and witness",
+                &[storage(0, true), witness(1)],
+            ),
             params: bind_layout(device, "kvcache parameters", &[uniform(0)]),
         };
         let kernel = |source: &'static Source| Kernel::new(device, &layouts, path, source);
@@ -94,6 +102,13 @@ pub(crate) struct Source {
     dtypes: &'static [DType],
 }
 
+impl Source {
+    /// Whether the kernel writes K or V of a cache, and counts in the cache's witness that it has run.
+    fn is_witnessed(&self) -> bool {
+        self.wgsl.contains(" witness: atomic<u32>;")
+    }
+}
+
 /// Every kernel.
 #[cfg(test)]
 const SOURCES: [&Source; 6] = [
@@ -109,6 +124,8 @@ const SOURCES: [&Source; 6] = [
 #[derive(Debug)]
 struct Kernel {
     source: &'static Source,
+    /// Whether it counts in a cache's witness that it has run.
+    is_witnessed: bool,
     path: ParamsPath,
     bindings: wgpu::BindGroupLayout,
     pipeline_layout: wgpu::PipelineLayout,
@@ -129,14 +146,17 @@ impl Kernel {
             ParamsPath::Immediate => (None, PARAMS_BYTES),
             ParamsPath::Uniform => (Some(&layouts.params), 0),
         };
-        let groups = [Some(&bindings), Some(&layouts.lists), params];
+        let is_witnessed = source.is_witnessed();
+        let lists = if is_witnessed { &layouts.witnessed } else { &layouts.lists };
+        let groups = [Some(&bindings), Some(lists), params];
         let used = if params.is_some() { 3 } else { 2 };
         let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: Some(source.label),
             bind_group_layouts: &groups[..used],
             immediate_size,
         });
-        Self { source, path, bindings, pipeline_layout, pipelines: Mutex::default() }
+        let pipelines = Mutex::default();
+        Self { source, is_witnessed, path, bindings, pipeline_layout, pipelines }
     }
 
     fn pipelines(&self) -> MutexGuard<'_, HashMap<Variant, wgpu::ComputePipeline>> {
@@ -182,19 +202,8 @@ impl Kernel {
         })
     }
 
-    fn bind(&self, gpu: &Gpu, resources: &[wgpu::BufferBinding<'_>]) -> wgpu::BindGroup {
-        let entries: Vec<_> = (0..)
-            .zip(resources)
-            .map(|(binding, resource)| wgpu::BindGroupEntry {
-                binding,
-                resource: wgpu::BindingResource::Buffer(resource.clone()),
-            })
-            .collect();
-        gpu.device().create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some(self.source.label),
-            layout: &self.bindings,
-            entries: &entries,
-        })
+    fn bind(&self, gpu: &Gpu, resources: &[wgpu::BufferBinding<'_>]) -> Result<wgpu::BindGroup> {
+        gpu.handle().bind(self.source.label, &self.bindings, resources)
     }
 
     /// Makes a dispatch of numbered workgroups ready.
@@ -238,14 +247,15 @@ impl Kernel {
             ParamsPath::Uniform => Params::Uniform(gpu.place(params)?),
         };
         let (lists, list_lease) = match list {
-            Some(placed) => (placed.lists, Some(placed.lease)),
-            None => (gpu.unused_list(), None),
+            Some(placed) => (placed.bound, Some(placed.lease)),
+            None => (Arc::clone(gpu.unused_list()), None),
         };
         Ok(Dispatch {
             pipeline: self.pipeline(gpu, variant)?,
             bindings,
             lists,
             list_lease,
+            is_witnessed: self.is_witnessed,
             params,
             workgroups,
         })
@@ -264,36 +274,53 @@ enum Params {
 pub(crate) struct Dispatch {
     pipeline: wgpu::ComputePipeline,
     bindings: wgpu::BindGroup,
-    lists: wgpu::BindGroup,
+    lists: Arc<Bound>,
     list_lease: Option<Lease>,
+    is_witnessed: bool,
     params: Params,
     workgroups: [u32; 3],
 }
 
 impl Dispatch {
-    /// Records the dispatch, which keeps `leases` until it has run. Cannot fail.
+    /// Records the dispatch as a call of its own, which keeps `leases` until it has run. Cannot fail.
     pub(crate) fn record(
         self,
         pass: &mut wgpu::ComputePass<'_>,
         ledger: &Ledger,
         mut leases: Vec<Lease>,
     ) {
+        self.record_part(pass, None, &mut leases);
+        ledger.record(pass, leases);
+    }
+
+    /// Records the dispatch, which counts in `witness`, and notes in `leases` what it reads. Cannot fail.
+    pub(crate) fn record_part(
+        self,
+        pass: &mut wgpu::ComputePass<'_>,
+        witness: Option<&Witness>,
+        leases: &mut Vec<Lease>,
+    ) {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bindings, &[]);
-        pass.set_bind_group(1, &self.lists, &[]);
+        if self.is_witnessed {
+            // The first word of the first page is nobody's.
+            let (page, offset) = witness.map_or((0, 0), Witness::binding);
+            pass.set_bind_group(1, &self.lists.witnessed(page), &[offset]);
+        } else {
+            pass.set_bind_group(1, &self.lists.lists, &[]);
+        }
         leases.extend(self.list_lease);
         match self.params {
             Params::Immediate(bytes) => {
                 pass.set_immediates(0, &bytes);
             }
             Params::Uniform(placed) => {
-                pass.set_bind_group(2, &placed.params, &[placed.offset]);
+                pass.set_bind_group(2, &placed.bound.params, &[placed.offset]);
                 leases.push(placed.lease);
             }
         }
         let [x, y, z] = self.workgroups;
         pass.dispatch_workgroups(x, y, z);
-        ledger.record(pass, leases);
     }
 }
 
@@ -307,6 +334,18 @@ fn storage(binding: u32, read_only: bool) -> wgpu::BindGroupLayoutEntry {
             min_binding_size: None,
         },
         count: None,
+    }
+}
+
+/// One word, at a dynamic offset.
+fn witness(binding: u32) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only: false },
+            has_dynamic_offset: true,
+            min_binding_size: wgpu::BufferSize::new(4),
+        },
+        ..storage(binding, false)
     }
 }
 
@@ -349,7 +388,7 @@ fn grid(workgroups: u64, limit: u32) -> Option<[u32; 3]> {
 
 /// A count that a kernel is told, in 32 bits.
 fn narrow(count: usize) -> Result<u32> {
-    u32::try_from(count).map_err(|_| Error::SizeOverflow { what: "layer" })
+    u32::try_from(count).map_err(|_| Error::too_many("count that a kernel is told", count as u64))
 }
 
 /// The whole of a cache buffer, as a binding.

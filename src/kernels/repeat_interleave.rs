@@ -53,8 +53,9 @@ impl Kernels {
             list.offset / 4,
             super::narrow(shape.copies.words.len())?,
         ];
-        let bindings =
-            self.repeat_interleave.bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole));
+        let bindings = self
+            .repeat_interleave
+            .bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole))?;
         let groups = u64::from(tiles) * shape.heads as u64;
         self.repeat_interleave.prepare(
             gpu,

@@ -33,7 +33,8 @@ impl Unit {
 
     /// A byte count, in units. Sizes are checked against the device's limits before they get here.
     pub(crate) fn count(self, bytes: u64) -> Result<u32> {
-        u32::try_from(bytes / self.bytes()).map_err(|_| Error::SizeOverflow { what: "layer" })
+        let units = bytes / self.bytes();
+        u32::try_from(units).map_err(|_| Error::too_many("offset or stride, in units", units))
     }
 }
 
@@ -148,7 +149,15 @@ mod tests {
                 .iter()
                 .filter(|(_, it)| matches!(it.space, naga::AddressSpace::Storage { .. }))
                 .count();
-            assert!(storage <= 8, "{name}: {storage} storage buffers");
+            assert!(storage <= 6, "{name}: {storage} storage buffers");
+            let shared: u32 = module
+                .global_variables
+                .iter()
+                .filter(|(_, it)| it.space == naga::AddressSpace::WorkGroup)
+                .map(|(_, it)| module.types[it.ty].inner.size(module.to_ctx()))
+                .sum();
+            let most = super::super::limits::WORKGROUP_BYTES;
+            assert!(shared <= most, "{name}: {shared} bytes shared");
         }
     }
 

@@ -2,11 +2,11 @@
 //! it costs by the cache's own count.
 
 use wgpu_kvcache::wgpu::Buffer;
-use wgpu_kvcache::{BatchChange, CachePosition, DType, DynamicKVCache};
+use wgpu_kvcache::{BatchChange, CachePosition, DType, DynamicKVCache, Error};
 
 use crate::gpu;
-use crate::model::Model;
-use crate::rig::Rig;
+use crate::model::{Block, Model};
+use crate::rig::{Rig, upload};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -172,6 +172,74 @@ fn layers_of_different_batches() {
     rig.check("three rows each");
     rig.repeat_interleave(2);
     rig.check("six rows each");
+}
+
+/// A layer that was not written when the batch was changed took no part: its first update must have the rows of
+/// a layer that did, until a reset.
+#[test]
+fn a_layer_that_is_written_after_the_batch_was_changed() {
+    use BatchChange::{Repeat, Select};
+    let mut rigs = rigs();
+    rigs.push(("eight pages", crate::pages::bounded(8)));
+    for (kind, mut rig) in rigs {
+        for (change, rows) in [(Select(&[0, 0, 1]), 3), (Repeat(2), 4), (Select(&[1]), 1)] {
+            let name = format!("{kind}, {change:?}");
+            rig.reset();
+            rig.update(0, [2, 1, 3, 4], 6, APPEND);
+            // Rows that stay are no change.
+            rig.select(&[0, 1]);
+            rig.repeat_interleave(1);
+            match change {
+                Select(indices) => rig.select(indices),
+                Repeat(repeats) => rig.repeat_interleave(repeats),
+            }
+            let before = rig.cache.stats();
+            for layer in [1, 2] {
+                let key = upload(&gpu(), DType::F32, &Block::noise([2, 1, 2, 4], 4, 1));
+                let error = gpu()
+                    .submit_pass("refused", |pass| {
+                        let (k, v) = (key.view(), key.view());
+                        rig.cache.update(pass, &k, &v, layer, APPEND).map(|_| ())
+                    })
+                    .expect_err("two rows are those of before");
+                let due = Error::BatchChanged { layer, got: 2, other: 0, batch: rows };
+                assert_eq!(error, due, "{name}");
+                let text = error.to_string();
+                for word in [format!("layer {layer}"), "with 2 rows".into(), "reset()".into()] {
+                    assert!(text.contains(&word), "'{word}' is not in '{text}'");
+                }
+                assert!(text.contains(&format!("layer 0 has {rows} rows")), "{text}");
+                assert_eq!(rig.cache.stats(), before, "{name}");
+                assert!(matches!(rig.cache.view(layer), Ok(None)), "{name}");
+            }
+            rig.check(&name);
+            rig.update(1, [rows, 2, 2, 2], 2, APPEND);
+            rig.check(&name);
+            // A reset lets layers differ again.
+            rig.reset();
+            rig.update(0, [2, 1, 1, 4], 6, APPEND);
+            rig.update(1, [3, 2, 2, 2], 2, APPEND);
+            rig.check(&name);
+        }
+    }
+}
+
+/// Layers of different batches that were repeated: a layer written afterwards has the rows of one of them.
+#[test]
+fn a_layer_that_is_written_after_layers_of_different_batches_were_changed() {
+    let mut rig = Rig::dynamic(&gpu());
+    rig.update(0, [2, 1, 3, 4], 6, APPEND);
+    rig.update(1, [3, 1, 3, 4], 6, APPEND);
+    rig.repeat_interleave(2);
+    for (layer, rows) in [(2, 6), (3, 4)] {
+        rig.update(layer, [rows, 1, 3, 4], 6, APPEND);
+    }
+    let key = upload(&gpu(), DType::F32, &Block::noise([2, 1, 2, 4], 4, 1));
+    let answer = gpu().submit_pass("refused", |pass| {
+        rig.cache.update(pass, &key.view(), &key.view(), 4, APPEND).map(|_| ())
+    });
+    assert_eq!(answer, Err(Error::BatchChanged { layer: 4, got: 2, other: 0, batch: 4 }));
+    rig.check("layers of two batches");
 }
 
 #[test]

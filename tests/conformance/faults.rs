@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, PagedKVCache,
-    StaticKVCache, TensorView, wgpu,
+    Attention, BatchChange, CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache,
+    PagedKVCache, StaticKVCache, TensorView, wgpu,
 };
 
 use crate::open;
@@ -45,7 +45,7 @@ fn a_device_destroyed_between_two_calls() {
         gpu.device().destroy();
         let start = Instant::now();
         let error = cache.get(0).expect_err("a destroyed device reads nothing back");
-        assert!(matches!(error, Error::Readback { .. } | Error::Device { .. }), "{error:?}");
+        assert!(matches!(error, Error::DeviceLost), "{error:?}");
         assert!(start.elapsed() < BOUND);
         // What is recorded goes nowhere; that it was lost is said when it is asked for.
         let _ = one_token(&gpu, cache.as_mut(), 0);
@@ -63,6 +63,83 @@ fn a_device_destroyed_between_two_calls() {
         cache.truncate(0);
         cache.reset();
         assert!(start.elapsed() < BOUND, "{:?}", start.elapsed());
+    }
+}
+
+/// Nothing can be written to a device that is lost, and every call that would says so, at once: with an error
+/// handler and without, whatever the call would have to make.
+#[test]
+fn a_destroyed_device_takes_no_work() {
+    for kind in 0..3 {
+        for is_lenient in [false, true] {
+            for is_polled in [false, true] {
+                let gpu = mortal_gpu();
+                if is_lenient {
+                    gpu.device().on_uncaptured_error(std::sync::Arc::new(|_| ()));
+                }
+                let mut cache: Box<dyn KVCache> = match kind {
+                    0 => Box::new(DynamicKVCache::new(&gpu)),
+                    1 => Box::new(StaticKVCache::new(&gpu, 8, 4)),
+                    _ => Box::new(PagedKVCache::new(&gpu)),
+                };
+                let token = gpu.upload(&[1.0_f32; 4], &[2, 1, 1, 2]).expect("a live device");
+                let output = gpu.upload(&[1.0_f32; 4], &[2, 1, 1, 2]).expect("a live device");
+                let mut attention = Attention::new(&gpu);
+                for _ in 0..4 {
+                    // The fourth step makes nothing new.
+                    gpu.submit_pass("step", |pass| {
+                        let input = token.view();
+                        let view = cache.update(pass, &input, &input, 0, CachePosition::Append)?;
+                        let (query, output) = (token.view(), output.view());
+                        attention.record(pass, &query, &view, &output, Default::default())
+                    })
+                    .expect("a live device");
+                }
+                let stats = cache.stats();
+                gpu.device().destroy();
+                if is_polled {
+                    let _ = gpu.device().poll(wgpu::PollType::Poll);
+                }
+                let context = format!("kind {kind}, handler: {is_lenient}, polled: {is_polled}");
+                for _ in 0..2 {
+                    let mut refused = vec![
+                        gpu.upload(&[1.0_f32; 4], &[2, 1, 1, 2]).map(|_| ()),
+                        gpu.upload(&[half::f16::ONE; 3], &[1, 1, 3, 1]).map(|_| ()),
+                        Gpu::new(gpu.device().clone(), gpu.queue().clone()).map(|_| ()),
+                    ];
+                    gpu.submit_pass("lost", |pass| {
+                        if let Ok(Some(view)) = cache.view(0) {
+                            let (query, output) = (token.view(), output.view());
+                            refused.push(attention.record(
+                                pass,
+                                &query,
+                                &view,
+                                &output,
+                                Default::default(),
+                            ));
+                        }
+                        for layer in [0, 1] {
+                            let input = token.view();
+                            let append = CachePosition::Append;
+                            let update = cache.update(pass, &input, &input, layer, append);
+                            refused.push(update.map(|_| ()));
+                        }
+                        refused.push(cache.reorder_cache(pass, &[1, 0]));
+                        refused.push(cache.batch_select_indices(pass, &[0, 0, 1]));
+                        refused.push(cache.batch_repeat_interleave(pass, 2));
+                        refused.push(cache.prepare_batch(BatchChange::Repeat(2)));
+                    });
+                    refused.push(cache.get(0).map(|_| ()));
+                    refused.push(pollster::block_on(cache.get_async(0)).map(|_| ()));
+                    for (call, refused) in refused.into_iter().enumerate() {
+                        let error = refused.expect_err(&format!("{context}, call {call}"));
+                        let text = error.to_string();
+                        assert!(text.contains("lost"), "{context}, call {call}: '{text}'");
+                    }
+                }
+                assert_eq!(cache.stats(), stats, "{context}");
+            }
+        }
     }
 }
 
@@ -175,6 +252,7 @@ fn assert_lost(gpu: &Gpu, cache: &mut dyn KVCache, context: &str) {
                 error,
                 Error::Readback { .. }
                     | Error::Device { .. }
+                    | Error::DeviceLost
                     | Error::PassDropped { .. }
                     | Error::NotSubmitted { .. }
             );

@@ -267,6 +267,10 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
             let mut shape = history.shapes[*layer];
             if rig.model.len(*layer) > 0 || rig.model.batch(*layer) > 0 {
                 shape.batch = rig.model.batch(*layer);
+            } else if rig.model.is_batch_changed() && !seeds[0].is_multiple_of(4) {
+                // The rows of a layer that took part in a change of the batch.
+                let other = rig.model.layers()[0];
+                shape.batch = rig.model.batch(other);
             }
             match misfit {
                 0 => shape.batch += 1,

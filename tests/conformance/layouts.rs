@@ -1,8 +1,8 @@
 //! A shader of one's own, joined with the exported text of a layout, reads what `get` reads.
 
 use wgpu_kvcache::wgpu::{
-    BindGroupDescriptor, BindGroupEntry, BufferUsages, ComputePipelineDescriptor,
-    ShaderModuleDescriptor, ShaderSource,
+    BindGroup, BindGroupDescriptor, BindGroupEntry, Buffer, BufferUsages, ComputePass,
+    ComputePipeline, ComputePipelineDescriptor, ShaderModuleDescriptor, ShaderSource,
 };
 use wgpu_kvcache::{CachePosition, Gpu, LayerView, Layout};
 
@@ -41,52 +41,75 @@ fn main(@builtin(workgroup_id) id: vec3<u32>) {
 }
 ";
 
-/// K and V as the shader reads them.
-fn read_through(gpu: &Gpu, view: &LayerView<'_>) -> [Vec<u8>; 2] {
-    let (label, device) = (Some("layouts"), gpu.device());
-    let text = format!("{SHADER}{}", view.layout().wgsl());
-    let source = ShaderSource::Wgsl(text.into());
-    let module = device.create_shader_module(ShaderModuleDescriptor { label, source });
-    let pipeline = device.create_compute_pipeline(&ComputePipelineDescriptor {
-        label,
-        layout: None,
-        module: &module,
-        entry_point: None,
-        compilation_options: Default::default(),
-        cache: None,
-    });
-    let uniform = buffer(gpu, 32, BufferUsages::UNIFORM | BufferUsages::COPY_DST);
-    gpu.queue().write_buffer(&uniform, 0, bytemuck::cast_slice(&view.layout_words()));
-    let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
-    let none = buffer(gpu, 4, usage);
-    let read = [view.key_shape(), view.value_shape()]
-        .map(|shape| buffer(gpu, 4 * shape.iter().product::<usize>() as u64, usage));
-    let pages = view.page_table().unwrap_or(&none);
-    let bound = [&uniform, view.key(), view.value(), pages, &read[0], &read[1]];
-    let entries: Vec<_> = (0..)
-        .zip(bound)
-        .map(|(binding, buffer)| BindGroupEntry { binding, resource: buffer.as_entire_binding() })
-        .collect();
-    let layout = pipeline.get_bind_group_layout(0);
-    let bindings = device.create_bind_group(&BindGroupDescriptor {
-        label,
-        layout: &layout,
-        entries: &entries,
-    });
-    let [b, h, t, _] = view.key_shape().map(|side| u32::try_from(side).expect("small"));
-    gpu.submit_pass("layouts", |pass| {
-        pass.set_pipeline(&pipeline);
-        pass.set_bind_group(0, &bindings, &[]);
-        pass.dispatch_workgroups(t, b * h, 1);
-    });
-    read.map(|buffer| read_buffer(gpu, &buffer))
+/// The shader over a view, bound and ready to be recorded.
+pub(crate) struct Reader {
+    gpu: Gpu,
+    pipeline: ComputePipeline,
+    bindings: BindGroup,
+    /// What it has read: K and V.
+    read: [Buffer; 2],
+    workgroups: [u32; 2],
+}
+
+impl Reader {
+    pub(crate) fn new(gpu: &Gpu, view: &LayerView<'_>) -> Self {
+        let (label, device) = (Some("layouts"), gpu.device());
+        let text = format!("{SHADER}{}", view.layout().wgsl());
+        let source = ShaderSource::Wgsl(text.into());
+        let module = device.create_shader_module(ShaderModuleDescriptor { label, source });
+        let pipeline = device.create_compute_pipeline(&ComputePipelineDescriptor {
+            label,
+            layout: None,
+            module: &module,
+            entry_point: None,
+            compilation_options: Default::default(),
+            cache: None,
+        });
+        let uniform = buffer(gpu, 32, BufferUsages::UNIFORM | BufferUsages::COPY_DST);
+        gpu.queue().write_buffer(&uniform, 0, bytemuck::cast_slice(&view.layout_words()));
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let none = buffer(gpu, 4, usage);
+        let read = [view.key_shape(), view.value_shape()]
+            .map(|shape| buffer(gpu, 4 * shape.iter().product::<usize>() as u64, usage));
+        let pages = view.page_table().unwrap_or(&none);
+        let bound = [&uniform, view.key(), view.value(), pages, &read[0], &read[1]];
+        let entries: Vec<_> = (0..)
+            .zip(bound)
+            .map(|(binding, buffer)| BindGroupEntry {
+                binding,
+                resource: buffer.as_entire_binding(),
+            })
+            .collect();
+        let layout = pipeline.get_bind_group_layout(0);
+        let bindings = device.create_bind_group(&BindGroupDescriptor {
+            label,
+            layout: &layout,
+            entries: &entries,
+        });
+        let [b, h, t, _] = view.key_shape().map(|side| u32::try_from(side).expect("small"));
+        Self { gpu: gpu.clone(), pipeline, bindings, read, workgroups: [t, b * h] }
+    }
+
+    pub(crate) fn record(&self, pass: &mut ComputePass<'_>) {
+        let [x, y] = self.workgroups;
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.bindings, &[]);
+        pass.dispatch_workgroups(x, y, 1);
+    }
+
+    /// K and V as the shader has read them.
+    pub(crate) fn read(&self) -> [Vec<u8>; 2] {
+        self.read.each_ref().map(|buffer| read_buffer(&self.gpu, buffer))
+    }
 }
 
 fn check(rig: &Rig, due: Layout) {
     let view = rig.cache.view(0).expect("it exists").expect("it was written");
     assert_eq!(view.layout(), due);
     let (key, value) = rig.model.get(0).expect("it was written");
-    let [keys, values] = read_through(&rig.gpu, &view);
+    let reader = Reader::new(&rig.gpu, &view);
+    rig.gpu.submit_pass("layouts", |pass| reader.record(pass));
+    let [keys, values] = reader.read();
     assert!(same_bits(&keys, &key.bytes), "K, {due:?}");
     assert!(same_bits(&values, &value.bytes), "V, {due:?}");
 }

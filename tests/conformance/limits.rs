@@ -2,43 +2,112 @@
 //! what only takes a longer way they do.
 
 use wgpu_kvcache::wgpu::{Features, Limits};
-use wgpu_kvcache::{
-    Attention, AttentionOptions, CachePosition, DynamicKVCache, Error, Gpu, KVCache,
-};
+use wgpu_kvcache::{Attention, AttentionOptions, CachePosition, DynamicKVCache, Gpu, KVCache};
 
 use crate::attention::read;
 use crate::rig::{Rig, plain_gpu, same_bits};
 use crate::{gpu, try_open};
 
-/// Kernels bind five storage buffers.
+/// A limit, what lowers it (or raises it, where a lower one is the better), to what, and what is needed.
+type Low = (&'static str, fn(&mut Limits), u64, u64);
+
+const LOW: [Low; 13] = [
+    (
+        "max_storage_buffers_per_shader_stage",
+        |limits| limits.max_storage_buffers_per_shader_stage = 5,
+        5,
+        6,
+    ),
+    (
+        "max_storage_buffer_binding_size",
+        |it| it.max_storage_buffer_binding_size = 65_532,
+        65_532,
+        65_536,
+    ),
+    (
+        "max_storage_buffer_binding_size",
+        |it| it.max_storage_buffer_binding_size = 1024,
+        1024,
+        65_536,
+    ),
+    ("max_buffer_size", |it| it.max_buffer_size = 32_768, 32_768, 65_536),
+    ("max_uniform_buffer_binding_size", |it| it.max_uniform_buffer_binding_size = 64, 64, 128),
+    (
+        "max_compute_invocations_per_workgroup",
+        |it| it.max_compute_invocations_per_workgroup = 128,
+        128,
+        256,
+    ),
+    ("max_compute_workgroup_size_x", |it| it.max_compute_workgroup_size_x = 128, 128, 256),
+    ("max_compute_workgroup_size_y", |it| it.max_compute_workgroup_size_y = 64, 64, 256),
+    (
+        "max_compute_workgroup_storage_size",
+        |it| it.max_compute_workgroup_storage_size = 1024,
+        1024,
+        8192,
+    ),
+    ("max_bind_groups", |it| it.max_bind_groups = 1, 1, 3),
+    ("max_bindings_per_bind_group", |it| it.max_bindings_per_bind_group = 3, 3, 4),
+    (
+        "max_dynamic_storage_buffers_per_pipeline_layout",
+        |it| it.max_dynamic_storage_buffers_per_pipeline_layout = 0,
+        0,
+        1,
+    ),
+    (
+        "max_dynamic_uniform_buffers_per_pipeline_layout",
+        |it| it.max_dynamic_uniform_buffers_per_pipeline_layout = 0,
+        0,
+        1,
+    ),
+];
+
 #[test]
-fn too_few_storage_buffers_are_refused() {
-    let limits = Limits { max_storage_buffers_per_shader_stage: 4, ..Limits::default() };
-    let error = try_open(Features::empty(), Some(limits)).expect_err("too few");
-    assert!(matches!(error, Error::Device { .. }), "{error:?}");
-    assert!(error.to_string().contains("storage"), "'{error}' says which limit");
+fn a_device_below_what_the_kernels_need_is_refused() {
+    for (name, lower, value, needed) in LOW {
+        let mut limits = Limits::default();
+        lower(&mut limits);
+        let error = try_open(Features::empty(), Some(limits)).expect_err(name);
+        let text = error.to_string();
+        for word in [name, &format!(" {value}"), &needed.to_string()] {
+            assert!(text.contains(word), "'{text}' says {word}");
+        }
+    }
 }
 
-/// A kernel that the device does not take is an error of the call that wants it, each time, and the cache
-/// stays as it was.
+/// As little as the kernels need, and everything works.
 #[test]
-fn a_kernel_that_does_not_fit_is_refused() {
-    let gpu = plain_gpu(|limits| limits.max_compute_invocations_per_workgroup = 64);
-    let mut rig = Rig::dynamic(&gpu);
-    // A token of few heads is appended by few threads; changes of the batch take 256.
-    rig.update(0, [2, 1, 1, 4], 4, CachePosition::Append);
-    for _ in 0..2 {
-        let stats = rig.cache.stats();
-        for refused in [
-            gpu.submit_pass("turn", |pass| rig.cache.reorder_cache(pass, &[1, 0])),
-            gpu.submit_pass("grow", |pass| rig.cache.batch_repeat_interleave(pass, 2)),
-        ] {
-            let error = refused.expect_err("256 threads");
-            assert!(matches!(error, Error::Device { .. }), "{error:?}");
-            assert!(error.to_string().contains("256"), "'{error}' says what is too much");
-        }
-        assert_eq!(rig.cache.stats(), stats);
-        rig.check("after what was refused");
+fn a_device_with_just_what_the_kernels_need() {
+    let gpu = plain_gpu(|limits| {
+        limits.max_storage_buffers_per_shader_stage = 6;
+        limits.max_storage_buffer_binding_size = 64 << 10;
+        limits.max_buffer_size = 64 << 10;
+        limits.max_uniform_buffer_binding_size = 128;
+        limits.max_compute_invocations_per_workgroup = 256;
+        limits.max_compute_workgroup_size_x = 256;
+        limits.max_compute_workgroup_size_y = 256;
+        limits.max_compute_workgroup_size_z = 1;
+        limits.max_compute_workgroup_storage_size = 8192;
+        limits.max_bind_groups = 3;
+        limits.max_bindings_per_bind_group = 4;
+        limits.max_dynamic_storage_buffers_per_pipeline_layout = 1;
+        limits.max_dynamic_uniform_buffers_per_pipeline_layout = 1;
+        limits.max_uniform_buffers_per_shader_stage = 1;
+    });
+    for mut rig in [Rig::dynamic(&gpu), Rig::fixed(&gpu, 30, 2), Rig::paged(&gpu, 4)] {
+        rig.update(0, [2, 3, 20, 4], 6, CachePosition::Append);
+        rig.update(1, [2, 1, 1, 100], 2, CachePosition::Append);
+        rig.check("filled");
+        rig.select(&[1, 0]);
+        rig.repeat_interleave(2);
+        rig.crop(9);
+        rig.update(0, [4, 3, 5, 4], 6, CachePosition::PerToken(&[3, 9, 8, 1, 12]));
+        rig.check("used");
+    }
+    for (len, tokens) in [(300, 3), (2048, 1)] {
+        let [expected, result] = [crate::gpu(), gpu.clone()].map(|gpu| attended(&gpu, len, tokens));
+        let (result, expected) = (bytemuck::cast_slice(&result), bytemuck::cast_slice(&expected));
+        assert!(same_bits(result, expected), "{tokens} of {len} tokens");
     }
 }
 

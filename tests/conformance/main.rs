@@ -2,25 +2,34 @@
 //! once.
 
 mod attention;
+mod attention_long;
+mod attention_pooled;
 mod attention_refusals;
 mod attention_scores;
+mod attention_unseen;
 mod batch;
 mod encoder_decoder;
+mod failed_submits;
 mod faults;
+mod foreign;
 mod histories;
 mod inputs;
 mod kinds;
 mod layouts;
 mod limits;
+mod messages;
 mod model;
 mod pages;
 mod passes;
+mod readbacks;
 mod refusals;
 mod refused_calls;
 mod refused_views;
+mod reserve;
 mod rig;
 mod room;
 mod shapes;
+mod tables;
 mod threads;
 mod traces;
 

@@ -76,6 +76,8 @@ pub(crate) enum Refused {
     Nothing,
     /// More pages than the pool was made for.
     Pages,
+    /// A first update with other rows than the layers have that took part in a change of the batch.
+    Batch,
 }
 
 /// K or V of a layer.
@@ -201,6 +203,8 @@ pub(crate) struct Model {
     pages: Option<(usize, BTreeMap<usize, Pages>)>,
     /// Pages that a layer has at most.
     most_pages: Option<usize>,
+    /// Whether layers that are not written took no part in a change of the batch.
+    is_batch_changed: bool,
 }
 
 impl Model {
@@ -222,6 +226,11 @@ impl Model {
     /// The same, with at most `most_pages` pages a layer.
     pub(crate) fn of_at_most(self, most_pages: Option<usize>) -> Self {
         Self { most_pages, ..self }
+    }
+
+    /// Whether a layer that is written for the first time has to have the rows of the others.
+    pub(crate) fn is_batch_changed(&self) -> bool {
+        self.is_batch_changed
     }
 
     /// Pages in use and pages shared, of the layer that uses most.
@@ -272,6 +281,10 @@ impl Model {
         if sides.is_some_and(|[k, v]| !k.fits(key) || !v.fits(value)) {
             return Err(Refused::Shape);
         }
+        let has_batch = |[key, _]: &[Side; 2]| key.rows.len() == batch;
+        if self.is_batch_changed && sides.is_none() && !self.layers.values().any(has_batch) {
+            return Err(Refused::Batch);
+        }
         let len = self.len(layer);
         let positions = spelled_out(position, batch, tokens, len)?;
         let end = positions.iter().flatten().max().map_or(0, |highest| highest + 1);
@@ -314,6 +327,7 @@ impl Model {
 
     pub(crate) fn reset(&mut self) {
         self.layers.clear();
+        self.is_batch_changed = false;
         if let Some((_, layers)) = &mut self.pages {
             layers.clear();
         }
@@ -328,6 +342,8 @@ impl Model {
         if self.layers.values().any(|[key, _]| highest >= key.rows.len()) {
             return Err(Refused::Index);
         }
+        let is_same = |batch: usize| indices.iter().copied().eq(0..batch);
+        self.is_batch_changed |= self.layers.values().any(|[key, _]| !is_same(key.rows.len()));
         for side in self.layers.values_mut().flatten() {
             side.rows = indices.iter().map(|&index| side.rows[index].clone()).collect();
         }
@@ -341,6 +357,7 @@ impl Model {
         if repeats == 0 {
             return Err(Refused::Nothing);
         }
+        self.is_batch_changed |= repeats > 1 && !self.layers.is_empty();
         for side in self.layers.values_mut().flatten() {
             side.rows = side.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
         }

@@ -16,7 +16,7 @@ fn pages_used(rig: &Rig) -> u64 {
 }
 
 /// An empty cache of at most `pages` pages of four tokens.
-fn bounded(pages: usize) -> Rig {
+pub(crate) fn bounded(pages: usize) -> Rig {
     let options =
         PagedOptions { page_tokens: 4, max_pages: Some(pages), ..PagedOptions::default() };
     Rig::in_pages(&gpu(), options, Model::dynamic())
@@ -264,5 +264,93 @@ fn a_page_is_a_power_of_two() {
         rig.check(&format!("pages of {page_tokens}"));
         let view = rig.cache.view(0).expect("it exists").expect("it was written");
         assert_eq!((view.layout(), view.capacity()), (Layout::Paged, page_tokens));
+    }
+}
+
+/// A pool of fixed size is one whatever a reset has left: its buffers stay the same while the layer's shape does,
+/// and it has its pages, no fewer and no more.
+#[test]
+fn a_bounded_pool_of_another_shape_after_a_reset() {
+    for (first, second) in [(4, 8), (16, 4), (4, 4), (6, 2), (2, 64)] {
+        let mut rig = bounded(8);
+        for dim in [first, second, first] {
+            let name = format!("{first}, then {second}: {dim}");
+            let buffers = |rig: &Rig| {
+                let view = rig.cache.view(0).expect("it exists").expect("it was written");
+                [view.key().clone(), view.value().clone()]
+            };
+            rig.update(0, [1, 1, 1, dim], dim, APPEND);
+            let made = buffers(&rig);
+            let stats = rig.cache.stats();
+            assert_eq!((stats.pages_used, stats.pages_free), (1, 7), "{name}");
+            for token in 1..32 {
+                rig.update(0, [1, 1, 1, dim], dim, APPEND);
+                assert_eq!(buffers(&rig), made, "{name}: token {token}");
+            }
+            rig.check(&name);
+            let stats = rig.cache.stats();
+            assert_eq!((stats.pages_used, stats.pages_free), (8, 0), "{name}");
+            let token = upload(&gpu(), DType::F32, &Block::noise([1, 1, 1, dim], 4, 1));
+            let error = refused(&mut rig, 0, [&token, &token], APPEND);
+            assert!(matches!(error, Error::OutOfPages { used: 8, wanted: 1, .. }), "{error:?}");
+            rig.reset();
+        }
+    }
+}
+
+/// Calls that are recorded in one pass, which is submitted at the end: what an earlier one reads of a table must
+/// stay as it is, whatever later ones change.
+#[test]
+fn changes_of_the_table_in_one_pass() {
+    let gpu = gpu();
+    for (size, seed) in [1, 2, 4].into_iter().flat_map(|size| (0..40).map(move |seed| (size, seed)))
+    {
+        let mut rig = Rig::paged(&gpu, size);
+        let mut state = seed * 7 + 3;
+        let mut next = |below: usize| {
+            state = (state * 1_103_515_245 + 12_345) % (1 << 31);
+            state / 65_536 % below
+        };
+        let mut kept = Vec::new();
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            for step in 0..24 {
+                let rows = rig.model.batch(0).max(1);
+                match next(6) {
+                    0 if step > 0 && rows < 12 => {
+                        rig.cache.batch_repeat_interleave(&mut pass, 2).expect("room");
+                        rig.model.repeat_interleave(2).expect("rows");
+                    }
+                    1 if step > 0 => {
+                        let row = |row: usize| u32::try_from(row).expect("few");
+                        let map: Vec<u32> = (0..1 + next(6)).map(|_| row(next(rows))).collect();
+                        rig.cache.reorder_cache(&mut pass, &map).expect("rows");
+                        rig.model.select(&map).expect("rows");
+                    }
+                    2 => rig.truncate(next(12)),
+                    3 => rig.crop(2 + next(10)),
+                    _ => {}
+                }
+                let rows = rig.model.batch(0).max(1);
+                for layer in 0..2 {
+                    let (key, value) = rig.noise(DType::F32, [rows, 1, 2, 4], 4);
+                    let (k, v) = (upload(&gpu, DType::F32, &key), upload(&gpu, DType::F32, &value));
+                    let len = u32::try_from(rig.model.len(layer)).expect("short");
+                    let list = [len / 2, len + 1];
+                    let position =
+                        if next(3) == 0 { CachePosition::PerToken(&list) } else { APPEND };
+                    let cache = rig.cache.as_mut();
+                    cache
+                        .update(&mut pass, &k.view(), &v.view(), layer, position)
+                        .map(|_| ())
+                        .expect("room");
+                    rig.model.update(layer, &key, &value, position).expect("room");
+                    kept.push([k, v]);
+                }
+            }
+        }
+        gpu.queue().submit([encoder.finish()]);
+        rig.check(&format!("pages of {size}, seed {seed}"));
     }
 }

@@ -122,8 +122,8 @@ fn is_too_many(make: fn() -> Rig, rows: usize) -> bool {
     let limits = rig.gpu.device().limits();
     let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
     let row = match view.page_table() {
-        // Words of the table from one row to the next.
-        Some(_) => view.layout_words()[7] as usize,
+        // Words of the table for one row.
+        Some(_) => (view.start() + view.len()).div_ceil(view.capacity()),
         // The wider of the two buffers, each of which is bound by itself.
         None => view.value_strides()[0],
     };

@@ -264,3 +264,34 @@ fn a_source_larger_than_a_binding() {
         refused(make, "a source of more than a binding", call, due, &words);
     }
 }
+
+/// What a cache was made for holds for every shape that a reset lets a layer have.
+#[test]
+fn a_capacity_that_was_asked_for_after_a_reset() {
+    let gpu = small_gpu();
+    let shapes = [[1, 1, 1, 4], [2, 1, 1, 4], [1, 1, 1, 16], [1, 3, 1, 2], [7, 1, 1, 1]];
+    for (first, second) in shapes.into_iter().flat_map(|first| shapes.map(|second| (first, second)))
+    {
+        let dynamic = Box::new(DynamicKVCache::with_capacity(&gpu, 100)) as Box<dyn KVCache>;
+        for cache in [dynamic, Box::new(StaticKVCache::new(&gpu, 100, 1))] {
+            let bound = cache.get_max_cache_shape();
+            let model = bound.map_or_else(Model::dynamic, |bound| Model::fixed(bound, 1));
+            let mut rig = Rig::new(&gpu, cache, model);
+            for shape in [first, second, first] {
+                let context = format!("{bound:?}: {first:?}, then {second:?}: {shape:?}");
+                rig.reset();
+                rig.update(0, shape, shape[3], APPEND);
+                let shown = |rig: &Rig| {
+                    let view = rig.cache.view(0).expect("it exists").expect("it was written");
+                    (view.key().clone(), view.value().clone(), view.capacity())
+                };
+                let made = shown(&rig);
+                assert!(made.2 >= 100, "{context}: room for {}", made.2);
+                let [b, h, _, d] = shape;
+                rig.update(0, [b, h, 99, d], d, APPEND);
+                assert_eq!(shown(&rig), made, "{context}");
+                rig.check(&context);
+            }
+        }
+    }
+}

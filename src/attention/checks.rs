@@ -1,0 +1,285 @@
+//! What attention refuses: shapes that do not fit, and outputs that would overwrite what is read or kept.
+
+use std::ops::Range;
+
+use super::AttentionOptions;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::kernels::MOST_DIM;
+use crate::view::{LayerView, Source, TensorView};
+
+/// Query heads of a K/V head, and new tokens.
+pub(super) fn shapes(
+    query: &TensorView<'_>,
+    view: &LayerView<'_>,
+    output: &TensorView<'_>,
+    options: AttentionOptions,
+) -> Result<(usize, usize)> {
+    for (what, tensor) in [("query", query), ("output", output)] {
+        if tensor.dtype != DType::F32 {
+            return Err(Error::WrongDType { what, expected: DType::F32, got: tensor.dtype });
+        }
+    }
+    let [batch, heads, tokens, dim] = query.shape;
+    let refused = |reason, remedy| Error::AttentionShape {
+        reason,
+        remedy,
+        query: query.shape,
+        what: "K",
+        other: view.key_shape(),
+    };
+    let fit = "hand in a query that fits the view";
+    if batch != view.batch {
+        return Err(refused("the query and the cache differ in batch rows", fit));
+    }
+    if heads % view.heads != 0 {
+        return Err(refused("the query's heads are no multiple of the cache's", fit));
+    }
+    if dim != view.key_dim {
+        return Err(refused("the query and K differ in head_dim", fit));
+    }
+    if output.shape != [batch, heads, tokens, view.value_dim] {
+        return Err(Error::AttentionShape {
+            reason: "the output must be (B, Hq, Tq, D of V)",
+            remedy: "hand in an output of the query's B, Hq and Tq, and of V's D",
+            query: query.shape,
+            what: "output",
+            other: output.shape,
+        });
+    }
+    for (what, dim, shape) in
+        [("K", view.key_dim, view.key_shape()), ("V", view.value_dim, view.value_shape())]
+    {
+        if dim > MOST_DIM {
+            return Err(Error::AttentionShape {
+                reason: "head_dim is more than the 256 that this kernel supports",
+                remedy: "read the view with an attention shader of your own, joined with its layout's text",
+                query: query.shape,
+                what,
+                other: shape,
+            });
+        }
+    }
+    if view.len == 0 {
+        let remedy = "update the layer before attention reads it";
+        return Err(refused("the cache holds no token to attend to", remedy));
+    }
+    if options.is_causal && tokens > view.len {
+        return Err(refused(
+            "causal attention needs every new token in the cache first",
+            "record the update that adds them before attention, and take its view",
+        ));
+    }
+    Ok((heads / view.heads, tokens))
+}
+
+/// What scores are multiplied by.
+pub(super) fn scale(given: Option<f32>, dim: usize) -> Result<f32> {
+    match given {
+        Some(scale) if scale.is_finite() => Ok(scale),
+        Some(scale) => Err(Error::AttentionScale { scale: scale.to_string() }),
+        None => {
+            let dim =
+                u16::try_from(dim).expect("the head was checked to have at most 256 elements");
+            Ok(1.0 / f32::from(dim).sqrt())
+        }
+    }
+}
+
+/// The output must have a place for each result, and share none with the query or with any cache. Both views
+/// are checked to lie in their buffers.
+pub(super) fn output(
+    gpu: &Gpu,
+    (query, from): (&TensorView<'_>, &Source),
+    view: &LayerView<'_>,
+    (output, to): (&TensorView<'_>, &Source),
+) -> Result<()> {
+    let results = Elements::of(output, to);
+    if results.overlap_one_another() {
+        return Err(Error::AttentionShape {
+            reason: "the output's strides put several results in one place",
+            remedy: "give strides with which no two elements of the output share a place",
+            query: query.shape,
+            what: "output",
+            other: output.shape,
+        });
+    }
+    for (what, buffer) in
+        [("K", Some(view.key)), ("V", Some(view.value)), ("the page table", view.page_table())]
+    {
+        if buffer == Some(output.buffer) {
+            return Err(Error::OutputIsRead { what });
+        }
+    }
+    if gpu.handle().own_buffers.contains(output.buffer) {
+        return Err(Error::OutputIsRead { what: "another layer, or of another cache" });
+    }
+    if query.buffer == output.buffer {
+        let queries = Elements::of(query, from);
+        if !queries.are_apart_from(&results) {
+            let [query, output] = [queries, results].map(|elements| elements.bytes());
+            return Err(Error::OutputOverlapsQuery { query, output });
+        }
+    }
+    Ok(())
+}
+
+/// Where the elements of an f32 view lie, in elements of 4 bytes.
+#[derive(Clone, Copy, Debug)]
+struct Elements {
+    first: u64,
+    /// Extents and strides of B, H and T. An extent of 1 has a stride of zero.
+    axes: [(u64, u64); 3],
+    /// Elements of a head, which are adjacent.
+    run: u64,
+}
+
+impl Elements {
+    fn of(view: &TensorView<'_>, source: &Source) -> Self {
+        let axis = |i: usize| (view.shape[i] as u64, source.strides[i] / 4);
+        Self { first: view.offset / 4, axes: [0, 1, 2].map(axis), run: view.shape[3] as u64 }
+    }
+
+    /// From the first element to one past the last, along the axes that `is_counted` picks.
+    fn span(&self, is_counted: impl Fn(u64) -> bool) -> u64 {
+        let counted = self.axes.iter().filter(|(_, stride)| is_counted(*stride));
+        counted.map(|(extent, stride)| (extent - 1) * stride).sum::<u64>() + self.run
+    }
+
+    fn bytes(&self) -> Range<u64> {
+        4 * self.first..4 * (self.first + self.span(|_| true))
+    }
+
+    /// Whether two elements of different indices lie in one place. Exact for any strides.
+    fn overlap_one_another(&self) -> bool {
+        let mut axes = self.axes;
+        axes.sort_by_key(|&(_, stride)| stride);
+        let mut span = self.run;
+        let is_nested = axes.iter().all(|&(extent, stride)| {
+            let is_outside = extent == 1 || stride >= span;
+            span += (extent - 1) * stride;
+            is_outside
+        });
+        if is_nested {
+            return false;
+        }
+        let count = axes.iter().fold(self.run, |all, &(extent, _)| all.saturating_mul(extent));
+        if count > self.span(|_| true) {
+            return true;
+        }
+        // Rarely: strides that are not nested. Two heads overlap if their distance is less than a head. Every
+        // distance along the two shorter axes is tried, and the third axis solved for: since there are no more
+        // elements than places, the two shorter axes have a million steps together at most.
+        axes.sort_by_key(|&(extent, _)| extent);
+        let [(a, a_stride), (b, b_stride), (c, c_stride)] =
+            axes.map(|(extent, stride)| (extent.cast_signed(), stride.cast_signed()));
+        let run = self.run.cast_signed();
+        let is_overlap = |i: i64, j: i64, k: i64| {
+            (i, j, k) != (0, 0, 0)
+                && k.abs() < c
+                && (i * a_stride + j * b_stride + k * c_stride).abs() < run
+        };
+        (0..a).any(|i| {
+            (1 - b..b).any(|j| {
+                let nearest = -(i * a_stride + j * b_stride).div_euclid(c_stride.max(1));
+                [nearest - 1, nearest, nearest + 1].iter().any(|&k| is_overlap(i, j, k))
+            })
+        })
+    }
+
+    /// Whether no element lies in a place of the other's: the ranges are apart, or within the rows of one
+    /// tensor the columns are. What cannot be told so counts as overlapping.
+    fn are_apart_from(&self, other: &Self) -> bool {
+        let [a, b] = [self.bytes(), other.bytes()];
+        if a.end <= b.start || b.end <= a.start {
+            return true;
+        }
+        self.axes.iter().chain(&other.axes).filter(|(_, row)| *row > 0).any(|&(_, row)| {
+            self.columns(row)
+                .zip(other.columns(row))
+                .is_some_and(|(a, b)| a.end <= b.start || b.end <= a.start)
+        })
+    }
+
+    /// Which columns the elements take of rows of `row` elements, if they stay within these.
+    fn columns(&self, row: u64) -> Option<Range<u64>> {
+        let first = self.first % row;
+        let last = first + self.span(|stride| stride % row != 0);
+        (last <= row).then_some(first..last)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    /// All small views, with the places of their elements.
+    fn all() -> Vec<(Elements, Vec<u64>)> {
+        let mut all = Vec::new();
+        for extents in [[1, 1, 2], [1, 2, 3], [2, 2, 2], [3, 1, 4], [2, 3, 4]] {
+            for code in 0..8 * 8 * 8 {
+                let strides =
+                    [code % 8, code / 8 % 8, code / 64].map(|i| [1, 2, 3, 4, 5, 6, 9, 12][i]);
+                let first = code as u64 % 5;
+                let axes = [0, 1, 2].map(|i| {
+                    let extent: u64 = extents[i];
+                    (extent, if extent > 1 { strides[i] } else { 0 })
+                });
+                let [b, h, t] = extents;
+                for run in [1, 2, 3] {
+                    let elements = Elements { first, axes, run };
+                    let mut places = Vec::new();
+                    for i in 0..b * h * t {
+                        let index = [i / (h * t), i / t % h, i % t];
+                        let head = (0..3).map(|axis| index[axis] * axes[axis].1).sum::<u64>();
+                        places.extend((0..run).map(|d| first + head + d));
+                    }
+                    all.push((elements, places));
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn an_overlap_of_elements_is_found_exactly() {
+        for (elements, places) in all() {
+            let different: HashSet<_> = places.iter().collect();
+            let is_overlap = different.len() < places.len();
+            assert_eq!(elements.overlap_one_another(), is_overlap, "{elements:?}");
+        }
+    }
+
+    #[test]
+    fn views_that_are_said_to_be_apart_share_no_place() {
+        let all = all();
+        let mut apart = 0;
+        for (i, (elements, places)) in all.iter().enumerate() {
+            for (other, others) in all.iter().skip(i % 61).step_by(61) {
+                let others = others.iter().map(|place| place + 4).collect::<HashSet<_>>();
+                let other = Elements { first: other.first + 4, ..*other };
+                if elements.are_apart_from(&other) {
+                    apart += 1;
+                    assert!(
+                        places.iter().all(|place| !others.contains(place)),
+                        "{elements:?}, {other:?}"
+                    );
+                }
+            }
+        }
+        assert!(apart > 1000, "{apart}");
+    }
+
+    #[test]
+    fn a_scale_is_a_finite_number() {
+        assert_eq!(scale(None, 64), Ok(0.125));
+        assert_eq!(scale(Some(-3.0), 64), Ok(-3.0));
+        for refused in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let error = scale(Some(refused), 64).expect_err("no number");
+            assert!(error.to_string().contains("finite"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Every small update, beside what each row must hold.
+
+use super::*;
+
+/// What one row holds after `writes`: `None` a position that was not live and was not written,
+/// otherwise old token (negative), new token, or zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    Stale,
+    Old(u32),
+    Zero,
+    New(u32),
+}
+
+struct Writes {
+    len: usize,
+    order: Order,
+}
+
+fn resolve(
+    position: CachePosition<'_>,
+    batch: usize,
+    tokens: usize,
+    len: usize,
+    bound: Option<usize>,
+) -> Result<Writes> {
+    let new_len = check(position, batch, tokens, len, bound)?;
+    Ok(Writes { len: new_len, order: order(position, len, new_len) })
+}
+
+/// What the threads of a kernel do, one for each position that it visits.
+fn apply(writes: &Writes, row: usize, tokens: u32, len: usize) -> Vec<Held> {
+    let mut held: Vec<Held> = (0..).take(len).map(Held::Old).collect();
+    held.resize(writes.len, Held::Stale);
+    let mut written = vec![false; writes.len];
+    let mut count = 0;
+    for entry in 0..writes.order.count(tokens) {
+        let (position, token) = match &writes.order {
+            Order::Run { first, zeros } => (first + entry, entry.checked_sub(*zeros)),
+            Order::List(list) => match visited(list, row, entry) {
+                Some(pair) => pair,
+                None => continue,
+            },
+        };
+        let position = position as usize;
+        assert!(!written[position], "position {position} written twice in one dispatch");
+        written[position] = true;
+        count += 1;
+        held[position] = token.map_or(Held::Zero, Held::New);
+    }
+    if !matches!(&writes.order, Order::List(list) if list.per_row) {
+        assert_eq!(writes.order.written(2, tokens as usize), 2 * count);
+    }
+    held
+}
+
+/// The position of an entry of a list and the token for it, as `append.wgsl` finds them.
+fn visited(list: &List, row: usize, entry: u32) -> Option<(u32, Option<u32>)> {
+    let list_at = if list.per_row { row * list.stride() } else { 0 };
+    let pair = |index: u32| &list.words[list_at + 2 + 2 * index as usize..][..2];
+    if entry < list.named {
+        let pair = pair(entry);
+        return (pair[0] != SKIP).then_some((pair[0], Some(pair[1])));
+    }
+    let (before, gap, entry) = (list.words[list_at], list.words[list_at + 1], entry - list.named);
+    let (mut low, mut high) = (before, list.named);
+    while low < high {
+        let middle = (low + high) / 2;
+        if pair(middle)[0] - list.len - (middle - before) <= entry {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    (entry < gap).then_some((list.len + entry + low - before, None))
+}
+
+fn expected(positions: &[u32], len: usize, new_len: usize) -> Vec<Held> {
+    let mut held: Vec<Held> = (0..).take(len).map(Held::Old).collect();
+    held.resize(new_len, Held::Zero);
+    for (token, &position) in (0..).zip(positions) {
+        held[position as usize] = Held::New(token);
+    }
+    held
+}
+
+/// Every list of up to 3 positions below 6, on every length up to 5.
+#[test]
+fn every_small_list_writes_each_position_once_and_right() {
+    for tokens in 1..=3_u32 {
+        for code in 0..6_u32.pow(tokens) {
+            let positions: Vec<u32> = (0..tokens).map(|i| code / 6_u32.pow(i) % 6).collect();
+            for len in 0..=5 {
+                let writes =
+                    resolve(CachePosition::PerToken(&positions), 2, tokens as usize, len, Some(6))
+                        .unwrap();
+                let end = *positions.iter().max().unwrap() as usize + 1;
+                assert_eq!(writes.len, len.max(end));
+                assert_eq!(
+                    apply(&writes, 0, tokens, len),
+                    expected(&positions, len, writes.len),
+                    "positions {positions:?}, len {len}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn every_small_pair_of_rows_is_right_for_both_rows() {
+    for code in 0..5_u32.pow(4) {
+        let digit = |i: u32| code / 5_u32.pow(i) % 5;
+        let rows = [vec![digit(0), digit(1)], vec![digit(2), digit(3)]];
+        for len in 0..=4 {
+            let writes = resolve(CachePosition::PerRow(&rows), 2, 2, len, None).unwrap();
+            let end = *rows.iter().flatten().max().unwrap() as usize + 1;
+            assert_eq!(writes.len, len.max(end));
+            for (row, positions) in rows.iter().enumerate() {
+                assert_eq!(
+                    apply(&writes, row, 2, len),
+                    expected(positions, len, writes.len),
+                    "rows {rows:?}, row {row}, len {len}"
+                );
+            }
+        }
+    }
+}
+
+/// Every append and every single position for lengths and bounds up to 12.
+#[test]
+fn bounds_hold_for_every_small_run() {
+    for bound in 1..=12_usize {
+        for len in 0..=bound {
+            for tokens in 1..=12_usize {
+                let appended = resolve(CachePosition::Append, 1, tokens, len, Some(bound));
+                assert_eq!(appended.is_ok(), len + tokens <= bound);
+                for first in 0..=12_u32 {
+                    let list: Vec<u32> = (first..).take(tokens).collect();
+                    let at = resolve(CachePosition::PerToken(&list), 1, tokens, len, Some(bound));
+                    assert_eq!(at.is_ok(), first as usize + tokens <= bound);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn lists_that_say_the_same_as_a_run_become_one() {
+    let run = resolve(CachePosition::PerRow(&[vec![7, 8], vec![7, 8]]), 2, 2, 3, None).unwrap();
+    assert_eq!(run.len, 9);
+    assert_eq!(run.order, Order::Run { first: 3, zeros: 4 });
+}
+
+#[test]
+fn wrong_counts_and_far_positions_are_refused() {
+    let rows = [vec![0], vec![0]];
+    assert!(resolve(CachePosition::At(0), 1, 2, 0, None).is_err());
+    assert!(resolve(CachePosition::PerToken(&[0, 1]), 1, 3, 0, None).is_err());
+    assert!(resolve(CachePosition::PerToken(&[]), 1, 1, 0, None).is_err());
+    assert!(resolve(CachePosition::PerRow(&rows), 3, 1, 0, None).is_err());
+    assert!(resolve(CachePosition::PerRow(&rows), 2, 2, 0, None).is_err());
+    assert!(resolve(CachePosition::PerRow(&[]), 1, 1, 0, None).is_err());
+    assert!(resolve(CachePosition::At(u32::MAX), 1, 1, 0, None).is_err());
+    let error = check(CachePosition::At(9), 1, 1, 0, Some(8)).unwrap_err().to_string();
+    assert!(error.contains('9') && error.contains('8'), "{error}");
+}
