@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernels::{AttentionShape, ROWS, least_splits};
 use crate::ledger::Ledger;
-use crate::view::{LayerView, Source, TensorView};
+use crate::tensor::{Source, TensorView};
+use crate::view::LayerView;
 
 /// Attention of new tokens over any [`LayerView`]: contiguous, wrapped or paged, read where it lies.
 ///

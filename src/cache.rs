@@ -5,7 +5,8 @@ use std::pin::Pin;
 
 use crate::error::Result;
 use crate::position::CachePosition;
-use crate::view::{HostTensor, LayerView, TensorView};
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::LayerView;
 
 /// What every cache can do, whatever its layers are for.
 ///

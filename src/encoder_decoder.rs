@@ -7,7 +7,8 @@ use crate::dynamic::DynamicKVCache;
 use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::position::CachePosition;
-use crate::view::{HostTensor, LayerView, TensorView};
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::LayerView;
 
 /// The two caches of an encoder-decoder model.
 ///

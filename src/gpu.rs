@@ -7,7 +7,7 @@ use crate::device::{DeviceHandle, answer_now};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::view::{Tensor, checked_shape};
+use crate::tensor::{Tensor, checked_shape};
 use crate::witness::Witness;
 
 /// A device, its queue, and the compiled kernels of this crate. Cheap to clone: clones share all three.

@@ -61,8 +61,8 @@ macro_rules! implement_cache {
             fn update(
                 &mut self,
                 pass: &mut wgpu::ComputePass<'_>,
-                key: &crate::view::TensorView<'_>,
-                value: &crate::view::TensorView<'_>,
+                key: &crate::tensor::TensorView<'_>,
+                value: &crate::tensor::TensorView<'_>,
                 layer_idx: usize,
                 cache_position: crate::position::CachePosition<'_>,
             ) -> crate::error::Result<crate::view::LayerView<'_>> {
@@ -79,7 +79,7 @@ macro_rules! implement_cache {
             fn get(
                 &self,
                 layer_idx: usize,
-            ) -> crate::error::Result<Option<(crate::view::HostTensor, crate::view::HostTensor)>>
+            ) -> crate::error::Result<Option<(crate::tensor::HostTensor, crate::tensor::HostTensor)>>
             {
                 self.layers.get(layer_idx)
             }

@@ -16,7 +16,8 @@ use crate::kernels::{AppendShape, Dispatch};
 use crate::ledger::Call;
 use crate::position::{self, CachePosition, Order};
 use crate::store::{Shape, Store};
-use crate::view::{LayerView, TensorView};
+use crate::tensor::TensorView;
+use crate::view::LayerView;
 
 /// What a written layer holds, and where: a ring or pages.
 pub(crate) trait Held: Debug + Sized {

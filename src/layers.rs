@@ -11,7 +11,8 @@ use crate::ledger::{Call, Ledger};
 use crate::plan;
 use crate::position::CachePosition;
 use crate::readback::Readback;
-use crate::view::{HostTensor, LayerView, Owner, TensorView};
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::{LayerView, Owner};
 
 /// Layers under one policy, with their device.
 #[derive(Debug)]

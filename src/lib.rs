@@ -58,6 +58,7 @@ mod ring;
 mod static_cache;
 mod store;
 mod table;
+mod tensor;
 mod view;
 mod witness;
 mod words;
@@ -73,7 +74,8 @@ pub use layout::Layout;
 pub use paged::{PagedKVCache, PagedOptions};
 pub use position::CachePosition;
 pub use static_cache::StaticKVCache;
-pub use view::{HostTensor, LayerView, Tensor, TensorView};
+pub use tensor::{HostTensor, Tensor, TensorView};
+pub use view::LayerView;
 pub use wgpu;
 
 #[cfg(doctest)]

@@ -13,7 +13,8 @@ use crate::gpu::Gpu;
 use crate::layout::Layout;
 use crate::ledger::{Ledger, Snapshot, Verdict};
 use crate::plan;
-use crate::view::{HostTensor, LayerView};
+use crate::tensor::HostTensor;
+use crate::view::LayerView;
 
 /// How long a blocking read-back waits for the device, all earlier submissions included.
 #[cfg(not(target_arch = "wasm32"))]

@@ -7,7 +7,8 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernels::MOST_DIM;
-use crate::view::{LayerView, Source, TensorView};
+use crate::tensor::{Source, TensorView};
+use crate::view::LayerView;
 
 /// Query heads of a K/V head, and new tokens.
 pub(super) fn shapes(

@@ -6,7 +6,8 @@ use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::layout::Layout;
 use crate::position::Order;
-use crate::view::{LayerView, Source};
+use crate::tensor::Source;
+use crate::view::LayerView;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",

@@ -5,7 +5,8 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::layout::Layout;
-use crate::view::{LayerView, Source};
+use crate::tensor::Source;
+use crate::view::LayerView;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",

@@ -1,0 +1,325 @@
+//! Tensors at the edge of the crate: [`TensorView`] goes in, [`HostTensor`] comes back.
+
+use crate::device::binding_limit;
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+
+/// Where new K or V lies on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
+///
+/// Engines hand out pieces of pooled buffers, and a projection's output is often (B, T, H, D) or a
+/// part of one fused QKV tensor. All of these go in as they lie. What must hold: the elements of a
+/// head are adjacent (stride 1 along D), everything falls on 32-bit words, and the buffer has
+/// [`wgpu::BufferUsages::STORAGE`].
+///
+/// # Examples
+///
+/// Q, K and V of 8 query heads and 2 K/V heads, of 64 elements each, in one (B, T, 12, 64) tensor:
+///
+/// ```
+/// # use wgpu_kvcache::{wgpu, DType, Error, TensorView};
+/// # fn views(qkv: &wgpu::Buffer, batch: usize, tokens: usize) -> Result<(), Error> {
+/// let row = 12 * 64;
+/// let strides = [tokens * row, 64, row, 1];
+/// let shape = [batch, 2, tokens, 64];
+/// let key = TensorView::new(qkv, DType::F32, &shape)?.with_offset(8 * 64 * 4).with_strides(strides);
+/// let value = TensorView::new(qkv, DType::F32, &shape)?.with_offset(10 * 64 * 4).with_strides(strides);
+/// # let _ = (key, value);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    pub(crate) buffer: &'a wgpu::Buffer,
+    pub(crate) dtype: DType,
+    pub(crate) offset: u64,
+    pub(crate) shape: [usize; 4],
+    pub(crate) strides: [usize; 4],
+    /// The device, where it is known.
+    pub(crate) gpu: Option<&'a Gpu>,
+}
+
+impl<'a> TensorView<'a> {
+    /// A row-major [B, H, T, D] tensor from the buffer's first byte on; D is the fastest axis.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WrongRank`] and [`Error::ZeroExtent`]. Whether the buffer suits is checked by the call
+    /// that the view is handed to.
+    pub fn new(buffer: &'a wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let shape = checked_shape(shape)?;
+        let [_, h, t, d] = shape;
+        let strides = [h.saturating_mul(t).saturating_mul(d), t.saturating_mul(d), d, 1];
+        Ok(Self { buffer, dtype, offset: 0, shape, strides, gpu: None })
+    }
+
+    /// A row-major [B, T, H, D] tensor, as a projection writes it. `shape` is given in that order; the
+    /// view's own [`shape`](Self::shape), and every message, is in the order (B, H, T, D) again.
+    ///
+    /// # Errors
+    ///
+    /// As for [`TensorView::new`].
+    pub fn bthd(buffer: &'a wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let [b, t, h, d] = checked_shape(shape)?;
+        let strides = [t.saturating_mul(h).saturating_mul(d), d, h.saturating_mul(d), 1];
+        Ok(Self { buffer, dtype, offset: 0, shape: [b, h, t, d], strides, gpu: None })
+    }
+
+    /// The same view with its first element at byte `offset` of the buffer: a multiple of 4.
+    #[must_use]
+    pub fn with_offset(self, offset: u64) -> Self {
+        Self { offset, ..self }
+    }
+
+    /// The same view with other strides, in elements, for (B, H, T, D). D's stride must be 1; for
+    /// 16-bit types the others must be even. A stride of zero repeats one slice along its axis.
+    #[must_use]
+    pub fn with_strides(self, strides: [usize; 4]) -> Self {
+        Self { strides, ..self }
+    }
+
+    /// The buffer that the elements lie in.
+    pub fn buffer(&self) -> &'a wgpu::Buffer {
+        self.buffer
+    }
+
+    /// Type of an element.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Byte offset of element (0, 0, 0, 0).
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// (B, H, T, D).
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Strides in elements, for (B, H, T, D).
+    pub fn strides(&self) -> [usize; 4] {
+        self.strides
+    }
+
+    /// Refuses a view of which it is known that it is of another device. wgpu refuses others when they are
+    /// bound.
+    pub(crate) fn check_device(&self, what: &'static str, gpu: &Gpu) -> Result<()> {
+        match self.gpu {
+            Some(own) if !gpu.is_device_of(own) => Err(Error::OtherDevice { what }),
+            _ => Ok(()),
+        }
+    }
+
+    /// One past the view's last byte, counted from the buffer's start.
+    fn end(&self) -> Option<u64> {
+        let mut last = 0_usize;
+        for (extent, stride) in self.shape.iter().zip(self.strides) {
+            last = last.checked_add((extent - 1).checked_mul(stride)?)?;
+        }
+        let bytes = last.checked_add(1)?.checked_mul(self.dtype.size())?;
+        self.offset.checked_add(u64::try_from(bytes).ok()?)
+    }
+
+    /// Checks everything that a kernel counts on, and finds the piece of the buffer to bind.
+    pub(crate) fn source(&self, what: &'static str, limits: &wgpu::Limits) -> Result<Source> {
+        let size = self.dtype.size() as u64;
+        let [_, _, _, d] = self.shape;
+        if self.strides[3] != 1 && d > 1 {
+            return Err(Error::InnerStride { what, stride: self.strides[3] });
+        }
+        if self.dtype.size() == 2 && d % 2 != 0 {
+            return Err(Error::OddHeadDim { what, dtype: self.dtype, head_dim: d });
+        }
+        let needed = self.end().ok_or_else(|| {
+            let Self { offset, shape, strides, .. } = self;
+            let asked = format!("{shape:?} with strides {strides:?} from byte {offset} on");
+            Error::overflow("extent of a view", asked, u64::MAX)
+        })?;
+        if !self.offset.is_multiple_of(4) {
+            return Err(Error::Misaligned { what, quantity: "an offset", bytes: self.offset });
+        }
+        let named = ["a batch stride", "a head stride", "a token stride"];
+        let mut strides = [0_u64; 3];
+        for axis in 0..3 {
+            // An axis of extent 1 is never stepped along.
+            if self.shape[axis] > 1 {
+                strides[axis] = (self.strides[axis] as u64).saturating_mul(size);
+            }
+            if !strides[axis].is_multiple_of(4) {
+                return Err(Error::Misaligned {
+                    what,
+                    quantity: named[axis],
+                    bytes: strides[axis],
+                });
+            }
+        }
+        if needed > self.buffer.size() {
+            return Err(Error::BufferTooShort {
+                what,
+                needed,
+                size: self.buffer.size(),
+                offset: self.offset,
+                shape: self.shape,
+                strides: self.strides,
+            });
+        }
+        if !self.buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+            return Err(Error::MissingUsage { what });
+        }
+        let window = self.window(what, needed, limits)?;
+        Ok(Source { offset: self.offset - window.0, strides, row_bytes: d as u64 * size, window })
+    }
+
+    /// The (offset, size) of the buffer to bind: all of it where the device allows, so that views of
+    /// one pooled buffer share a bind group, else what the view spans.
+    fn window(&self, what: &'static str, end: u64, limits: &wgpu::Limits) -> Result<(u64, u64)> {
+        let limit = binding_limit(limits);
+        let whole = self.buffer.size() / 4 * 4;
+        if whole <= limit {
+            return Ok((0, whole));
+        }
+        let alignment = u64::from(limits.min_storage_buffer_offset_alignment.max(16));
+        let begin = self.offset / alignment * alignment;
+        let bytes = end - begin;
+        if bytes > limit {
+            return Err(Error::SourceTooLarge { what, bytes, limit });
+        }
+        Ok((begin, bytes))
+    }
+}
+
+/// A checked [`TensorView`], in bytes, as a kernel reads it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source {
+    /// From the start of the bound window to element (0, 0, 0, 0).
+    pub(crate) offset: u64,
+    /// Along (B, H, T); zero along an axis of extent 1.
+    pub(crate) strides: [u64; 3],
+    /// Bytes of one token of one head.
+    pub(crate) row_bytes: u64,
+    /// (offset, size) of the buffer to bind.
+    pub(crate) window: (u64, u64),
+}
+
+impl Source {
+    /// What is bound of `buffer`, the view's own.
+    pub(crate) fn binding<'a>(&self, buffer: &'a wgpu::Buffer) -> wgpu::BufferBinding<'a> {
+        let (offset, bytes) = self.window;
+        wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(bytes) }
+    }
+
+    /// Whether every row starts and ends on a 16-byte vector.
+    pub(crate) fn is_vector_aligned(&self) -> bool {
+        let [b, h, t] = self.strides;
+        [self.offset, b, h, t, self.row_bytes].iter().all(|bytes| bytes % 16 == 0)
+    }
+}
+
+/// Checks a shape given as a slice: rank 4, no extent of zero.
+pub(crate) fn checked_shape(shape: &[usize]) -> Result<[usize; 4]> {
+    let four: [usize; 4] =
+        shape.try_into().map_err(|_| Error::WrongRank { shape: shape.to_vec() })?;
+    if four.contains(&0) {
+        return Err(Error::ZeroExtent { shape: shape.to_vec() });
+    }
+    Ok(four)
+}
+
+/// K or V uploaded from the host: a buffer of its own, row-major [B, H, T, D].
+///
+/// Made by [`Gpu::upload`](crate::Gpu::upload).
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    pub(crate) gpu: Gpu,
+    pub(crate) buffer: wgpu::Buffer,
+    pub(crate) dtype: DType,
+    pub(crate) shape: [usize; 4],
+}
+
+impl Tensor {
+    /// The whole tensor, as an input of `update`.
+    pub fn view(&self) -> TensorView<'_> {
+        let [_, h, t, d] = self.shape;
+        TensorView {
+            buffer: &self.buffer,
+            dtype: self.dtype,
+            offset: 0,
+            shape: self.shape,
+            strides: [h * t * d, t * d, d, 1],
+            gpu: Some(&self.gpu),
+        }
+    }
+
+    /// The buffer that holds the elements.
+    pub fn buffer(&self) -> &wgpu::Buffer {
+        &self.buffer
+    }
+
+    /// Type of an element.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// (B, H, T, D).
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+}
+
+/// K or V read back to the host: row-major [B, H, T, D], live tokens only, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostTensor {
+    dtype: DType,
+    shape: [usize; 4],
+    /// The elements' bytes. Whole words, so that they are aligned for every element type.
+    words: Vec<u32>,
+}
+
+impl HostTensor {
+    pub(crate) fn new(dtype: DType, shape: [usize; 4], words: Vec<u32>) -> Self {
+        debug_assert_eq!(shape.iter().product::<usize>() * dtype.size(), words.len() * 4);
+        Self { dtype, shape, words }
+    }
+
+    /// (B, H, T, D).
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Type of an element.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The elements' bytes, row-major.
+    pub fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.words)
+    }
+
+    /// The elements, row-major: element (b, h, t, d) is at ((b·H + h)·T + t)·D + d.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SliceType`] where `E` is not the type that the tensor holds.
+    pub fn as_slice<E: Element>(&self) -> Result<&[E]> {
+        if E::DTYPE != self.dtype {
+            return Err(Error::SliceType { held: self.dtype, asked: E::DTYPE });
+        }
+        Ok(bytemuck::cast_slice(&self.words))
+    }
+
+    /// The elements as `f32`, converted where they are 16-bit: every value is exact.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.dtype {
+            DType::F32 => bytemuck::cast_slice(&self.words).to_vec(),
+            DType::F16 => {
+                bytemuck::cast_slice(&self.words).iter().map(|x: &half::f16| x.to_f32()).collect()
+            }
+            DType::BF16 => {
+                bytemuck::cast_slice(&self.words).iter().map(|x: &half::bf16| x.to_f32()).collect()
+            }
+        }
+    }
+}
