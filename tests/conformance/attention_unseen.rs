@@ -165,7 +165,7 @@ fn the_mean_of_an_infinity_is_infinite() {
     }
 }
 
-/// A key of -inf, in any of its elements, weighs nothing where q is positive, whatever `head_dim` is.
+/// A key of -inf, in any of its elements, weighs nothing if q is positive, whatever `head_dim` is.
 #[test]
 fn a_key_of_minus_infinity_weighs_nothing() {
     let gpu = gpu();
@@ -174,7 +174,10 @@ fn a_key_of_minus_infinity_weighs_nothing() {
     for (number, (lie, dtype)) in lies_and_dtypes().into_iter().enumerate() {
         let dims =
             [2, 4, 8, 12, 16, 20, 32, 36, 48, 50, 52, 64, 68, 80, 96, 100, 128, 130, 200, 254];
-        for dim in dims.into_iter().chain([256, 1, 3, 63, 65, 255]) {
+        let all = dims.into_iter().chain([256, 1, 3, 63, 65, 255]);
+        // Every head_dim in one layout and type, and a quarter of them in each of the others: each is one kernel
+        // more, and some drivers take seconds to compile it.
+        for (_, dim) in all.enumerate().filter(|(at, _)| number == 0 || (at + number) % 4 == 0) {
             if dtype != DType::F32 && dim % 2 == 1 {
                 continue;
             }
