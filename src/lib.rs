@@ -31,49 +31,28 @@
 //! - f32, f16 and bf16 are moved as bits ([`DType`]). No device feature beyond WebGPU's baseline is
 //!   needed.
 
-mod arena;
 mod attention;
-mod bind_groups;
 mod cache;
-mod device;
 mod dtype;
-mod dynamic;
-mod encoder_decoder;
 mod error;
 mod gpu;
-mod kernels;
-mod kind;
-mod layer;
-mod layers;
+mod host;
 mod layout;
-mod ledger;
-mod own_buffers;
-mod paged;
-mod pages;
-mod paging;
-mod plan;
-mod position;
-mod readback;
-mod ring;
-mod static_cache;
-mod store;
-mod table;
+mod storage;
 mod tensor;
 mod view;
-mod witness;
-mod words;
 
 pub use attention::{Attention, AttentionOptions};
+pub use cache::dynamic::DynamicKVCache;
+pub use cache::encoder_decoder::EncoderDecoderCache;
+pub use cache::fixed::StaticKVCache;
+pub use cache::paged::{PagedKVCache, PagedOptions};
 pub use cache::{BatchChange, Cache, GetFuture, KVCache, Stats};
 pub use dtype::{DType, Element, UnknownDType};
-pub use dynamic::DynamicKVCache;
-pub use encoder_decoder::EncoderDecoderCache;
 pub use error::{Error, Result};
 pub use gpu::{Gpu, HeadlessOptions};
+pub use host::position::CachePosition;
 pub use layout::Layout;
-pub use paged::{PagedKVCache, PagedOptions};
-pub use position::CachePosition;
-pub use static_cache::StaticKVCache;
 pub use tensor::{HostTensor, Tensor, TensorView};
 pub use view::LayerView;
 pub use wgpu;

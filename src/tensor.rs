@@ -1,9 +1,9 @@
 //! Tensors at the edge of the crate: [`TensorView`] goes in, [`HostTensor`] comes back.
 
-use crate::device::binding_limit;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::gpu::device::binding_limit;
 
 /// Where new K or V lies on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
 ///

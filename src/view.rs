@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::arena::Placed;
-use crate::bind_groups::BindGroups;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::gpu::arena::Placed;
+use crate::gpu::bind_groups::BindGroups;
+use crate::gpu::ledger::Ledger;
 use crate::layout::Layout;
-use crate::ledger::Ledger;
 use crate::tensor::TensorView;
 
 /// A layer's K and V as they lie on the GPU, for an attention kernel to read in place.

@@ -6,7 +6,7 @@ use super::AttentionOptions;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::kernels::MOST_DIM;
+use crate::gpu::kernels::MOST_DIM;
 use crate::tensor::{Source, TensorView};
 use crate::view::LayerView;
 

@@ -1,0 +1,268 @@
+//! Attention over a layer's view: softmax(q·Kᵀ·scale)·V.
+
+mod checks;
+
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::bind_groups::{Keepers, Purpose};
+use crate::gpu::device::binding_limit;
+use crate::gpu::kernels::{AttentionShape, ROWS, least_splits};
+use crate::gpu::ledger::Ledger;
+use crate::tensor::{Source, TensorView};
+use crate::view::LayerView;
+
+/// Attention of new tokens over any [`LayerView`]: contiguous, wrapped or paged, read where it lies.
+///
+/// For q [B, Hq, Tq, D], with Hq a multiple of the view's H (grouped queries), it records
+/// softmax(q·Kᵀ·scale)·V into the caller's pass: one dispatch, or two where the tokens are split. K and V
+/// are f32, f16 or bf16; q, the output and all sums are f32. The highest score is taken off before the
+/// exponential, so any scores within ±1e38 give finite weights (online softmax: Milakov and Gimelshein, 2018).
+/// A score of -inf gives a weight of zero, if not all scores of a query are -inf. A token that a query does
+/// not see changes no bit of its result, whatever K and V hold there, NaN included.
+/// Where the new tokens are few, the live ones are split over workgroups and put together afterwards, so
+/// that a long cache fills a GPU (flash-decoding: Dao et al., 2023).
+///
+/// One `Attention` serves all layers and caches of a device. In a steady loop a call creates nothing: a few
+/// bind groups a layer are kept if their buffers have come twice, and a scratch buffer for splits. A bind group
+/// keeps the buffers of q and of the output alive. It goes when the layer grows, is reset or is dropped, and
+/// at [`release`](Self::release) or when the `Attention` is dropped.
+///
+/// # Examples
+///
+/// ```
+/// use wgpu_kvcache::{Attention, CachePosition, DynamicKVCache, Gpu, KVCache};
+///
+/// # fn main() -> Result<(), wgpu_kvcache::Error> {
+/// let gpu = Gpu::headless()?;
+/// let mut cache = DynamicKVCache::new(&gpu);
+/// let mut attention = Attention::new(&gpu);
+/// let key = gpu.upload(&[0.0_f32; 2 * 5 * 4], &[1, 2, 5, 4])?;
+/// let value = gpu.upload(&[1.0_f32; 2 * 5 * 4], &[1, 2, 5, 4])?;
+/// let query = gpu.upload(&[0.0_f32; 6 * 5 * 4], &[1, 6, 5, 4])?; // three query heads a K/V head
+/// let output = gpu.upload(&[0.0_f32; 6 * 5 * 4], &[1, 6, 5, 4])?;
+/// gpu.submit_pass("layer 0", |pass| {
+///     let view = cache.update(pass, &key.view(), &value.view(), 0, CachePosition::Append)?;
+///     attention.record(pass, &query.view(), &view, &output.view(), Default::default())
+/// })
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Attention {
+    gpu: Gpu,
+    /// The layers that keep bind groups for this.
+    keepers: Keepers,
+    /// Whether the adapter is a CPU, which has kernels in forms of its own.
+    is_cpu: bool,
+    /// Partial results of splits.
+    scratch: Option<wgpu::Buffer>,
+    /// Holds what recorded calls read in place.
+    ledger: Ledger,
+}
+
+/// How [`Attention::record`] weighs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionOptions {
+    /// What scores are multiplied by; `None` for 1/√D.
+    pub scale: Option<f32>,
+    /// Whether a new token sees only the tokens before it and itself, the last Tq live tokens being the
+    /// new ones. If not, all new tokens see all live ones, as in cross-attention.
+    pub is_causal: bool,
+}
+
+impl Default for AttentionOptions {
+    /// Causal, with a scale of 1/√D.
+    fn default() -> Self {
+        Self { scale: None, is_causal: true }
+    }
+}
+
+impl Attention {
+    /// Compiles nothing yet: a kernel is compiled when it is first used.
+    pub fn new(gpu: &Gpu) -> Self {
+        Self {
+            gpu: gpu.clone(),
+            keepers: Keepers::default(),
+            is_cpu: gpu.is_cpu(),
+            scratch: None,
+            ledger: Ledger::default(),
+        }
+    }
+
+    /// Records attention of `query` over `view` into `output`.
+    ///
+    /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], both f32 with any strides: a
+    /// [`TensorView::bthd`] serves a projection that comes in or goes on as (B, T, H, D). Both may lie in one
+    /// buffer if they do not overlap: at different ranges, or in different columns of the same rows. Elements
+    /// of `output` that its strides skip are left alone.
+    ///
+    /// The work of a call grows with Tq times the live tokens, and systems end a dispatch that takes seconds:
+    /// hand a prompt of many thousands of tokens in by pieces, a piece's K and V with its queries.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::AttentionShape`] where the shapes do not fit the view, where the view holds no token,
+    ///   or, if causal, fewer tokens than there are queries, and where D is more than 256.
+    /// - [`Error::AttentionShape`] as well for an output whose strides put two elements in one place.
+    /// - [`Error::WrongDType`] where q or the output is not f32, and [`Error::AttentionScale`].
+    /// - [`Error::OutputIsRead`] for an output in a buffer of a cache of this device, and
+    ///   [`Error::OutputOverlapsQuery`].
+    /// - Views that a kernel cannot read, as for [`KVCache::update`](crate::KVCache::update).
+    /// - [`Error::PassDropped`] where the view shows what was lost with a pass, [`Error::OtherDevice`],
+    ///   [`Error::DeviceLost`], and [`Error::Device`] for a buffer that cannot be bound.
+    /// - [`Error::AttentionTooLarge`] where very many tokens need splits, and the queries are too many for
+    ///   their partial results; [`Error::TooManyWorkgroups`] and [`Error::OutOfMemory`].
+    pub fn record(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        query: &TensorView<'_>,
+        view: &LayerView<'_>,
+        output: &TensorView<'_>,
+        options: AttentionOptions,
+    ) -> Result<()> {
+        let gpu = self.gpu.clone();
+        let (group, tokens) = checks::shapes(query, view, output, options)?;
+        let scale = checks::scale(options.scale, view.key_dim)?;
+        view.check(&gpu, pass, [("query", query), ("output", output)])?;
+        let mut from = query.source("query", gpu.limits())?;
+        let mut to = output.source("output", gpu.limits())?;
+        checks::output(&gpu, (query, &from), view, (output, &to))?;
+
+        let rows = group * tokens;
+        let (mut split, mut splits) = self.splits(view, rows);
+        let mut is_pooled = splits == 1 && query.buffer == output.buffer;
+        if is_pooled {
+            if let Some(joined) = joined([from, to], binding_limit(gpu.limits())) {
+                [from, to] = joined;
+            } else {
+                // Too far apart for one binding, so partial results go through another buffer. The second
+                // split is empty.
+                (split, splits, is_pooled) = (view.len, 2, false);
+            }
+        }
+        let shape = AttentionShape {
+            view,
+            query: &from,
+            output: &to,
+            group,
+            tokens,
+            split,
+            splits,
+            scale,
+            is_causal: options.is_causal,
+            is_cpu: self.is_cpu,
+            is_pooled,
+        };
+        let [k, v] = [view.key, view.value].map(wgpu::Buffer::as_entire_buffer_binding);
+        let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
+        let output = to.binding(output.buffer);
+        let mut dispatches = Vec::with_capacity(2);
+        if splits == 1 {
+            let bindings = self.bind(view, Purpose::Attention, &[q, k, v, output])?;
+            dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
+        } else {
+            let scratch = self.scratch(view, rows, splits)?;
+            let scratch = scratch.as_entire_buffer_binding();
+            let bindings = self.bind(view, Purpose::Attention, &[q, k, v, scratch.clone()])?;
+            dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
+            let bindings = self.bind(view, Purpose::AttentionCombine, &[scratch, output])?;
+            dispatches.push(gpu.kernels().attention_combine(&gpu, bindings, &shape)?);
+        }
+        for dispatch in dispatches {
+            dispatch.record(pass, &self.ledger, Vec::new());
+        }
+        Ok(())
+    }
+
+    /// Lets go of the bind groups that layers keep for this `Attention`, and so of the buffers of q and of the
+    /// output, and of the scratch buffer. What is recorded still runs; what is needed again is made again.
+    pub fn release(&mut self) {
+        self.keepers.release();
+        self.scratch = None;
+    }
+
+    /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
+    /// to be worth putting together; but no more tokens than a workgroup can go through.
+    fn splits(&self, view: &LayerView<'_>, rows: usize) -> (usize, usize) {
+        let (wanted, least) = if self.is_cpu { (16, 1024) } else { (512, 256) };
+        let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
+        let splits = wanted_splits(workgroups, wanted, view.len, least);
+        let fit = binding_limit(self.gpu.limits()) / scratch_bytes(view, rows, 1);
+        let splits = splits.min(usize::try_from(fit).unwrap_or(usize::MAX));
+        let splits = splits.max(least_splits(view, self.is_cpu));
+        let split = view.len.div_ceil(splits);
+        (split, view.len.div_ceil(split))
+    }
+
+    /// A bind group, kept with the layer if its buffers have come before. All of attention's are made here.
+    fn bind(
+        &mut self,
+        view: &LayerView<'_>,
+        purpose: Purpose,
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        let (gpu, kernels) = (&self.gpu, self.gpu.kernels());
+        let make = |bindings: &[wgpu::BufferBinding<'_>]| match purpose {
+            Purpose::AttentionCombine => kernels.bind_attention_combine(gpu, bindings),
+            _ => kernels.bind_attention(gpu, bindings),
+        };
+        let (bindings, is_kept) = view.bind_groups.get(purpose, bindings, make)?;
+        if is_kept {
+            self.keepers.add(view.bind_groups);
+        }
+        Ok(bindings)
+    }
+
+    /// A buffer for the partial results of all splits.
+    fn scratch(
+        &mut self,
+        view: &LayerView<'_>,
+        rows: usize,
+        splits: usize,
+    ) -> Result<wgpu::Buffer> {
+        let bytes = scratch_bytes(view, rows, splits);
+        let limit = binding_limit(self.gpu.limits());
+        if bytes > limit {
+            return Err(Error::AttentionTooLarge { tokens: view.len, splits, bytes, limit });
+        }
+        if let Some(scratch) = self.scratch.as_ref().filter(|scratch| scratch.size() >= bytes) {
+            return Ok(scratch.clone());
+        }
+        // Doubling, so that a text that grows token by token rarely needs a new one.
+        let least = self.scratch.as_ref().map_or(64 << 10, |scratch| 2 * scratch.size());
+        let bytes = bytes.max(least.min(limit)).next_multiple_of(4);
+        let usage = wgpu::BufferUsages::STORAGE;
+        let scratch = self.gpu.handle().create_buffer("kvcache attention splits", bytes, usage)?;
+        // Bind groups keep the one before alive.
+        self.keepers.release();
+        Ok(self.scratch.insert(scratch).clone())
+    }
+}
+
+/// Bytes of the partial results of `splits` splits: sums, highest score and total weight of each query row.
+fn scratch_bytes(view: &LayerView<'_>, rows: usize, splits: usize) -> u64 {
+    [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()]
+        .iter()
+        .fold(splits as u64, |all, &n| all.saturating_mul(n as u64))
+}
+
+/// Two views of one buffer in one window, if it can be bound.
+fn joined(sources: [Source; 2], limit: u64) -> Option<[Source; 2]> {
+    let [a, b] = sources.map(|source| source.window);
+    let begin = a.0.min(b.0);
+    let bytes = (a.0 + a.1).max(b.0 + b.1) - begin;
+    (bytes <= limit).then(|| {
+        sources.map(|source| Source {
+            offset: source.offset + source.window.0 - begin,
+            window: (begin, bytes),
+            ..source
+        })
+    })
+}
+
+/// How often the tokens are split.
+fn wanted_splits(workgroups: usize, wanted: usize, len: usize, least: usize) -> usize {
+    (wanted / workgroups.max(1)).min(len / least).clamp(1, 64)
+}
+
+#[cfg(test)]
+mod tests;

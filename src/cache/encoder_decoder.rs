@@ -1,0 +1,219 @@
+//! A self-attention and a cross-attention cache side by side.
+
+use std::collections::BTreeSet;
+
+use crate::cache::dynamic::DynamicKVCache;
+use crate::cache::{BatchChange, Cache, KVCache, Stats};
+use crate::error::Result;
+use crate::gpu::Gpu;
+use crate::host::position::CachePosition;
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::LayerView;
+
+/// The two caches of an encoder-decoder model.
+///
+/// The cross side is the encoder's memory: it is written once for each layer, after which
+/// [`is_updated`](Self::is_updated) says so, and [`crop`](Cache::crop) and
+/// [`truncate`](Cache::truncate) leave it alone. Batch operations and [`reset`](Cache::reset) concern
+/// both sides; a batch operation checks both before it touches one.
+///
+/// # Examples
+///
+/// ```
+/// use wgpu_kvcache::{Cache, CachePosition, EncoderDecoderCache, Gpu};
+///
+/// # fn main() -> Result<(), wgpu_kvcache::Error> {
+/// let gpu = Gpu::headless()?;
+/// let mut cache = EncoderDecoderCache::dynamic(&gpu);
+/// let memory = gpu.upload(&[1.0_f32; 6], &[1, 1, 6, 1])?;
+/// gpu.submit_pass("encoder memory", |pass| {
+///     cache
+///         .update(pass, &memory.view(), &memory.view(), 0, CachePosition::Append, true)
+///         .map(|_| ())
+/// })?;
+/// assert!(cache.is_updated(0));
+/// cache.crop(2);
+/// assert_eq!(cache.get_seq_length(0, true)?, 6);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct EncoderDecoderCache<S = DynamicKVCache, C = DynamicKVCache> {
+    self_attention: S,
+    cross_attention: C,
+    /// The layers whose cross side was written since the last reset.
+    updated: BTreeSet<usize>,
+}
+
+impl EncoderDecoderCache {
+    /// Two dynamic caches.
+    pub fn dynamic(gpu: &Gpu) -> Self {
+        Self::new(DynamicKVCache::new(gpu), DynamicKVCache::new(gpu))
+    }
+}
+
+impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
+    /// A cache made of two.
+    pub fn new(self_attention: S, cross_attention: C) -> Self {
+        Self { self_attention, cross_attention, updated: BTreeSet::new() }
+    }
+
+    /// The decoder's side.
+    pub fn self_attention_cache(&self) -> &S {
+        &self.self_attention
+    }
+
+    /// The decoder's side, to be changed.
+    pub fn self_attention_cache_mut(&mut self) -> &mut S {
+        &mut self.self_attention
+    }
+
+    /// The encoder's memory.
+    pub fn cross_attention_cache(&self) -> &C {
+        &self.cross_attention
+    }
+
+    /// The encoder's memory, to be changed.
+    pub fn cross_attention_cache_mut(&mut self) -> &mut C {
+        &mut self.cross_attention
+    }
+
+    /// Whether the cross side of `layer_idx` was written through this cache since the last reset, so
+    /// that the encoder's K and V need not be computed again. Not where what was written is known to be
+    /// lost: with a pass that was dropped, say, after which [`view`](Self::view) is an error until a reset.
+    pub fn is_updated(&self, layer_idx: usize) -> bool {
+        self.updated.contains(&layer_idx) && self.cross_attention.view(layer_idx).is_ok()
+    }
+
+    fn side(&self, is_cross_attention: bool) -> &dyn KVCache {
+        if is_cross_attention { &self.cross_attention } else { &self.self_attention }
+    }
+
+    /// [`KVCache::update`] on one of the sides.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+        layer_idx: usize,
+        cache_position: CachePosition<'_>,
+        is_cross_attention: bool,
+    ) -> Result<LayerView<'_>> {
+        if !is_cross_attention {
+            let_go(&mut self.cross_attention);
+            return self.self_attention.update(pass, key, value, layer_idx, cache_position);
+        }
+        let_go(&mut self.self_attention);
+        let view = self.cross_attention.update(pass, key, value, layer_idx, cache_position)?;
+        self.updated.insert(layer_idx);
+        Ok(view)
+    }
+
+    /// [`KVCache::view`] of one of the sides.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn view(
+        &self,
+        layer_idx: usize,
+        is_cross_attention: bool,
+    ) -> Result<Option<LayerView<'_>>> {
+        self.side(is_cross_attention).view(layer_idx)
+    }
+
+    /// [`KVCache::get`] of one of the sides.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn get(
+        &self,
+        layer_idx: usize,
+        is_cross_attention: bool,
+    ) -> Result<Option<(HostTensor, HostTensor)>> {
+        self.side(is_cross_attention).get(layer_idx)
+    }
+
+    /// [`KVCache::get_seq_length`] of one of the sides.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn get_seq_length(&self, layer_idx: usize, is_cross_attention: bool) -> Result<usize> {
+        self.side(is_cross_attention).get_seq_length(layer_idx)
+    }
+}
+
+impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
+    fn reset(&mut self) {
+        self.self_attention.reset();
+        self.cross_attention.reset();
+        self.updated.clear();
+    }
+
+    fn crop(&mut self, max_length: usize) {
+        let_go(&mut self.cross_attention);
+        self.self_attention.crop(max_length);
+    }
+
+    fn truncate(&mut self, length: usize) {
+        let_go(&mut self.cross_attention);
+        self.self_attention.truncate(length);
+    }
+
+    fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
+        let prepared = self.self_attention.prepare_batch(change);
+        let prepared = prepared.and_then(|()| self.cross_attention.prepare_batch(change));
+        if prepared.is_err() {
+            let_go(&mut self.self_attention);
+            let_go(&mut self.cross_attention);
+        }
+        prepared
+    }
+
+    fn batch_select_indices(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        indices: &[u32],
+    ) -> Result<()> {
+        // Where it is prepared already, this only asks whether the sides are still whole.
+        self.prepare_batch(BatchChange::Select(indices))?;
+        self.self_attention.batch_select_indices(pass, indices)?;
+        self.cross_attention.batch_select_indices(pass, indices)
+    }
+
+    fn batch_repeat_interleave(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        repeats: usize,
+    ) -> Result<()> {
+        self.prepare_batch(BatchChange::Repeat(repeats))?;
+        self.self_attention.batch_repeat_interleave(pass, repeats)?;
+        self.cross_attention.batch_repeat_interleave(pass, repeats)
+    }
+
+    /// Room on the self-attention side.
+    fn reserve(&mut self, pass: &mut wgpu::ComputePass<'_>, tokens: usize) -> Result<()> {
+        let_go(&mut self.cross_attention);
+        self.self_attention.reserve(pass, tokens)
+    }
+
+    /// The bound of the self-attention side.
+    fn get_max_cache_shape(&self) -> Option<usize> {
+        self.self_attention.get_max_cache_shape()
+    }
+
+    fn stats(&self) -> Stats {
+        self.self_attention.stats() + self.cross_attention.stats()
+    }
+}
+
+/// Lets go of what a side has prepared: any call does, and this one does nothing else.
+fn let_go(side: &mut impl Cache) {
+    side.truncate(usize::MAX);
+}

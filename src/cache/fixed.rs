@@ -1,0 +1,49 @@
+//! The kind of fixed length and layer count.
+
+use crate::cache::kind::implement_cache;
+use crate::gpu::Gpu;
+use crate::storage::layers::Layers;
+use crate::storage::ring::{Growth, Ring};
+
+/// A cache of `num_layers` layers with room for `max_cache_len` tokens a row, allocated at a layer's
+/// first update. The buffers never change while the batch stays, so bind groups can be made once.
+///
+/// After a [`crop`](crate::Cache::crop) new tokens take the place of those that were dropped: the live
+/// tokens wrap around the end (see [`LayerView`](crate::LayerView)).
+///
+/// # Examples
+///
+/// ```
+/// use wgpu_kvcache::{Cache, CachePosition, Gpu, KVCache, StaticKVCache};
+///
+/// # fn main() -> Result<(), wgpu_kvcache::Error> {
+/// let gpu = Gpu::headless()?;
+/// let mut cache = StaticKVCache::new(&gpu, 4, 1);
+/// let row = gpu.upload(&[1.0_f32, 2.0, 3.0, 4.0], &[1, 1, 4, 1])?;
+/// let one = gpu.upload(&[5.0_f32], &[1, 1, 1, 1])?;
+/// gpu.submit_pass("fill", |pass| {
+///     cache.update(pass, &row.view(), &row.view(), 0, CachePosition::Append)?;
+///     // Full: the next token has no room, and nothing changes.
+///     assert!(cache.update(pass, &one.view(), &one.view(), 0, CachePosition::Append).is_err());
+///     cache.crop(3);
+///     cache.update(pass, &one.view(), &one.view(), 0, CachePosition::Append).map(|_| ())
+/// })?;
+/// let (key, _value) = cache.get(0)?.expect("layer 0 was written");
+/// assert_eq!(key.as_slice::<f32>()?, [2.0, 3.0, 4.0, 5.0]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct StaticKVCache {
+    layers: Layers<Ring>,
+}
+
+impl StaticKVCache {
+    /// An empty cache for `num_layers` layers of at most `max_cache_len` tokens a row.
+    pub fn new(gpu: &Gpu, max_cache_len: usize, num_layers: usize) -> Self {
+        let growth = Growth::Static { tokens: max_cache_len };
+        Self { layers: Layers::new(gpu, growth, Some(num_layers)) }
+    }
+}
+
+implement_cache!(StaticKVCache);

@@ -1,0 +1,98 @@
+//! What makes a type a kind of cache: [`Layers`](crate::storage::layers::Layers) in a field `layers`, under the
+//! policy that the kind chose. Everything that a cache is asked is answered by the layers.
+
+/// Implements the traits of a cache for a kind.
+macro_rules! implement_cache {
+    ($kind:ty) => {
+        impl crate::cache::Cache for $kind {
+            fn reset(&mut self) {
+                self.layers.reset();
+            }
+
+            fn crop(&mut self, max_length: usize) {
+                self.layers.crop(max_length);
+            }
+
+            fn truncate(&mut self, length: usize) {
+                self.layers.truncate(length);
+            }
+
+            fn prepare_batch(
+                &mut self,
+                change: crate::cache::BatchChange<'_>,
+            ) -> crate::error::Result<()> {
+                self.layers.prepare_batch(change)
+            }
+
+            fn batch_select_indices(
+                &mut self,
+                pass: &mut wgpu::ComputePass<'_>,
+                indices: &[u32],
+            ) -> crate::error::Result<()> {
+                self.layers.change_batch(pass, crate::cache::BatchChange::Select(indices))
+            }
+
+            fn batch_repeat_interleave(
+                &mut self,
+                pass: &mut wgpu::ComputePass<'_>,
+                repeats: usize,
+            ) -> crate::error::Result<()> {
+                self.layers.change_batch(pass, crate::cache::BatchChange::Repeat(repeats))
+            }
+
+            fn reserve(
+                &mut self,
+                pass: &mut wgpu::ComputePass<'_>,
+                tokens: usize,
+            ) -> crate::error::Result<()> {
+                self.layers.reserve(pass, tokens)
+            }
+
+            fn get_max_cache_shape(&self) -> Option<usize> {
+                self.layers.bound()
+            }
+
+            fn stats(&self) -> crate::cache::Stats {
+                self.layers.stats()
+            }
+        }
+
+        impl crate::cache::KVCache for $kind {
+            fn update(
+                &mut self,
+                pass: &mut wgpu::ComputePass<'_>,
+                key: &crate::tensor::TensorView<'_>,
+                value: &crate::tensor::TensorView<'_>,
+                layer_idx: usize,
+                cache_position: crate::host::position::CachePosition<'_>,
+            ) -> crate::error::Result<crate::view::LayerView<'_>> {
+                self.layers.update(pass, key, value, layer_idx, cache_position)
+            }
+
+            fn view(
+                &self,
+                layer_idx: usize,
+            ) -> crate::error::Result<Option<crate::view::LayerView<'_>>> {
+                self.layers.view(layer_idx)
+            }
+
+            fn get(
+                &self,
+                layer_idx: usize,
+            ) -> crate::error::Result<Option<(crate::tensor::HostTensor, crate::tensor::HostTensor)>>
+            {
+                self.layers.get(layer_idx)
+            }
+
+            fn get_async(&self, layer_idx: usize) -> crate::cache::GetFuture<'_> {
+                Box::pin(self.layers.get_async(layer_idx))
+            }
+
+            fn get_seq_length(&self, layer_idx: usize) -> crate::error::Result<usize> {
+                self.layers.seq_length(layer_idx)
+            }
+        }
+    };
+}
+
+pub(crate) use implement_cache;

@@ -1,0 +1,317 @@
+//! The contract: the traits [`Cache`] and [`KVCache`].
+
+pub(crate) mod dynamic;
+pub(crate) mod encoder_decoder;
+pub(crate) mod fixed;
+mod kind;
+pub(crate) mod paged;
+
+use std::future::Future;
+use std::pin::Pin;
+
+use crate::error::Result;
+use crate::host::position::CachePosition;
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::LayerView;
+
+/// What every cache can do, whatever its layers are for.
+///
+/// # How work reaches the GPU
+///
+/// Calls that write record compute dispatches into the caller's pass. Nothing is submitted, waited for
+/// or mapped. A call counts as done once it is recorded: lengths and views move on at once, and the GPU
+/// follows when the engine submits. So
+/// - passes must be submitted in the order in which they were recorded;
+/// - a pass must not be dropped, and its submit must not fail: if it is, or does, every later call answers
+///   [`Error::PassDropped`] until [`reset`](Cache::reset). A dropped pass is known at once. Of a failed submit
+///   wgpu says nothing but to the engine's own error handler, where there is one; the cache finds out at the
+///   next [`get`](KVCache::get);
+/// - a call leaves its own pipeline, bind groups 0 to 2 and immediates set in the pass; set yours again.
+///
+/// # Errors change nothing
+///
+/// Everything is checked and allocated before anything is recorded, for all layers. A call that returns
+/// an error has left the cache, on the host and the GPU, as it was.
+///
+/// Any call may answer [`Error::DeviceLost`] once the device is lost, and [`Error::Device`] where wgpu refuses
+/// to make something, such as the binding of a buffer that was destroyed.
+///
+/// # For implementers
+///
+/// `prepare_batch` must find every reason for which the change could fail. A cache made of several
+/// others ([`EncoderDecoderCache`](crate::EncoderDecoderCache)) prepares all of them before it
+/// changes one.
+///
+/// [`Error::Device`]: crate::Error::Device
+/// [`Error::DeviceLost`]: crate::Error::DeviceLost
+/// [`Error::PassDropped`]: crate::Error::PassDropped
+pub trait Cache {
+    /// Empties every layer and keeps the memory for reuse. A layer may have another shape afterwards.
+    fn reset(&mut self);
+
+    /// Keeps the latest `max_length` tokens of every layer: a sliding window. Moves no bytes. The
+    /// oldest token kept becomes position 0.
+    fn crop(&mut self, max_length: usize);
+
+    /// Keeps the first `length` tokens of every layer: the roll-back of speculative decoding. Moves no
+    /// bytes.
+    fn truncate(&mut self, length: usize);
+
+    /// Checks a change of the batch and allocates all that it needs, so that the same change, made
+    /// next, cannot fail for want of room. Alters nothing that can be seen. To prepare the same change again
+    /// keeps what was prepared; any other call that takes the cache mutably lets go of it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the change.
+    fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()>;
+
+    /// Makes new batch row `i` of every layer the old row `indices[i]`. The batch may shrink, grow and
+    /// repeat rows. Layers that were never written stay so, and take no part: their first update afterwards
+    /// must have as many rows as a layer that did, else it is refused ([`Error::BatchChanged`]) until a reset.
+    ///
+    /// In a ring ([`DynamicKVCache`](crate::DynamicKVCache), [`StaticKVCache`](crate::StaticKVCache)),
+    /// within the rows that a layer has memory for, the rows move in place, without scratch memory, and
+    /// rows that stay cost nothing. A larger batch goes into new buffers, and so does a change that moves
+    /// more than 8,192 rows. In a [`PagedKVCache`](crate::PagedKVCache) nothing moves.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoIndices`], [`Error::IndexOutOfRange`]; where the batch grows also
+    /// [`Error::LayerTooLarge`] and [`Error::OutOfMemory`]; for very many rows [`Error::ListTooLarge`].
+    ///
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::BatchChanged`]: crate::Error::BatchChanged
+    /// [`Error::NoIndices`]: crate::Error::NoIndices
+    /// [`Error::IndexOutOfRange`]: crate::Error::IndexOutOfRange
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn batch_select_indices(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        indices: &[u32],
+    ) -> Result<()>;
+
+    /// [`batch_select_indices`](Cache::batch_select_indices) under its beam-search name: row `i`
+    /// continues beam `beam_idx[i]`.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    fn reorder_cache(&mut self, pass: &mut wgpu::ComputePass<'_>, beam_idx: &[u32]) -> Result<()> {
+        self.batch_select_indices(pass, beam_idx)
+    }
+
+    /// Repeats each batch row of every layer `repeats` times in a row: [a, b] becomes [a, a, b, b] for
+    /// 2. Copies live tokens only, and in pages none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroRepeats`], [`Error::LayerTooLarge`] and [`Error::OutOfMemory`]; for very many rows
+    /// [`Error::ListTooLarge`] and [`Error::SizeOverflow`].
+    ///
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::SizeOverflow`]: crate::Error::SizeOverflow
+    /// [`Error::ZeroRepeats`]: crate::Error::ZeroRepeats
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn batch_repeat_interleave(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        repeats: usize,
+    ) -> Result<()>;
+
+    /// Makes room for `tokens` more tokens of each row, in every layer written so far: in all of them, or, with
+    /// an error, in none. For a step that must not run out of room at its seventh layer.
+    ///
+    /// After it, appends of up to `tokens` tokens a row in all do not fail for want of room in any of these
+    /// layers ([`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::SequenceTooLong`], and
+    /// [`Error::OutOfMemory`] for K, V and page tables), until the batch changes or the cache is reset.
+    /// [`crop`](Cache::crop) and [`truncate`](Cache::truncate) leave the room as it is.
+    ///
+    /// Where a layer needs new memory, a copy of its live tokens is recorded into `pass`. In pages, the copies
+    /// of shared pages that the appends will take are counted in. Changes nothing else: neither lengths nor
+    /// contents, nor the pages in use. Of an [`EncoderDecoderCache`](crate::EncoderDecoderCache) it concerns
+    /// the self-attention side.
+    ///
+    /// # Errors
+    ///
+    /// Those named above, and [`Error::PassDropped`]. A cache of one's own that does not have this method
+    /// answers [`Error::NotSupported`].
+    ///
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfPages`]: crate::Error::OutOfPages
+    /// [`Error::SequenceTooLong`]: crate::Error::SequenceTooLong
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    /// [`Error::PassDropped`]: crate::Error::PassDropped
+    /// [`Error::NotSupported`]: crate::Error::NotSupported
+    fn reserve(&mut self, pass: &mut wgpu::ComputePass<'_>, tokens: usize) -> Result<()> {
+        let _ = (pass, tokens);
+        Err(crate::Error::NotSupported { what: "reserve()" })
+    }
+
+    /// The most tokens that a row can hold, or `None` where there is no bound but the device's.
+    fn get_max_cache_shape(&self) -> Option<usize>;
+
+    /// What the cache has recorded and allocated since it was made. Cheap.
+    fn stats(&self) -> Stats;
+}
+
+/// A cache of K and V, layer by layer.
+///
+/// Shapes are (B, H, T, D): batch rows, K/V heads, tokens, elements a head. Layers may differ in H and
+/// D, and K and V in D. A layer's shape and type are set by its first update.
+pub trait KVCache: Cache {
+    /// Writes T new tokens of layer `layer_idx` and returns the layer's view.
+    ///
+    /// `key` and `value` are read where they lie, when the pass runs. Their bind group is kept where
+    /// the same buffers come again, which keeps these buffers alive until others take their place, or
+    /// until [`reset`](Cache::reset). In a steady loop a call creates nothing.
+    ///
+    /// # Errors
+    ///
+    /// - Shapes that disagree: [`Error::KeyValueShape`], [`Error::LayerShape`], [`Error::WrongDType`],
+    ///   [`Error::BatchChanged`].
+    /// - Inputs that a kernel cannot read: [`Error::OddHeadDim`], [`Error::InnerStride`],
+    ///   [`Error::Misaligned`], [`Error::BufferTooShort`], [`Error::MissingUsage`],
+    ///   [`Error::SourceTooLarge`], [`Error::SourceIsCache`], [`Error::OtherDevice`].
+    /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
+    ///   [`Error::SequenceTooLong`].
+    /// - A layer past those that the cache is made for: [`Error::LayerOutOfRange`].
+    /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::PoolTooLarge`],
+    ///   [`Error::ListTooLarge`], [`Error::OutOfMemory`].
+    ///
+    /// [`Error::BatchChanged`]: crate::Error::BatchChanged
+    /// [`Error::PoolTooLarge`]: crate::Error::PoolTooLarge
+    /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
+    /// [`Error::OtherDevice`]: crate::Error::OtherDevice
+    /// [`Error::OutOfPages`]: crate::Error::OutOfPages
+    /// [`Error::KeyValueShape`]: crate::Error::KeyValueShape
+    /// [`Error::LayerShape`]: crate::Error::LayerShape
+    /// [`Error::WrongDType`]: crate::Error::WrongDType
+    /// [`Error::OddHeadDim`]: crate::Error::OddHeadDim
+    /// [`Error::InnerStride`]: crate::Error::InnerStride
+    /// [`Error::Misaligned`]: crate::Error::Misaligned
+    /// [`Error::BufferTooShort`]: crate::Error::BufferTooShort
+    /// [`Error::MissingUsage`]: crate::Error::MissingUsage
+    /// [`Error::SourceTooLarge`]: crate::Error::SourceTooLarge
+    /// [`Error::SourceIsCache`]: crate::Error::SourceIsCache
+    /// [`Error::PositionCount`]: crate::Error::PositionCount
+    /// [`Error::PositionOutOfBounds`]: crate::Error::PositionOutOfBounds
+    /// [`Error::SequenceTooLong`]: crate::Error::SequenceTooLong
+    /// [`Error::LayerOutOfRange`]: crate::Error::LayerOutOfRange
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+        layer_idx: usize,
+        cache_position: CachePosition<'_>,
+    ) -> Result<LayerView<'_>>;
+
+    /// The layer's K and V as they lie on the GPU; `None` for a layer never written. Free.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for;
+    /// [`Error::PassDropped`](crate::Error::PassDropped) where what was written was lost with a pass.
+    fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>>;
+
+    /// Reads the live tokens of K and V back to the host; `None` for a layer never written.
+    ///
+    /// The only call that submits and waits. What is to be read must have been submitted. Waits for at
+    /// most two minutes. Blocks; in a browser use [`get_async`](KVCache::get_async).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSubmitted`] where recorded work has not been submitted, [`Error::PassDropped`] where it
+    /// never ran, [`Error::LayerOutOfRange`], [`Error::Readback`] and [`Error::OutOfMemory`].
+    ///
+    /// [`Error::NotSubmitted`]: crate::Error::NotSubmitted
+    /// [`Error::PassDropped`]: crate::Error::PassDropped
+    /// [`Error::LayerOutOfRange`]: crate::Error::LayerOutOfRange
+    /// [`Error::Readback`]: crate::Error::Readback
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>>;
+
+    /// As [`get`](KVCache::get), without blocking.
+    ///
+    /// The device must be polled for anything to arrive. In a browser that happens by itself. On native
+    /// backends the future polls it, without waiting, each time that it is polled itself, so callbacks of the
+    /// engine's may run there. It is woken when its bytes have arrived, if the engine polls the device
+    /// elsewhere, and otherwise by a thread of its own, up to once a millisecond.
+    fn get_async(&self, layer_idx: usize) -> GetFuture<'_>;
+
+    /// Live tokens; 0 for a layer never written.
+    ///
+    /// # Errors
+    ///
+    /// As for [`view`](KVCache::view).
+    fn get_seq_length(&self, layer_idx: usize) -> Result<usize>;
+}
+
+/// What [`KVCache::get_async`] returns.
+#[cfg(not(target_arch = "wasm32"))]
+pub type GetFuture<'a> =
+    Pin<Box<dyn Future<Output = Result<Option<(HostTensor, HostTensor)>>> + Send + 'a>>;
+/// What [`KVCache::get_async`] returns.
+#[cfg(target_arch = "wasm32")]
+pub type GetFuture<'a> =
+    Pin<Box<dyn Future<Output = Result<Option<(HostTensor, HostTensor)>>> + 'a>>;
+
+/// A change of the batch, as [`Cache::prepare_batch`] is told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchChange<'a> {
+    /// As [`Cache::batch_select_indices`].
+    Select(&'a [u32]),
+    /// As [`Cache::batch_repeat_interleave`].
+    Repeat(usize),
+}
+
+/// What a cache has done and what it holds. Counts are exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Dispatches recorded.
+    pub dispatches: u64,
+    /// Bytes of K and V that the recorded dispatches write.
+    pub bytes_moved: u64,
+    /// Buffers of K and V allocated now.
+    pub buffers: u64,
+    /// Bytes of K and V allocated now.
+    pub bytes_allocated: u64,
+    /// The most bytes of K and V that were allocated at one time.
+    pub peak_bytes_allocated: u64,
+    /// Bytes read back to the host.
+    pub bytes_read_back: u64,
+    /// Pages that rows of a layer refer to, in the layer where they are most; 0 for kinds without pages.
+    /// Layers that advance together have one page table, so this counts tokens, not layers.
+    pub pages_used: u64,
+    /// Those of them that several rows share.
+    pub pages_shared: u64,
+    /// Pages of that layer's pool that no row refers to.
+    pub pages_free: u64,
+    /// The most pages that were in use at one time.
+    pub peak_pages_used: u64,
+}
+
+impl std::ops::Add for Stats {
+    type Output = Self;
+
+    /// The statistics of two caches together; peaks are the sums of both peaks.
+    fn add(self, other: Self) -> Self {
+        Self {
+            dispatches: self.dispatches + other.dispatches,
+            bytes_moved: self.bytes_moved + other.bytes_moved,
+            buffers: self.buffers + other.buffers,
+            bytes_allocated: self.bytes_allocated + other.bytes_allocated,
+            peak_bytes_allocated: self.peak_bytes_allocated + other.peak_bytes_allocated,
+            bytes_read_back: self.bytes_read_back + other.bytes_read_back,
+            pages_used: self.pages_used + other.pages_used,
+            pages_shared: self.pages_shared + other.pages_shared,
+            pages_free: self.pages_free + other.pages_free,
+            peak_pages_used: self.peak_pages_used + other.peak_pages_used,
+        }
+    }
+}

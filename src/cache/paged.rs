@@ -1,0 +1,100 @@
+//! The kind whose rows share pages.
+
+use crate::cache::kind::implement_cache;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::storage::layers::Layers;
+use crate::storage::paging::{Paged, Paging};
+
+/// A cache whose batch rows share memory: beams and samples cost what they differ in.
+///
+/// Per layer K and V are pools of pages, [page, H, tokens of a page, D], and a table names the pages of
+/// each row. Repeating, selecting and reordering rows change the table and move no byte. A page that
+/// several rows name is copied when one of them writes into it, which is the partly filled last page of a
+/// row at most as long as rows are appended to. [`truncate`](crate::Cache::truncate) and
+/// [`crop`](crate::Cache::crop) give whole pages back; pages given back are used again. This is the scheme of
+/// vLLM's `PagedAttention` (Kwon et al., 2023).
+///
+/// Everything else is as in the other kinds, `get` included. An attention shader reads the view through
+/// the text of [`Layout::Paged`](crate::Layout::Paged), or is [`Attention`](crate::Attention).
+///
+/// # Examples
+///
+/// A prompt that is decoded once, and three continuations of it:
+///
+/// ```
+/// use wgpu_kvcache::{Cache, CachePosition, Gpu, KVCache, PagedKVCache};
+///
+/// # fn main() -> Result<(), wgpu_kvcache::Error> {
+/// let gpu = Gpu::headless()?;
+/// let mut cache = PagedKVCache::new(&gpu);
+/// let prompt = gpu.upload(&[1.0_f32; 40], &[1, 1, 40, 1])?;
+/// let next = gpu.upload(&[2.0_f32, 3.0, 4.0], &[3, 1, 1, 1])?;
+/// gpu.submit_pass("prompt and fork", |pass| {
+///     cache.update(pass, &prompt.view(), &prompt.view(), 0, CachePosition::Append)?;
+///     cache.batch_repeat_interleave(pass, 3)?; // three rows, still three pages of 16 tokens
+///     assert_eq!((cache.stats().pages_used, cache.stats().pages_shared), (3, 3));
+///     cache.update(pass, &next.view(), &next.view(), 0, CachePosition::Append).map(|_| ())
+/// })?;
+/// // Each row now has a last page of its own; the first two are still shared.
+/// assert_eq!((cache.stats().pages_used, cache.stats().pages_shared), (5, 2));
+/// let (key, _value) = cache.get(0)?.expect("layer 0 was written");
+/// assert_eq!(key.shape(), [3, 1, 41, 1]);
+/// assert_eq!(key.as_slice::<f32>()?[2 * 41 + 40], 4.0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct PagedKVCache {
+    layers: Layers<Paged>,
+}
+
+/// What a [`PagedKVCache`] is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagedOptions {
+    /// Tokens of a page: a power of two. Small pages share more, large ones have shorter tables.
+    pub page_tokens: usize,
+    /// The most pages of a layer. Its pool is then made at once, at the first update, as large as that or as
+    /// the device can bind, and its buffers stay the same while the layer's shape does, after a reset as before
+    /// it. `None` for a pool that grows, doubling.
+    pub max_pages: Option<usize>,
+    /// The most tokens of a row; `None` where only pages and the device bound it.
+    pub max_tokens: Option<usize>,
+    /// The number of layers; `None` for as many as are written.
+    pub num_layers: Option<usize>,
+}
+
+impl Default for PagedOptions {
+    /// Pages of 16 tokens, and no bounds.
+    fn default() -> Self {
+        Self { page_tokens: 16, max_pages: None, max_tokens: None, num_layers: None }
+    }
+}
+
+impl PagedKVCache {
+    /// An empty cache with pages of 16 tokens and a pool that grows.
+    pub fn new(gpu: &Gpu) -> Self {
+        Self::made(gpu, PagedOptions::default())
+    }
+
+    /// An empty cache.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PageSize`] where `page_tokens` is no power of two, or more than 2^31.
+    pub fn with_options(gpu: &Gpu, options: PagedOptions) -> Result<Self> {
+        let page_tokens = options.page_tokens;
+        if !page_tokens.is_power_of_two() || u32::try_from(page_tokens).is_err() {
+            return Err(Error::PageSize { page_tokens });
+        }
+        Ok(Self::made(gpu, options))
+    }
+
+    fn made(gpu: &Gpu, options: PagedOptions) -> Self {
+        let PagedOptions { page_tokens, max_pages, max_tokens, num_layers } = options;
+        let paging = Paging::new(page_tokens, max_pages, max_tokens);
+        Self { layers: Layers::new(gpu, paging, num_layers) }
+    }
+}
+
+implement_cache!(PagedKVCache);

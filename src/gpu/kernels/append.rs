@@ -1,0 +1,164 @@
+//! `shaders/append.wgsl`: new tokens into their slots, K and V in one dispatch.
+
+use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
+use crate::error::Result;
+use crate::gpu::Gpu;
+use crate::gpu::arena::Placed;
+use crate::host::position::Order;
+use crate::layout::Layout;
+use crate::tensor::Source;
+use crate::view::LayerView;
+
+pub(super) const SOURCE: super::Source = super::Source {
+    label: "kvcache append",
+    wgsl: include_str!("../../../shaders/append.wgsl"),
+    common: "",
+    writes: &[false, false, true, true],
+    constants: &["tile_units", "tile_threads", "tile_height", "is_bthd", "has_list", "is_single"],
+    layouts: &[Layout::Wrapped, Layout::Paged],
+    dtypes: &[],
+};
+
+/// Units that a thread takes, as in the shader.
+const UNITS_PER_THREAD: u32 = 4;
+
+/// What an append writes, and where.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AppendShape<'a> {
+    pub(crate) key: &'a Source,
+    pub(crate) value: &'a Source,
+    /// New tokens.
+    pub(crate) tokens: usize,
+    pub(crate) order: &'a Order,
+    /// The layer as it will be.
+    pub(crate) target: &'a LayerView<'a>,
+    /// What the target's pages and the order's list were put into, and where the list begins, in words.
+    pub(crate) lists: Option<(&'a Placed, u32)>,
+}
+
+impl Kernels {
+    /// Binds new K and V, and a layer's K and V, for any number of appends.
+    pub(crate) fn bind_append(
+        &self,
+        gpu: &Gpu,
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        self.append.bind(gpu, bindings)
+    }
+
+    pub(crate) fn append(
+        &self,
+        gpu: &Gpu,
+        bindings: wgpu::BindGroup,
+        shape: &AppendShape<'_>,
+    ) -> Result<Dispatch> {
+        let aligned = shape.key.is_vector_aligned() && shape.value.is_vector_aligned();
+        let unit = if aligned { Unit::Vector } else { Unit::Word };
+        let tokens = super::narrow(shape.tokens)?;
+        let view = shape.target;
+        let rows = super::narrow(view.batch.saturating_mul(view.heads))?;
+        let entries = shape.order.count(tokens);
+
+        let mut params = Vec::with_capacity(24);
+        params.extend(view.layout_words());
+        for source in [shape.key, shape.value] {
+            params.push(unit.count(source.offset)?);
+            for stride in source.strides {
+                params.push(unit.count(stride)?);
+            }
+        }
+        let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
+        let most_units = units[0].max(units[1]);
+        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
+        let is_bthd = shape.key.strides[1] < shape.key.strides[2] && entries <= limit;
+        let near = if is_bthd { super::narrow(view.heads)? } else { 1 };
+        let tile = Tile::new(most_units, near, entries, rows > limit);
+        let heads = super::narrow(view.heads)?;
+        let head_tiles = heads.div_ceil(tile.width());
+        let [x, y] = if tile.is_bthd {
+            [entries.div_ceil(tile.height), super::narrow(view.batch)?.saturating_mul(head_tiles)]
+        } else {
+            [entries.div_ceil(tile.width()), rows.div_ceil(tile.height)]
+        };
+        let sides = [x, y, most_units.div_ceil(tile.units)].map(u64::from);
+        params.extend([units[0], units[1], rows, entries, head_tiles]);
+        let (list, list_at) = shape.lists.unzip();
+        params.extend(match shape.order {
+            Order::Run { first, zeros } => [*first, *zeros, 0, 0],
+            Order::List(list) => {
+                let stride = if list.per_row { super::narrow(list.stride())? } else { 0 };
+                [list.len, list.named, list_at.unwrap_or(0), stride]
+            }
+        });
+
+        let layout = if view.pages.is_some() { Layout::Paged } else { Layout::Wrapped };
+        let has_list = matches!(shape.order, Order::List(_));
+        let [is_bthd, has_list, is_single] = [tile.is_bthd, has_list, entries == 1].map(u32::from);
+        let variant = Variant {
+            unit,
+            layout: Some(layout),
+            constants: [tile.units, tile.threads, tile.height, is_bthd, has_list, is_single],
+            ..Variant::default()
+        };
+        self.append.prepare_sides(gpu, variant, bindings, list.cloned(), &params, sides)
+    }
+}
+
+/// What a workgroup takes.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    /// Units of a head: a power of two.
+    units: u32,
+    /// Threads along the units of what lies side by side: a multiple of `units`, and a power of two.
+    threads: u32,
+    /// Rows or, if `is_bthd`, tokens.
+    height: u32,
+    /// Whether the heads of a token lie side by side, not the tokens of a row.
+    is_bthd: bool,
+}
+
+impl Tile {
+    /// As long as the `near` heads that lie side by side where there are several, else as long as it can be;
+    /// of few tokens, or where there are very many rows, as high as it can be. It hangs on no length but on
+    /// its being more than four: each is a pipeline of its own.
+    fn new(units: u32, near: u32, entries: u32, is_high: bool) -> Self {
+        let units = units.next_power_of_two().min(WORKGROUP);
+        let is_high = is_high || entries <= UNITS_PER_THREAD;
+        let is_bthd = near > 1 && !is_high;
+        let threads = if is_high {
+            units
+        } else if is_bthd {
+            let long = near.saturating_mul(units).div_ceil(UNITS_PER_THREAD);
+            long.min(WORKGROUP).next_power_of_two().max(units)
+        } else {
+            WORKGROUP
+        };
+        Self { units, threads, height: WORKGROUP / threads, is_bthd }
+    }
+
+    /// Tokens of a row, or heads of a token.
+    fn width(self) -> u32 {
+        UNITS_PER_THREAD * self.threads / self.units
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tile_is_within_webgpu_and_never_empty() {
+        for units in 1..=600 {
+            for near in [1, 2, 3, 8, 9, 129, 300] {
+                for (entries, is_high) in [(1, false), (4, false), (5, false), (1000, true)] {
+                    let tile = Tile::new(units, near, entries, is_high);
+                    let context = format!("{units} {near} {entries}: {tile:?}");
+                    assert_eq!(tile.threads * tile.height, WORKGROUP, "{context}");
+                    assert!(tile.threads.is_multiple_of(tile.units), "{context}");
+                    assert!(tile.units >= units.min(WORKGROUP), "{context}");
+                }
+            }
+        }
+    }
+}

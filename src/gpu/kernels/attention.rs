@@ -1,0 +1,258 @@
+//! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
+
+use super::{Dispatch, Kernels, Unit, Variant};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::gpu::Gpu;
+use crate::layout::Layout;
+use crate::tensor::Source;
+use crate::view::LayerView;
+
+pub(super) const SOURCE: super::Source = super::Source {
+    label: "kvcache attention",
+    wgsl: include_str!("../../../shaders/attention.wgsl"),
+    common: "",
+    writes: &[false, false, false, true],
+    constants: &["threads", "fours", "is_alone", "masking", "has_rest", "is_pooled"],
+    layouts: &Layout::ALL,
+    dtypes: &[DType::F32, DType::F16, DType::BF16],
+};
+
+pub(super) const COMBINE: super::Source = super::Source {
+    label: "kvcache attention combine",
+    wgsl: include_str!("../../../shaders/attention_combine.wgsl"),
+    common: "",
+    writes: &[false, true],
+    constants: &[],
+    layouts: &[],
+    dtypes: &[],
+};
+
+/// Query rows of a workgroup, as in the shader.
+pub(crate) const ROWS: usize = 4;
+
+/// How a head is spread over a workgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Spread {
+    threads: u32,
+    /// Threads along a head.
+    slices: u32,
+    /// Fours of quads that a thread holds.
+    fours: u32,
+    /// Whether a thread holds whole heads, and runs of tokens.
+    is_alone: bool,
+}
+
+impl Spread {
+    /// A GPU has registers for a four of quads. A CPU holds more, if they are read as vectors: word by word
+    /// the code would be long, and take long to compile.
+    fn new(quads: u32, unit: Unit, is_cpu: bool) -> Self {
+        if is_cpu && unit == Unit::Vector && quads <= 16 {
+            let fours = quads.div_ceil(4).next_power_of_two();
+            return Self { threads: 16, slices: 1, fours, is_alone: true };
+        }
+        let fours = if is_cpu && unit == Unit::Vector { 2 } else { 1 };
+        let slices = quads.div_ceil(4 * fours).next_power_of_two();
+        Self { threads: 128, slices, fours, is_alone: false }
+    }
+}
+
+/// Rounds of a workgroup's loop over tokens at most, those of loops in it included: Mesa's llvmpipe ends the
+/// loops of an invocation without a word after 65,535 rounds, all of them counted together. The loops that
+/// put lanes together take up to 1,500.
+const MOST_ROUNDS: usize = 60_000;
+
+impl Spread {
+    /// Of a view.
+    fn of(view: &LayerView<'_>, is_cpu: bool) -> Self {
+        let most = view.key_dim.max(view.value_dim).min(MOST_DIM);
+        let quads = u32::try_from(most.div_ceil(4)).expect("a head is small");
+        Self::new(quads, unit_of(view), is_cpu)
+    }
+
+    /// Tokens of a split that a workgroup can go through.
+    fn most_tokens(self) -> usize {
+        let lanes = (self.threads / self.slices) as usize;
+        if self.is_alone {
+            lanes * MOST_ROUNDS
+        } else {
+            // The slices of a lane add up their scores in a loop of their own.
+            4 * lanes * (MOST_ROUNDS / (1 + self.slices as usize))
+        }
+    }
+}
+
+/// What K and V of a view are read in.
+fn unit_of(view: &LayerView<'_>) -> Unit {
+    let is_whole = [view.key_dim, view.value_dim].iter().all(|dim| dim % 4 == 0);
+    if is_whole { Unit::Vector } else { Unit::Word }
+}
+
+/// Splits of a view's tokens that there are at least.
+pub(crate) fn least_splits(view: &LayerView<'_>, is_cpu: bool) -> usize {
+    view.len.div_ceil(Spread::of(view, is_cpu).most_tokens())
+}
+
+/// Elements a head at most: what leaves four lanes or more for each part of a sum.
+pub(crate) const MOST_DIM: usize = 256;
+
+/// What attention reads and writes, and how it is split.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionShape<'a> {
+    pub(crate) view: &'a LayerView<'a>,
+    /// q and the output, [B, Hq, Tq, D].
+    pub(crate) query: &'a Source,
+    pub(crate) output: &'a Source,
+    /// Query heads of a K/V head.
+    pub(crate) group: usize,
+    /// New tokens of a batch row.
+    pub(crate) tokens: usize,
+    /// Tokens of a split, and how many splits there are.
+    pub(crate) split: usize,
+    pub(crate) splits: usize,
+    pub(crate) scale: f32,
+    pub(crate) is_causal: bool,
+    /// Whether it is a CPU that runs the kernel.
+    pub(crate) is_cpu: bool,
+    /// Whether q is read from the buffer that the kernel writes, in the window of that.
+    pub(crate) is_pooled: bool,
+}
+
+impl Kernels {
+    /// Binds q, K, V and the result for any number of calls. If q is pooled with the result, which is bound
+    /// once then, K stands in its place.
+    pub(crate) fn bind_attention(
+        &self,
+        gpu: &Gpu,
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        self.attention.bind(gpu, bindings)
+    }
+
+    /// Binds partial results and the output for any number of calls.
+    pub(crate) fn bind_attention_combine(
+        &self,
+        gpu: &Gpu,
+        bindings: &[wgpu::BufferBinding<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        self.attention_combine.bind(gpu, bindings)
+    }
+
+    pub(crate) fn attention(
+        &self,
+        gpu: &Gpu,
+        bindings: wgpu::BindGroup,
+        shape: &AttentionShape<'_>,
+    ) -> Result<Dispatch> {
+        let view = shape.view;
+        let dims = [view.key_dim, view.value_dim];
+        let unit = unit_of(view);
+        let unit_bytes = match unit {
+            Unit::Vector => 4 * view.dtype.size(),
+            Unit::Word => 4,
+        };
+        let spread = Spread::of(view, shape.is_cpu);
+        let mut params = view.layout_words().to_vec();
+        params.extend(rows(shape.query)?);
+        params.extend(rows(shape.output)?);
+        for dim in dims {
+            params.push(super::narrow(dim * view.dtype.size() / unit_bytes)?);
+        }
+        for count in [
+            view.value_dim.div_ceil(4),
+            shape.group,
+            shape.tokens,
+            spread.slices as usize,
+            shape.split,
+            shape.splits,
+            view.batch,
+        ] {
+            params.push(super::narrow(count)?);
+        }
+        params.extend([shape.scale.to_bits(), u32::from(shape.is_causal)]);
+        let variant = Variant {
+            unit,
+            layout: Some(view.layout()),
+            dtype: Some(view.dtype),
+            constants: [
+                spread.threads,
+                spread.fours,
+                u32::from(spread.is_alone),
+                masking(shape) as u32,
+                u32::from(16 * spread.fours * spread.slices > view.layout_words()[1]),
+                u32::from(shape.is_pooled),
+            ],
+        };
+        let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
+        // Of a long prompt there are more tiles than a side may have: then they go on along the third.
+        let limit = gpu.limits().max_compute_workgroups_per_dimension as usize;
+        let layers = tiles.div_ceil(limit);
+        let sides = [tiles.div_ceil(layers), view.batch * view.heads, shape.splits * layers];
+        let groups = sides.map(|side| side as u64);
+        let table = view.pages.map(|pages| pages.placed.clone());
+        self.attention.prepare_sides(gpu, variant, bindings, table, &params, groups)
+    }
+
+    pub(crate) fn attention_combine(
+        &self,
+        gpu: &Gpu,
+        bindings: wgpu::BindGroup,
+        shape: &AttentionShape<'_>,
+    ) -> Result<Dispatch> {
+        let view = shape.view;
+        let all = view.batch * view.heads * shape.group * shape.tokens;
+        let mut params = rows(shape.output)?.to_vec();
+        for count in [view.value_dim, view.heads, shape.group, shape.tokens, shape.splits, all] {
+            params.push(super::narrow(count)?);
+        }
+        let limit = u64::from(gpu.limits().max_compute_workgroups_per_dimension);
+        let groups = [(all as u64).min(limit), 1, 1];
+        let variant = Variant::default();
+        self.attention_combine.prepare_sides(gpu, variant, bindings, None, &params, groups)
+    }
+}
+
+/// How V of a token that a row does not see is kept out of the row's sums, as in the shader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Masking {
+    AllRows = 0,
+    SomeRounds = 1,
+    EveryRound = 2,
+}
+
+fn masking(shape: &AttentionShape<'_>) -> Masking {
+    match (shape.is_cpu, shape.is_causal && shape.tokens > 1) {
+        (false, _) => Masking::SomeRounds,
+        (true, true) => Masking::EveryRound,
+        (true, false) => Masking::AllRows,
+    }
+}
+
+/// A checked view of f32 as a kernel reads it: offset and strides along (B, H, T), in elements.
+fn rows(source: &Source) -> Result<[u32; 4]> {
+    let count = |bytes: u64| Unit::Word.count(bytes);
+    let [b, h, t] = source.strides;
+    Ok([count(source.offset)?, count(b)?, count(h)?, count(t)?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_of_any_size_is_spread_over_whole_parts() {
+        for dim in 1..=MOST_DIM {
+            for (unit, is_cpu) in
+                Unit::ALL.into_iter().flat_map(|unit| [(unit, false), (unit, true)])
+            {
+                let quads = u32::try_from(dim.div_ceil(4)).expect("few");
+                let Spread { threads, slices, fours, is_alone } = Spread::new(quads, unit, is_cpu);
+                assert!(4 * fours * slices >= quads && [1, 2, 4].contains(&fours), "{dim}");
+                assert!(!is_alone || slices == 1, "{dim}");
+                // Each quad that is told has a thread or more to add it up.
+                let told = if threads <= 32 { 16 } else { 4 } * slices;
+                assert!(threads % told == 0 && slices.is_power_of_two(), "{dim}");
+            }
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! The kernels, a file each, and what they share: variants, parameters, and a dispatch ready to record.
+
+mod append;
+mod attention;
+mod collect;
+mod gather;
+mod limits;
+mod repeat_interleave;
+mod variant;
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub(crate) use append::AppendShape;
+pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS, least_splits};
+pub(crate) use gather::GatherShape;
+pub(crate) use limits::check_limits;
+pub(crate) use repeat_interleave::CopyShape;
+pub(crate) use variant::Unit;
+use variant::{ParamsPath, Variant};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::arena::{Bound, Layouts, Lease, PARAMS_BYTES, Placed};
+use crate::gpu::device::DeviceHandle;
+use crate::gpu::ledger::Ledger;
+use crate::gpu::witness::Witness;
+use crate::layout::Layout;
+
+/// Invocations of a workgroup: what every WebGPU device allows.
+pub(crate) const WORKGROUP: u32 = 256;
+
+/// Row moves of a dispatch at most. Mesa's llvmpipe ends the loops of an invocation without a word after
+/// 65,535 rounds, all of them counted together, and a move takes up to two.
+pub(crate) const MOST_MOVES: usize = 8192;
+
+/// All kernels of a device.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    pub(crate) layouts: Layouts,
+    append: Kernel,
+    attention: Kernel,
+    attention_combine: Kernel,
+    gather: Kernel,
+    collect: Kernel,
+    repeat_interleave: Kernel,
+}
+
+impl Kernels {
+    pub(crate) fn new(handle: &DeviceHandle) -> Result<Self> {
+        handle.checked("kvcache kernels", 0, |device| Self::new_unchecked(handle, device))
+    }
+
+    fn new_unchecked(handle: &DeviceHandle, device: &wgpu::Device) -> Self {
+        let path = if handle.device.features().contains(wgpu::Features::IMMEDIATES)
+            && handle.limits.max_immediate_size >= PARAMS_BYTES
+        {
+            ParamsPath::Immediate
+        } else {
+            ParamsPath::Uniform
+        };
+        let layouts = Layouts {
+            lists: bind_layout(device, "kvcache lists", &[storage(0, true)]),
+            witnessed: bind_layout(
+                device,
+                "kvcache lists and witness",
+                &[storage(0, true), witness(1)],
+            ),
+            params: bind_layout(device, "kvcache parameters", &[uniform(0)]),
+        };
+        let kernel = |source: &'static Source| Kernel::new(device, &layouts, path, source);
+        Self {
+            append: kernel(&append::SOURCE),
+            attention: kernel(&attention::SOURCE),
+            attention_combine: kernel(&attention::COMBINE),
+            gather: kernel(&gather::SOURCE),
+            collect: kernel(&collect::SOURCE),
+            repeat_interleave: kernel(&repeat_interleave::SOURCE),
+            layouts,
+        }
+    }
+}
+
+/// A kernel as it stands in `shaders/`.
+#[derive(Debug)]
+pub(crate) struct Source {
+    label: &'static str,
+    wgsl: &'static str,
+    /// A text that it has in common with other kernels, joined to its own; empty where it has all itself.
+    common: &'static str,
+    /// Which bindings of group 0 are written; they are numbered in order.
+    writes: &'static [bool],
+    /// The names of its pipeline constants.
+    constants: &'static [&'static str],
+    /// The layouts that it is joined with; none where it knows its own. For the tests.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tells the tests which variants there are"))]
+    layouts: &'static [Layout],
+    /// The element types that it is joined with; none where it moves bits.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tells the tests which variants there are"))]
+    dtypes: &'static [DType],
+}
+
+impl Source {
+    /// Whether the kernel writes K or V of a cache, and counts in the cache's witness that it has run.
+    fn is_witnessed(&self) -> bool {
+        self.wgsl.contains(" witness: atomic<u32>;")
+    }
+}
+
+/// Every kernel.
+#[cfg(test)]
+const SOURCES: [&Source; 6] = [
+    &append::SOURCE,
+    &attention::SOURCE,
+    &attention::COMBINE,
+    &gather::SOURCE,
+    &repeat_interleave::SOURCE,
+    &collect::SOURCE,
+];
+
+/// A kernel with its variants, each compiled when it is first used.
+#[derive(Debug)]
+struct Kernel {
+    source: &'static Source,
+    /// Whether it counts in a cache's witness that it has run.
+    is_witnessed: bool,
+    path: ParamsPath,
+    bindings: wgpu::BindGroupLayout,
+    pipeline_layout: wgpu::PipelineLayout,
+    pipelines: Mutex<HashMap<Variant, wgpu::ComputePipeline>>,
+}
+
+impl Kernel {
+    fn new(
+        device: &wgpu::Device,
+        layouts: &Layouts,
+        path: ParamsPath,
+        source: &'static Source,
+    ) -> Self {
+        let entries: Vec<_> =
+            (0..).zip(source.writes).map(|(binding, &writes)| storage(binding, !writes)).collect();
+        let bindings = bind_layout(device, source.label, &entries);
+        let (params, immediate_size) = match path {
+            ParamsPath::Immediate => (None, PARAMS_BYTES),
+            ParamsPath::Uniform => (Some(&layouts.params), 0),
+        };
+        let is_witnessed = source.is_witnessed();
+        let lists = if is_witnessed { &layouts.witnessed } else { &layouts.lists };
+        let groups = [Some(&bindings), Some(lists), params];
+        let used = if params.is_some() { 3 } else { 2 };
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(source.label),
+            bind_group_layouts: &groups[..used],
+            immediate_size,
+        });
+        let pipelines = Mutex::default();
+        Self { source, is_witnessed, path, bindings, pipeline_layout, pipelines }
+    }
+
+    fn pipelines(&self) -> MutexGuard<'_, HashMap<Variant, wgpu::ComputePipeline>> {
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_compiled(&self, variant: &Variant) -> bool {
+        self.pipelines().contains_key(variant)
+    }
+
+    /// The pipeline of a variant, compiled where it is not yet. One that does not compile is not kept.
+    fn pipeline(&self, gpu: &Gpu, variant: Variant) -> Result<wgpu::ComputePipeline> {
+        match self.pipelines().entry(variant) {
+            Entry::Occupied(compiled) => Ok(compiled.get().clone()),
+            Entry::Vacant(place) => {
+                let make = |device: &wgpu::Device| self.compile(device, variant);
+                Ok(place.insert(gpu.handle().checked(self.source.label, 0, make)?).clone())
+            }
+        }
+    }
+
+    fn compile(&self, device: &wgpu::Device, variant: Variant) -> wgpu::ComputePipeline {
+        let label = Some(self.source.label);
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label,
+            source: wgpu::ShaderSource::Wgsl(variant.text(self.source, self.path).into()),
+        });
+        let values = variant.constants.map(f64::from);
+        let constants: Vec<(&str, f64)> =
+            self.source.constants.iter().copied().zip(values).collect();
+        device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&self.pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &constants,
+                // Kernels write what threads share before they read it, and on some backends a single
+                // thread of each workgroup would write the zeros.
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        })
+    }
+
+    fn bind(&self, gpu: &Gpu, resources: &[wgpu::BufferBinding<'_>]) -> Result<wgpu::BindGroup> {
+        gpu.handle().bind(self.source.label, &self.bindings, resources)
+    }
+
+    /// Makes a dispatch of numbered workgroups ready.
+    fn prepare(
+        &self,
+        gpu: &Gpu,
+        variant: Variant,
+        bindings: wgpu::BindGroup,
+        list: Option<Placed>,
+        params: &[u32],
+        workgroups: u64,
+    ) -> Result<Dispatch> {
+        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        let Some(sides) = grid(workgroups, limit) else {
+            let (what, needed) = (self.source.label, workgroups);
+            return Err(Error::TooManyWorkgroups { what, needed, limit });
+        };
+        self.prepare_sides(gpu, variant, bindings, list, params, sides.map(u64::from))
+    }
+
+    /// Makes a dispatch ready: everything that can fail happens here, so that recording cannot.
+    fn prepare_sides(
+        &self,
+        gpu: &Gpu,
+        variant: Variant,
+        bindings: wgpu::BindGroup,
+        list: Option<Placed>,
+        params: &[u32],
+        sides: [u64; 3],
+    ) -> Result<Dispatch> {
+        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        let mut workgroups = [0_u32; 3];
+        for (checked, needed) in workgroups.iter_mut().zip(sides) {
+            *checked = u32::try_from(needed)
+                .ok()
+                .filter(|&needed| needed <= limit)
+                .ok_or(Error::TooManyWorkgroups { what: self.source.label, needed, limit })?;
+        }
+        let params = match self.path {
+            ParamsPath::Immediate => Params::Immediate(bytemuck::cast_slice(params).to_vec()),
+            ParamsPath::Uniform => Params::Uniform(gpu.place(params)?),
+        };
+        let (lists, list_lease) = match list {
+            Some(placed) => (placed.bound, Some(placed.lease)),
+            None => (Arc::clone(gpu.unused_list()), None),
+        };
+        Ok(Dispatch {
+            pipeline: self.pipeline(gpu, variant)?,
+            bindings,
+            lists,
+            list_lease,
+            is_witnessed: self.is_witnessed,
+            params,
+            workgroups,
+        })
+    }
+}
+
+#[derive(Debug)]
+enum Params {
+    Immediate(Vec<u8>),
+    Uniform(Placed),
+}
+
+/// A checked dispatch with all that it needs, ready to be recorded.
+#[derive(Debug)]
+#[must_use = "nothing happens until the dispatch is recorded"]
+pub(crate) struct Dispatch {
+    pipeline: wgpu::ComputePipeline,
+    bindings: wgpu::BindGroup,
+    lists: Arc<Bound>,
+    list_lease: Option<Lease>,
+    is_witnessed: bool,
+    params: Params,
+    workgroups: [u32; 3],
+}
+
+impl Dispatch {
+    /// Records the dispatch as a call of its own, which keeps `leases` until it has run. Cannot fail.
+    pub(crate) fn record(
+        self,
+        pass: &mut wgpu::ComputePass<'_>,
+        ledger: &Ledger,
+        mut leases: Vec<Lease>,
+    ) {
+        self.record_part(pass, None, &mut leases);
+        ledger.record(pass, leases);
+    }
+
+    /// Records the dispatch, which counts in `witness`, and notes in `leases` what it reads. Cannot fail.
+    pub(crate) fn record_part(
+        self,
+        pass: &mut wgpu::ComputePass<'_>,
+        witness: Option<&Witness>,
+        leases: &mut Vec<Lease>,
+    ) {
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.bindings, &[]);
+        if self.is_witnessed {
+            // The first word of the first page is nobody's.
+            let (page, offset) = witness.map_or((0, 0), Witness::binding);
+            pass.set_bind_group(1, &self.lists.witnessed(page), &[offset]);
+        } else {
+            pass.set_bind_group(1, &self.lists.lists, &[]);
+        }
+        leases.extend(self.list_lease);
+        match self.params {
+            Params::Immediate(bytes) => {
+                pass.set_immediates(0, &bytes);
+            }
+            Params::Uniform(placed) => {
+                pass.set_bind_group(2, &placed.bound.params, &[placed.offset]);
+                leases.push(placed.lease);
+            }
+        }
+        let [x, y, z] = self.workgroups;
+        pass.dispatch_workgroups(x, y, z);
+    }
+}
+
+fn storage(binding: u32, read_only: bool) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only },
+            has_dynamic_offset: false,
+            min_binding_size: None,
+        },
+        count: None,
+    }
+}
+
+/// One word, at a dynamic offset.
+fn witness(binding: u32) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only: false },
+            has_dynamic_offset: true,
+            min_binding_size: wgpu::BufferSize::new(4),
+        },
+        ..storage(binding, false)
+    }
+}
+
+fn uniform(binding: u32) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Uniform,
+            has_dynamic_offset: true,
+            min_binding_size: wgpu::BufferSize::new(u64::from(PARAMS_BYTES)),
+        },
+        count: None,
+    }
+}
+
+fn bind_layout(
+    device: &wgpu::Device,
+    label: &str,
+    entries: &[wgpu::BindGroupLayoutEntry],
+) -> wgpu::BindGroupLayout {
+    device
+        .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(label), entries })
+}
+
+/// Spreads workgroups, which a kernel numbers in 32 bits, over three dimensions; a few more where that does
+/// not come out even. `None` where they are too many.
+fn grid(workgroups: u64, limit: u32) -> Option<[u32; 3]> {
+    let total = u32::try_from(workgroups).ok()?.max(1);
+    let rest = total.div_ceil(limit);
+    let z = rest.div_ceil(limit);
+    // No longer than they must be: so the three hold few more than the total.
+    let y = rest.div_ceil(z);
+    let x = u64::from(total).div_ceil(u64::from(y) * u64::from(z));
+    let x = u32::try_from(x).ok()?;
+    // The last number, of those that are too many, must not begin again at zero.
+    let numbered = u64::from(x) * u64::from(y) * u64::from(z) <= u64::from(u32::MAX);
+    (z <= limit && numbered).then_some([x, y, z])
+}
+
+/// A count that a kernel is told, in 32 bits.
+fn narrow(count: usize) -> Result<u32> {
+    u32::try_from(count).map_err(|_| Error::too_many("count that a kernel is told", count as u64))
+}
+
+/// The whole of a cache buffer, as a binding.
+fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
+    buffer.as_entire_buffer_binding()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::grid;
+
+    #[test]
+    fn a_grid_holds_what_is_asked_for_within_its_limit() {
+        for limit in [1, 2, 3, 7, 65_535] {
+            for total in (0..=70).chain([65_535, 65_536, 65_537, 1 << 20, (1 << 31) + 1]) {
+                match grid(total, limit) {
+                    Some(sides) => {
+                        let held: u64 = sides.iter().map(|&side| u64::from(side)).product();
+                        assert!(held >= total && sides.iter().all(|&n| (1..=limit).contains(&n)));
+                        assert!(held <= u64::from(u32::MAX));
+                    }
+                    None => assert!(total > u64::from(limit).pow(3)),
+                }
+            }
+        }
+        assert_eq!(grid(1 << 32, 65_535), None);
+    }
+}

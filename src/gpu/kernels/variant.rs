@@ -1,0 +1,213 @@
+//! The forms that a kernel's text takes.
+
+use super::Source;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+
+/// What a thread moves at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Unit {
+    /// 16 bytes: `vec4<u32>`.
+    #[default]
+    Vector,
+    /// 4 bytes: `u32`, for rows that are no multiple of 16 bytes.
+    Word,
+}
+
+impl Unit {
+    #[cfg(test)]
+    pub(super) const ALL: [Self; 2] = [Self::Vector, Self::Word];
+
+    pub(crate) const fn bytes(self) -> u64 {
+        match self {
+            Self::Vector => 16,
+            Self::Word => 4,
+        }
+    }
+
+    /// The widest unit that rows of these many bytes are a multiple of.
+    pub(crate) fn for_rows(row_bytes: [u64; 2]) -> Self {
+        if row_bytes.iter().all(|bytes| bytes % 16 == 0) { Self::Vector } else { Self::Word }
+    }
+
+    /// A byte count, in units. Sizes are checked against the device's limits before they get here.
+    pub(crate) fn count(self, bytes: u64) -> Result<u32> {
+        let units = bytes / self.bytes();
+        u32::try_from(units).map_err(|_| Error::too_many("offset or stride, in units", units))
+    }
+}
+
+/// How parameters reach a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ParamsPath {
+    /// `var<immediate>`: recorded with the dispatch.
+    Immediate,
+    /// `var<uniform>` in the arena, at a dynamic offset: for devices without immediates.
+    Uniform,
+}
+
+#[cfg(test)]
+impl ParamsPath {
+    const ALL: [Self; 2] = [Self::Uniform, Self::Immediate];
+}
+
+/// Which of its forms a kernel takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Variant {
+    pub(crate) unit: Unit,
+    /// For kernels that are joined with one.
+    pub(crate) layout: Option<Layout>,
+    /// For kernels that read elements.
+    pub(crate) dtype: Option<DType>,
+    /// Values of the kernel's pipeline constants, in its order.
+    pub(crate) constants: [u32; 6],
+}
+
+impl Variant {
+    /// The WGSL of a kernel in this form.
+    pub(crate) fn text(&self, source: &Source, path: ParamsPath) -> String {
+        let mut text = source.wgsl.to_owned() + source.common;
+        if self.unit == Unit::Word {
+            text = text.replace("alias Unit = vec4<u32>;", "alias Unit = u32;");
+        }
+        if path == ParamsPath::Immediate {
+            text = text.replace(
+                "@group(2) @binding(0) var<uniform> params: Params;",
+                "var<immediate> params: Params;",
+            );
+        }
+        if let Some(dtype) = self.dtype {
+            text.push_str(match dtype {
+                DType::F32 => include_str!("../../../shaders/element/f32.wgsl"),
+                DType::F16 => include_str!("../../../shaders/element/f16.wgsl"),
+                DType::BF16 => include_str!("../../../shaders/element/bf16.wgsl"),
+            });
+            text.push_str(match self.unit {
+                Unit::Vector => include_str!("../../../shaders/element/vectors.wgsl"),
+                Unit::Word => include_str!("../../../shaders/element/words.wgsl"),
+            });
+        }
+        if let Some(layout) = self.layout {
+            text.push_str(layout.wgsl());
+            if layout == Layout::Paged {
+                text.push_str("fn kv_table(i: u32) -> u32 {\n    return lists[i];\n}\n");
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn some_or_none<T: Copy>(all: &[T]) -> Vec<Option<T>> {
+        if all.is_empty() { vec![None] } else { all.iter().copied().map(Some).collect() }
+    }
+
+    /// Every form of every kernel that a device can be given, with its name.
+    fn all() -> Vec<(String, String, ParamsPath)> {
+        let mut all = Vec::new();
+        for source in super::super::SOURCES {
+            let has_units = source.wgsl.contains("Unit");
+            for unit in Unit::ALL.into_iter().take(if has_units { 2 } else { 1 }) {
+                for layout in some_or_none(source.layouts) {
+                    for dtype in some_or_none(source.dtypes) {
+                        for path in ParamsPath::ALL {
+                            let variant = Variant { unit, layout, dtype, ..Variant::default() };
+                            let name = format!("{}, {variant:?}, {path:?}", source.label);
+                            all.push((name, variant.text(source, path), path));
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Within what WebGPU's baseline has; immediates are only used where the device has them.
+    #[test]
+    fn every_variant_is_valid_for_the_baseline() {
+        use naga::valid::{Capabilities, ValidationFlags, Validator};
+        for (name, text, path) in all() {
+            // `unpack2x16float` is a part of WGSL that naga lists as optional, for old GL.
+            let baseline = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+            let capabilities = match path {
+                ParamsPath::Uniform => baseline,
+                ParamsPath::Immediate => baseline | Capabilities::IMMEDIATES,
+            };
+            let module = naga::front::wgsl::parse_str(&text)
+                .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(&text)));
+            Validator::new(ValidationFlags::all(), capabilities)
+                .validate(&module)
+                .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+            let storage = module
+                .global_variables
+                .iter()
+                .filter(|(_, it)| matches!(it.space, naga::AddressSpace::Storage { .. }))
+                .count();
+            assert!(storage <= 6, "{name}: {storage} storage buffers");
+            let shared: u32 = module
+                .global_variables
+                .iter()
+                .filter(|(_, it)| it.space == naga::AddressSpace::WorkGroup)
+                .map(|(_, it)| module.types[it.ty].inner.size(module.to_ctx()))
+                .sum();
+            let most = super::super::limits::WORKGROUP_BYTES;
+            assert!(shared <= most, "{name}: {shared} bytes shared");
+        }
+    }
+
+    /// Chrome's compiler, `tint`, takes every form that a browser can be given: it is parsed, and written as
+    /// SPIR-V, MSL and HLSL where the build of `tint` at hand has these writers. On machines without the
+    /// program there is nothing to ask; a line on stderr says which of it all was done.
+    #[test]
+    fn every_variant_passes_tint_where_it_is_at_hand() {
+        let tell = |line: &str| {
+            // Straight to the terminal: the test harness holds back what a passing test prints.
+            std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("a stderr");
+        };
+        if Command::new("tint").arg("--help").output().is_err() {
+            return tell("tint is not at hand: shaders are validated by naga alone\n");
+        }
+        let folder = std::env::temp_dir().join(format!("kvcache-tint-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder for temporary files");
+        let file = folder.join("shader.wgsl");
+        let mut missing = Vec::new();
+        let forms = all().into_iter().filter(|(_, _, path)| *path == ParamsPath::Uniform);
+        for (name, text, _) in forms {
+            std::fs::write(&file, &text).expect("a writable folder");
+            for format in ["wgsl", "spirv", "msl", "hlsl"] {
+                if missing.contains(&format) {
+                    continue;
+                }
+                let mut tint = Command::new("tint");
+                tint.args(["--format", format, "--output-name"]).arg(folder.join("out")).arg(&file);
+                let answer = tint.output().expect("tint runs");
+                let said = String::from_utf8_lossy(&answer.stderr).into_owned()
+                    + &String::from_utf8_lossy(&answer.stdout);
+                if said.contains("not enabled") || said.contains("invalid value") {
+                    missing.push(format);
+                    continue;
+                }
+                assert!(answer.status.success(), "{name}, to {format}: {said}");
+            }
+        }
+        std::fs::remove_dir_all(&folder).expect("the folder made above");
+        assert!(!missing.contains(&"wgsl"), "tint parses and writes WGSL");
+        if !missing.is_empty() {
+            tell(&format!("this build of tint does not write {}\n", missing.join(", ")));
+        }
+    }
+
+    #[test]
+    fn every_variant_differs_from_every_other() {
+        let all = all();
+        for (i, (name, text, _)) in all.iter().enumerate() {
+            assert!(all[..i].iter().all(|(_, other, _)| other != text), "{name} comes twice");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Keeps count of recorded calls: which have run, and which were lost with their pass.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::arena::Lease;
+use crate::gpu::kernels::Dispatch;
+use crate::gpu::witness::Witness;
+
+/// What has become of the calls that a cache has recorded since its last reset.
+///
+/// The cache's host side moves on when a call is recorded; the GPU follows when the engine submits the
+/// pass. If the pass is dropped instead, or its submit fails, the two no longer agree, and from then on every
+/// call says so. A dropped pass is known at once. A submit that failed is known once something is read back:
+/// see [`crate::witness`].
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ledger(Arc<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    /// Calls recorded; of these: those whose pass was submitted and is done with, whether it ran or not, and
+    /// those whose pass was dropped.
+    recorded: AtomicU64,
+    done: AtomicU64,
+    dropped: AtomicU64,
+    /// Calls that were submitted and did not run, as far as is known.
+    failed: AtomicU64,
+    /// Calls that the witness is to see.
+    due: AtomicU64,
+    /// Of a cache without a recorded call, or on a device that runs no kernel, there is none.
+    witness: OnceLock<Witness>,
+}
+
+/// The counts as a read-back begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Snapshot {
+    recorded: u64,
+    done: u64,
+    due: u64,
+}
+
+/// Whether a read-back has seen all that was recorded before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Whole,
+    /// Something was submitted behind it. What a second one does not see has failed.
+    Overtaken,
+    /// So many calls are not known to have been submitted.
+    Waiting(u64),
+}
+
+impl Ledger {
+    /// Makes everything that recording needs, so that it cannot fail.
+    pub(crate) fn prepare(&self, gpu: &Gpu) -> Result<()> {
+        if gpu.runs_kernels() && self.0.witness.get().is_none() {
+            let witness = gpu.witness()?;
+            self.0.witness.get_or_init(|| witness);
+        }
+        Ok(())
+    }
+
+    /// The word that counts the calls that ran, where there is one.
+    pub(crate) fn witness(&self) -> Option<&Witness> {
+        self.0.witness.get()
+    }
+
+    /// Notes one recorded call, and holds `leases` until the GPU has run it.
+    pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, leases: Vec<Lease>) {
+        self.0.recorded.fetch_add(1, Ordering::Relaxed);
+        let ticket = Ticket { ledger: self.clone(), is_done: false, leases };
+        pass.on_submitted_work_done(move || ticket.finish());
+    }
+
+    /// Refuses to go on after a pass was lost.
+    pub(crate) fn check(&self) -> Result<()> {
+        let dropped = self.0.dropped.load(Ordering::Acquire);
+        match dropped + self.0.failed.load(Ordering::Acquire) {
+            0 => Ok(()),
+            calls => Err(Error::PassDropped { calls }),
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            done: self.0.done.load(Ordering::Acquire),
+            recorded: self.0.recorded.load(Ordering::Acquire),
+            due: self.0.due.load(Ordering::Acquire),
+        }
+    }
+
+    /// What a read-back has seen, to be asked when everything that was submitted before it has run. `ran` is
+    /// the witness's count, of 32 bits, as the read-back found it.
+    pub(crate) fn verdict(&self, before: Snapshot, ran: Option<u32>) -> Result<Verdict> {
+        self.check()?;
+        let missing = ran.map_or(0, |ran| low_word(before.due).wrapping_sub(ran));
+        let waiting = before.recorded.saturating_sub(self.0.done.load(Ordering::Acquire));
+        // A browser calls back in an order of its own, so there the witness alone decides.
+        if waiting > 0 && !(cfg!(target_arch = "wasm32") && missing == 0) {
+            return Ok(Verdict::Waiting(waiting));
+        }
+        if missing == 0 {
+            return Ok(Verdict::Whole);
+        }
+        if before.done < before.recorded {
+            return Ok(Verdict::Overtaken);
+        }
+        self.0.failed.fetch_max(u64::from(missing), Ordering::AcqRel);
+        self.check().map(|()| Verdict::Whole)
+    }
+}
+
+/// The low 32 bits of a count.
+fn low_word(count: u64) -> u32 {
+    u32::try_from(count & u64::from(u32::MAX)).unwrap_or_default()
+}
+
+/// One call's dispatches on their way into a pass.
+#[derive(Debug)]
+pub(crate) struct Call<'a, 'pass> {
+    pass: &'a mut wgpu::ComputePass<'pass>,
+    leases: Vec<Lease>,
+    /// The latest dispatch, held back because the last one is recorded as such.
+    latest: Option<Dispatch>,
+}
+
+impl<'a, 'pass> Call<'a, 'pass> {
+    pub(crate) fn new(pass: &'a mut wgpu::ComputePass<'pass>) -> Self {
+        Self { pass, leases: Vec::new(), latest: None }
+    }
+
+    /// Keeps these in place until the pass has run.
+    pub(crate) fn hold(&mut self, leases: Vec<Lease>) {
+        self.leases.extend(leases);
+    }
+
+    pub(crate) fn add(&mut self, dispatch: Dispatch) {
+        if let Some(dispatch) = self.latest.replace(dispatch) {
+            dispatch.record_part(self.pass, None, &mut self.leases);
+        }
+    }
+
+    /// Records what is left. A call that has nothing to record and nothing to hold goes unnoted.
+    pub(crate) fn finish(mut self, ledger: &Ledger) {
+        if let Some(dispatch) = self.latest.take() {
+            let witness = ledger.witness();
+            dispatch.record_part(self.pass, witness, &mut self.leases);
+            ledger.0.due.fetch_add(u64::from(witness.is_some()), Ordering::Relaxed);
+        } else if self.leases.is_empty() {
+            return;
+        }
+        ledger.record(self.pass, self.leases);
+    }
+}
+
+/// Travels with a recorded pass; learns whether it was submitted or dropped.
+#[derive(Debug)]
+struct Ticket {
+    ledger: Ledger,
+    is_done: bool,
+    leases: Vec<Lease>,
+}
+
+impl Ticket {
+    fn finish(mut self) {
+        self.is_done = true;
+        self.ledger.0.done.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.ledger.0.dropped.fetch_add(1, Ordering::AcqRel);
+            // That this pass is gone says nothing about those that were recorded before it.
+            self.leases.iter().for_each(|lease| lease.abandon());
+        }
+    }
+}

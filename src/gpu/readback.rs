@@ -1,0 +1,435 @@
+//! From the GPU to the host: staging buffers and mapping. The only code that submits and waits.
+
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+#[cfg(not(target_arch = "wasm32"))]
+use std::time::{Duration, Instant};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::device::{answer_now, binding_limit};
+use crate::gpu::ledger::{Ledger, Snapshot, Verdict};
+use crate::host::plan;
+use crate::layout::Layout;
+use crate::tensor::HostTensor;
+use crate::view::LayerView;
+
+/// How long a blocking read-back waits for the device, all earlier submissions included.
+#[cfg(not(target_arch = "wasm32"))]
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// How long callbacks that are due may take to run on another thread.
+#[cfg(not(target_arch = "wasm32"))]
+const GRACE: Duration = Duration::from_millis(500);
+/// Between two looks at what another thread or the device does: at first, and at most.
+#[cfg(not(target_arch = "wasm32"))]
+const PAUSES: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(1)];
+
+/// A layer's live tokens on their way to the host.
+#[derive(Debug)]
+pub(crate) struct Readback {
+    layer: usize,
+    /// K and V.
+    tensors: [Staging; 2],
+    /// Where the count of the calls that have run was copied to, and from which byte on it lies there.
+    witness: Option<(wgpu::Buffer, u64)>,
+    arrivals: Arc<Arrivals>,
+    #[cfg(not(target_arch = "wasm32"))]
+    submission: wgpu::SubmissionIndex,
+    /// What was recorded when the read-back began.
+    before: Snapshot,
+}
+
+/// One tensor's live bytes in mappable buffers: one, or several where they are more than a buffer may have.
+#[derive(Debug)]
+struct Staging {
+    dtype: DType,
+    shape: [usize; 4],
+    /// The buffers, and the bytes of each that are the tensor's.
+    pieces: Vec<(wgpu::Buffer, u64)>,
+}
+
+/// What is still to be mapped.
+#[derive(Debug, Default)]
+struct Arrivals(Mutex<Awaited>);
+
+#[derive(Debug, Default)]
+struct Awaited {
+    buffers: usize,
+    failure: Option<String>,
+    waker: Option<Waker>,
+    #[cfg(not(target_arch = "wasm32"))]
+    has_alarm: bool,
+}
+
+impl Readback {
+    /// Copies the live tokens aside, and no others, submits, and asks for the mapping.
+    pub(crate) fn start(
+        gpu: &Gpu,
+        layer: usize,
+        view: &LayerView<'_>,
+        ledger: &Ledger,
+    ) -> Result<Self> {
+        let before = ledger.snapshot();
+        let rows = rows_of_a_piece(gpu, view);
+        let mut tensors = [view.key_shape(), view.value_shape()].map(|shape| Staging {
+            dtype: view.dtype(),
+            shape,
+            pieces: Vec::new(),
+        });
+        let mut witness = None;
+        for (i, tensor) in tensors.iter_mut().enumerate() {
+            let counted = ledger.witness().is_some() && i == 0;
+            tensor.make_pieces(gpu, rows, counted.then_some(&mut witness))?;
+        }
+        let scope = gpu.device().push_error_scope(wgpu::ErrorFilter::Validation);
+        let descriptor = wgpu::CommandEncoderDescriptor { label: Some("kvcache get") };
+        let mut encoder = gpu.device().create_command_encoder(&descriptor);
+        if view.layout() == Layout::Paged {
+            copy_pages(gpu, &mut encoder, view, &tensors, rows)?;
+        } else {
+            tensors[0].copy(&mut encoder, view, view.key());
+            tensors[1].copy(&mut encoder, view, view.value());
+        }
+        if let (Some(from), Some((to, at))) = (ledger.witness(), &witness) {
+            let (page, offset) = from.binding();
+            let page = gpu.witness_page(page);
+            encoder.copy_buffer_to_buffer(&page, offset.into(), to, *at, 4);
+        }
+        let _submission = gpu.queue().submit([encoder.finish()]);
+        let mut buffers: Vec<&wgpu::Buffer> =
+            tensors.iter().flat_map(|tensor| &tensor.pieces).map(|(buffer, _)| buffer).collect();
+        if let Some((buffer, _)) = witness.as_ref().filter(|(it, _)| !buffers.contains(&it)) {
+            buffers.push(buffer);
+        }
+        let arrivals = Arrivals::of(&buffers);
+        // On a device that is lost every one of these fails, some without a word.
+        if let Some(error) = answer_now(scope.pop()) {
+            return Err(Error::Readback { layer, reason: error.to_string() });
+        }
+        Ok(Self {
+            layer,
+            tensors,
+            witness,
+            arrivals,
+            #[cfg(not(target_arch = "wasm32"))]
+            submission: _submission,
+            before,
+        })
+    }
+
+    /// Bytes that were read back.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.tensors.iter().flat_map(|tensor| &tensor.pieces).map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Blocks until the bytes are here.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn wait(&self, gpu: &Gpu) -> Result<()> {
+        let deadline = Instant::now() + TIMEOUT;
+        gpu.device()
+            .poll(wgpu::PollType::Wait {
+                submission_index: Some(self.submission.clone()),
+                timeout: Some(TIMEOUT),
+            })
+            .map_err(|error| self.failed(&error.to_string()))?;
+        // The work is done. Its callbacks have run, or are about to run on another thread that polled.
+        loop {
+            if let Some(outcome) = self.outcome() {
+                return outcome;
+            }
+            if Instant::now() >= deadline {
+                return Err(self.failed("the device finished the work but did not map the buffer"));
+            }
+            std::thread::sleep(PAUSES[0]);
+        }
+    }
+
+    /// Waits a moment for the callbacks of calls recorded before, which another thread may be about to run;
+    /// then says whether these bytes are what was recorded. If not, they are to be asked for again.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn wait_for_calls(&self, ledger: &Ledger) -> Result<bool> {
+        let deadline = Instant::now() + GRACE;
+        loop {
+            match ledger.verdict(self.before, self.ran()?)? {
+                Verdict::Whole => return Ok(true),
+                Verdict::Overtaken => return Ok(false),
+                Verdict::Waiting(calls) if Instant::now() >= deadline => {
+                    return Err(Error::NotSubmitted { calls });
+                }
+                Verdict::Waiting(_) => std::thread::sleep(PAUSES[0]),
+            }
+        }
+    }
+
+    /// Completes when the bytes are here.
+    pub(crate) async fn arrive(&self, gpu: &Gpu) -> Result<()> {
+        poll_fn(|context| {
+            if let Err(error) = self.look_again(gpu, context) {
+                return Poll::Ready(Err(error));
+            }
+            self.outcome().map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
+    }
+
+    /// As `wait_for_calls`, without blocking.
+    pub(crate) async fn settle(&self, gpu: &Gpu, ledger: &Ledger) -> Result<bool> {
+        let ran = self.ran()?;
+        #[cfg(not(target_arch = "wasm32"))]
+        let deadline = Instant::now() + GRACE;
+        poll_fn(|context| {
+            let waiting = match ledger.verdict(self.before, ran) {
+                Err(error) => return Poll::Ready(Err(error)),
+                Ok(Verdict::Whole) => return Poll::Ready(Ok(true)),
+                Ok(Verdict::Overtaken) => return Poll::Ready(Ok(false)),
+                Ok(Verdict::Waiting(calls)) => Error::NotSubmitted { calls },
+            };
+            #[cfg(not(target_arch = "wasm32"))]
+            if Instant::now() < deadline {
+                return match self.look_again(gpu, context) {
+                    Ok(()) => Poll::Pending,
+                    Err(error) => Poll::Ready(Err(error)),
+                };
+            }
+            let _ = (gpu, &context);
+            Poll::Ready(Err(waiting))
+        })
+        .await
+    }
+
+    /// Lets the device call back, without waiting, and has the task woken to look again.
+    ///
+    /// The mapping's callback wakes it. On native backends callbacks only run when somebody polls the device.
+    /// That is done here, and because nobody else may do it, a thread wakes the task now and then until the
+    /// bytes are here or the future is dropped.
+    fn look_again(&self, gpu: &Gpu, context: &Context<'_>) -> Result<()> {
+        self.arrivals.lock().waker = Some(context.waker().clone());
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            gpu.device()
+                .poll(wgpu::PollType::Poll)
+                .map_err(|error| self.failed(&error.to_string()))?;
+            self.arrivals.set_alarm();
+        }
+        #[cfg(target_arch = "wasm32")]
+        let _ = gpu;
+        Ok(())
+    }
+
+    /// K and V, once all is mapped.
+    pub(crate) fn finish(&self) -> Result<(HostTensor, HostTensor)> {
+        Ok((self.tensor(&self.tensors[0])?, self.tensor(&self.tensors[1])?))
+    }
+
+    fn tensor(&self, staging: &Staging) -> Result<HostTensor> {
+        let mut words: Vec<u32> = Vec::new();
+        for (buffer, bytes) in &staging.pieces {
+            let range = buffer
+                .get_mapped_range(..*bytes)
+                .map_err(|error| self.failed(&error.to_string()))?;
+            match words.is_empty() {
+                true => words = bytemuck::pod_collect_to_vec(&range),
+                false => words.extend(bytemuck::pod_collect_to_vec::<u8, u32>(&range)),
+            }
+        }
+        Ok(HostTensor::new(staging.dtype, staging.shape, words))
+    }
+
+    /// How many calls the witness had counted.
+    fn ran(&self) -> Result<Option<u32>> {
+        let Some((buffer, at)) = &self.witness else { return Ok(None) };
+        // Ranges begin at multiples of 8 bytes.
+        let range = buffer
+            .get_mapped_range(at / 8 * 8..at + 4)
+            .map_err(|error| self.failed(&error.to_string()))?;
+        Ok(bytemuck::pod_collect_to_vec::<u8, u32>(&range).last().copied())
+    }
+
+    /// `None` as long as a mapping is under way.
+    fn outcome(&self) -> Option<Result<()>> {
+        let awaited = self.arrivals.lock();
+        (awaited.buffers == 0).then(|| match &awaited.failure {
+            Some(reason) => Err(self.failed(reason)),
+            None => Ok(()),
+        })
+    }
+
+    fn failed(&self, reason: &str) -> Error {
+        Error::Readback { layer: self.layer, reason: reason.to_owned() }
+    }
+}
+
+impl Arrivals {
+    /// Maps the buffers.
+    fn of(buffers: &[&wgpu::Buffer]) -> Arc<Self> {
+        let awaited = Awaited { buffers: buffers.len(), ..Awaited::default() };
+        let arrivals = Arc::new(Self(Mutex::new(awaited)));
+        for buffer in buffers {
+            let arrivals = Arc::clone(&arrivals);
+            buffer.map_async(wgpu::MapMode::Read, .., move |result| {
+                let mut awaited = arrivals.lock();
+                awaited.buffers -= 1;
+                if let Err(error) = result {
+                    awaited.failure = Some(error.to_string());
+                }
+                if awaited.buffers == 0 {
+                    let waker = awaited.waker.take();
+                    drop(awaited);
+                    waker.into_iter().for_each(Waker::wake);
+                }
+            });
+        }
+        arrivals
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Awaited> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has whoever waits woken now and then, by one thread for as long as somebody may wait.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn set_alarm(self: &Arc<Self>) {
+        if std::mem::replace(&mut self.lock().has_alarm, true) {
+            return;
+        }
+        let waiting = Arc::downgrade(self);
+        let alarm = move || {
+            let mut pause = PAUSES[0];
+            loop {
+                std::thread::sleep(pause);
+                pause = PAUSES[1].min(2 * pause);
+                let Some(arrivals) = waiting.upgrade() else { return };
+                let waker = arrivals.lock().waker.take();
+                drop(arrivals);
+                waker.into_iter().for_each(Waker::wake);
+            }
+        };
+        let thread = std::thread::Builder::new().name("kvcache get".to_owned());
+        if thread.spawn(alarm).is_err() {
+            // Without a thread there is nothing but to be asked again at once.
+            let mut awaited = self.lock();
+            awaited.has_alarm = false;
+            let waker = awaited.waker.take();
+            drop(awaited);
+            waker.into_iter().for_each(Waker::wake);
+        }
+    }
+}
+
+/// Batch rows of which both tensors fit a buffer. Rows that share their pages are there once, and come out as
+/// often as they are read, so all of them may be more than that. A row alone is never larger than the pool.
+fn rows_of_a_piece(gpu: &Gpu, view: &LayerView<'_>) -> usize {
+    let row = view.heads * view.len * view.key_dim.max(view.value_dim) * view.dtype().size();
+    let rows = gpu.limits().max_buffer_size / (row as u64).max(1);
+    usize::try_from(rows).unwrap_or(view.batch).clamp(1, view.batch)
+}
+
+/// Copies the live tokens of a paged view, oldest first, through buffers of a few batch rows.
+fn copy_pages(
+    gpu: &Gpu,
+    encoder: &mut wgpu::CommandEncoder,
+    view: &LayerView<'_>,
+    tensors: &[Staging; 2],
+    rows_of_a_piece: usize,
+) -> Result<()> {
+    if view.is_empty() {
+        return Ok(());
+    }
+    let batch = view.batch;
+    let row_bytes = tensors.each_ref().map(|tensor| tensor.bytes() / batch as u64);
+    let limit = binding_limit(gpu.limits()) / row_bytes[0].max(row_bytes[1]);
+    let rows = usize::try_from(limit).unwrap_or(batch).clamp(1, rows_of_a_piece);
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+    let straight = [
+        gpu.handle().create_buffer("kvcache get", row_bytes[0] * rows as u64, usage)?,
+        gpu.handle().create_buffer("kvcache get", row_bytes[1] * rows as u64, usage)?,
+    ];
+    for (piece, start) in (0..batch).step_by(rows_of_a_piece).enumerate() {
+        let end = batch.min(start + rows_of_a_piece);
+        for first in (start..end).step_by(rows) {
+            let some = first..end.min(first + rows);
+            let count = some.len() as u64;
+            let [keys, values] = &straight;
+            let collect = gpu.kernels().collect(gpu, view, some, [keys, values])?;
+            let descriptor =
+                wgpu::ComputePassDescriptor { label: Some("kvcache get"), timestamp_writes: None };
+            collect.record(
+                &mut encoder.begin_compute_pass(&descriptor),
+                &Ledger::default(),
+                Vec::new(),
+            );
+            for ((from, to), bytes) in straight.iter().zip(tensors).zip(row_bytes) {
+                let at = (first - start) as u64 * bytes;
+                encoder.copy_buffer_to_buffer(from, 0, &to.pieces[piece].0, at, count * bytes);
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Staging {
+    fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
+    }
+
+    /// Makes buffers of `rows` batch rows each and, if asked for, finds room for the witness behind the last.
+    fn make_pieces(
+        &mut self,
+        gpu: &Gpu,
+        rows: usize,
+        witness: Option<&mut Option<(wgpu::Buffer, u64)>>,
+    ) -> Result<()> {
+        let usage = wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ;
+        let make = |bytes| gpu.handle().create_buffer("kvcache get", bytes, usage);
+        let [batch, heads, len, dim] = self.shape;
+        let row = (heads * len * dim * self.dtype.size()) as u64;
+        let limit = gpu.limits().max_buffer_size;
+        let mut at = None;
+        for first in (0..batch).step_by(rows).filter(|_| row > 0) {
+            let end = batch.min(first + rows);
+            let bytes = (end - first) as u64 * row;
+            let has_witness = witness.is_some() && end == batch && bytes + 4 <= limit;
+            let buffer = make(bytes + if has_witness { 4 } else { 0 })?;
+            if has_witness {
+                at = Some((buffer.clone(), bytes));
+            }
+            self.pieces.push((buffer, bytes));
+        }
+        if let Some(witness) = witness {
+            *witness = Some(match at {
+                Some(at) => at,
+                None => (make(4)?, 0),
+            });
+        }
+        Ok(())
+    }
+
+    /// Copies the live slots of every row and head, oldest token first.
+    fn copy(&self, encoder: &mut wgpu::CommandEncoder, view: &LayerView<'_>, from: &wgpu::Buffer) {
+        // Of a ring all rows are one piece, as its own buffer is.
+        let Some((buffer, _)) = self.pieces.first() else { return };
+        let [batch, heads, len, dim] = self.shape;
+        let token = dim * view.dtype().size();
+        let mut to = 0;
+        let mut copy = |slot: usize, slots: usize| {
+            let bytes = (slots * token) as u64;
+            if bytes > 0 {
+                encoder.copy_buffer_to_buffer(from, (slot * token) as u64, buffer, to, bytes);
+            }
+            to += bytes;
+        };
+        if view.start() == 0 && len == view.capacity() {
+            // Rows follow each other without a gap.
+            copy(0, batch * heads * len);
+            return;
+        }
+        let (first, second) = plan::live_slots(view.start(), len, view.capacity());
+        for row in 0..batch * heads {
+            let base = row * view.capacity();
+            copy(base + first.start, first.len());
+            copy(base + second.start, second.len());
+        }
+    }
+}

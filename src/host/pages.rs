@@ -1,0 +1,433 @@
+//! Which pages the tokens of each row lie in. Pure host logic: nothing here knows wgpu.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use crate::host::position::Order;
+use crate::host::words::Words;
+
+/// Words of a row's table that a change of the batch leaves free, so that the next pages need no new table.
+const SPARE: usize = 8;
+
+/// The pages of all batch rows of a layer, with their reference counts: a value, of which every change
+/// makes a new state. A copy costs nothing, and a write what it changes, however many pages there are.
+///
+/// Token t of row b is slot `start + t` of the row's pages, in order. Rows may name the same page, and
+/// such a page is never written: a row that writes into it gets a copy first. That is how vLLM's
+/// `PagedAttention` (Kwon et al., 2023) shares prompts and beams.
+///
+/// ```text
+/// pages of 4 tokens, start 1, len 6, two rows that share their first page
+///
+/// row 0 -> 3, 0      page 3 | .  0  1  2 |    page 0 | 3  4  5  . |
+/// row 1 -> 3, 5                               page 5 | 3  4  5  . |
+/// ```
+#[derive(Clone, Debug)]
+pub(crate) struct PageMap {
+    /// Tokens of a page: a power of two.
+    page_tokens: usize,
+    batch: usize,
+    /// The pages of each row, oldest tokens first, one row every `stride` words: as they lie on the GPU.
+    table: Words,
+    stride: usize,
+    /// The first word of each row that is in use, and how many are.
+    first: usize,
+    row_pages: usize,
+    /// How many rows name each page that was ever in use.
+    counts: Words,
+    /// Pages of those that no row names. The last is used first.
+    free: Words,
+    /// Pages that several rows name.
+    shared: usize,
+    /// Slot of the oldest live token in a row's first page.
+    start: usize,
+    /// Live tokens.
+    len: usize,
+    /// Whether no other row names the last page of any: then an append needs no copies. It may be false of
+    /// such rows, too.
+    has_own_tails: bool,
+}
+
+/// Pages that a write needs beside those in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) new: usize,
+    /// Copies of pages that several rows name and one of them writes into.
+    pub(crate) copies: usize,
+}
+
+impl Wanted {
+    pub(crate) fn all(self) -> usize {
+        self.new.saturating_add(self.copies)
+    }
+}
+
+/// What a write has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Pages to copy first, (from, to) each, one source after the other.
+    pub(crate) copies: Vec<(u32, u32)>,
+    /// Runs of words of the table that are new.
+    pub(crate) words: Vec<Range<usize>>,
+    /// Whether the table was laid out anew: then every word is.
+    pub(crate) is_laid_out: bool,
+}
+
+impl PageMap {
+    /// `batch` rows without a token.
+    pub(crate) fn new(page_tokens: usize, batch: usize) -> Self {
+        debug_assert!(page_tokens.is_power_of_two());
+        Self {
+            page_tokens,
+            batch,
+            table: Words::default(),
+            stride: 0,
+            first: 0,
+            row_pages: 0,
+            counts: Words::default(),
+            free: Words::default(),
+            shared: 0,
+            start: 0,
+            len: 0,
+            has_own_tails: false,
+        }
+    }
+
+    pub(crate) fn page_tokens(&self) -> usize {
+        self.page_tokens
+    }
+
+    pub(crate) fn batch(&self) -> usize {
+        self.batch
+    }
+
+    pub(crate) fn start(&self) -> usize {
+        self.start
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Pages of each row.
+    pub(crate) fn row_pages(&self) -> usize {
+        self.row_pages
+    }
+
+    /// The table, as the GPU reads it.
+    pub(crate) fn table(&self) -> &Words {
+        &self.table
+    }
+
+    /// Words of the table from one row to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The word of a row's first page.
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Pages that the pool must have room for.
+    pub(crate) fn pool_pages(&self) -> usize {
+        self.counts.len()
+    }
+
+    /// Pages up to the last one that is in use.
+    pub(crate) fn used_prefix(&self) -> usize {
+        let counts = self.counts.to_vec();
+        counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1)
+    }
+
+    pub(crate) fn used(&self) -> usize {
+        self.counts.len() - self.free.len()
+    }
+
+    /// Pages that several rows name.
+    pub(crate) fn shared(&self) -> usize {
+        self.shared
+    }
+
+    /// Pages of a row of `len` tokens, the oldest of which lies where it does.
+    pub(crate) fn pages_of(&self, len: usize) -> usize {
+        if len == 0 { 0 } else { self.start.saturating_add(len).div_ceil(self.page_tokens) }
+    }
+
+    /// Pages that the rows need beside those in use to be `new_len` tokens long, copies of shared ones aside.
+    pub(crate) fn new_pages(&self, new_len: usize) -> usize {
+        self.batch.saturating_mul(self.pages_of(new_len).saturating_sub(self.row_pages))
+    }
+
+    /// Tokens that each row can hold with appends where at most `most` pages exist.
+    pub(crate) fn tokens_in(&self, most: usize) -> usize {
+        let copies = self.copies_of_append();
+        match most.checked_sub(self.used() + copies) {
+            Some(left) => {
+                let pages = self.row_pages + left / self.batch;
+                pages.saturating_mul(self.page_tokens).saturating_sub(self.start)
+            }
+            None => self.len,
+        }
+    }
+
+    /// Copies of last pages that the next append takes: all that name one but the last get their own.
+    pub(crate) fn copies_of_append(&self) -> usize {
+        let is_part = !(self.start + self.len).is_multiple_of(self.page_tokens);
+        if !is_part || self.shared == 0 || self.has_own_tails {
+            return 0;
+        }
+        self.copies((0..self.batch).map(|row| self.page(row, self.row_pages - 1)))
+    }
+
+    /// What a write of `order` needs, after which `new_len` tokens are live. Changes nothing.
+    pub(crate) fn wanted(&self, order: &Order, tokens: usize, new_len: usize) -> Wanted {
+        let new = self.new_pages(new_len);
+        if self.is_unshared(order, tokens) {
+            return Wanted { new, copies: 0 };
+        }
+        let rows = 0..self.batch;
+        let touched = rows.flat_map(|row| {
+            let indices = self.touched(order, row, tokens, new_len);
+            indices.into_iter().map(move |index| self.page(row, index))
+        });
+        Wanted { new, copies: self.copies(touched) }
+    }
+
+    /// Copies that writes into these pages take, one entry for each row that writes into one.
+    fn copies(&self, touched: impl Iterator<Item = u32>) -> usize {
+        let count = |page: u32| self.counts.get(page as usize) as usize;
+        let mut shared: Vec<u32> = touched.filter(|&page| count(page) > 1).collect();
+        shared.sort_unstable();
+        let writers = shared.chunk_by(|a, b| a == b);
+        writers.map(|writers| writers.len().min(count(writers[0]) - 1)).sum()
+    }
+
+    fn page(&self, row: usize, index: usize) -> u32 {
+        self.table.get(self.word(row, index))
+    }
+
+    fn word(&self, row: usize, index: usize) -> usize {
+        row * self.stride + self.first + index
+    }
+
+    /// Whether a write surely goes to no page that rows share, as an append to rows that have all been
+    /// appended to.
+    fn is_unshared(&self, order: &Order, tokens: usize) -> bool {
+        self.shared == 0
+            || match order {
+                Order::Run { first, zeros } => {
+                    let old = self.old_pages(*first as usize, *zeros as usize + tokens);
+                    old.is_empty() || (old.start + 1 == self.row_pages && self.has_own_tails)
+                }
+                Order::List(_) => false,
+            }
+    }
+
+    /// The pages that a row has, of those that a run of positions lies in.
+    fn old_pages(&self, first: usize, positions: usize) -> Range<usize> {
+        let from = (self.start + first) / self.page_tokens;
+        let to = (self.start + first + positions).div_ceil(self.page_tokens);
+        if positions == 0 { 0..0 } else { from..to.min(self.row_pages) }
+    }
+
+    /// Makes room for a write of `order`, after which `new_len` tokens are live: new pages behind each
+    /// row, and for each page that several rows name and one of them writes into, a page of its own.
+    /// Where the table has no room for the new pages, it is laid out anew with `stride` words a row.
+    pub(crate) fn write(
+        &mut self,
+        order: &Order,
+        tokens: usize,
+        new_len: usize,
+        stride: usize,
+    ) -> Written {
+        let (old_pages, new_pages) = (self.row_pages, self.pages_of(new_len));
+        let is_unshared = self.is_unshared(order, tokens);
+        let mut written = Written::default();
+        if self.first + new_pages > self.stride {
+            self.lay_out(stride.max(new_pages));
+            written.is_laid_out = true;
+        }
+        self.len = new_len;
+        if is_unshared && new_pages == old_pages {
+            return written;
+        }
+        for row in 0..self.batch {
+            let touched =
+                if is_unshared { Vec::new() } else { self.touched(order, row, tokens, new_len) };
+            for index in touched {
+                let (word, page) = (self.word(row, index), self.page(row, index));
+                if self.counts.get(page as usize) > 1 {
+                    self.release(page);
+                    let own = self.take();
+                    self.table.set(word, own);
+                    written.words.push(word..word + 1);
+                    written.copies.push((page, own));
+                }
+            }
+            for index in old_pages..new_pages {
+                let page = self.take();
+                self.table.set(self.word(row, index), page);
+            }
+            if old_pages < new_pages {
+                written.words.push(self.word(row, old_pages)..self.word(row, new_pages));
+            }
+        }
+        self.row_pages = new_pages;
+        self.has_own_tails |= new_pages > old_pages || self.reaches_tails(order, tokens);
+        written.copies.sort_unstable();
+        written
+    }
+
+    /// Whether a write goes into the last page of every row.
+    fn reaches_tails(&self, order: &Order, tokens: usize) -> bool {
+        match order {
+            Order::Run { first, zeros } => {
+                let old = self.old_pages(*first as usize, *zeros as usize + tokens);
+                old.end == self.row_pages && !old.is_empty()
+            }
+            Order::List(_) => false,
+        }
+    }
+
+    /// The pages of a row, of those that it has, that a write of `order` goes to: in order, each once.
+    fn touched(&self, order: &Order, row: usize, tokens: usize, new_len: usize) -> Vec<usize> {
+        match order {
+            Order::Run { first, zeros } => {
+                self.old_pages(*first as usize, *zeros as usize + tokens).collect()
+            }
+            Order::List(list) => {
+                let before = list.positions(row).take_while(|&position| position < list.len);
+                let pages = before.map(|position| self.old_pages(position as usize, 1).start);
+                // Of what lies behind, every position is written: with a token or as a gap.
+                let len = list.len as usize;
+                let mut touched: Vec<usize> =
+                    pages.chain(self.old_pages(len, new_len - len)).collect();
+                touched.dedup();
+                touched
+            }
+        }
+    }
+
+    /// Keeps the first `len` tokens; whole pages behind them go back.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+        self.keep(0, self.pages_of(self.len));
+    }
+
+    /// Keeps the latest `len` tokens; whole pages before them go back.
+    pub(crate) fn crop(&mut self, len: usize) {
+        let start = self.start + self.len - self.len.min(len);
+        self.len = self.len.min(len);
+        self.start = start % self.page_tokens;
+        if self.len == 0 {
+            self.keep(0, 0);
+        } else {
+            self.keep(start / self.page_tokens, self.row_pages);
+        }
+    }
+
+    /// New row `i` names the pages of old row `map[i]`.
+    pub(crate) fn select(&mut self, map: &[u32]) {
+        let (old, pages) = (self.table.to_vec(), self.row_pages);
+        let row_of = |row: usize| &old[row * self.stride + self.first..][..pages];
+        let stride = if pages == 0 { 0 } else { pages + SPARE };
+        let mut table = Vec::with_capacity(map.len() * stride);
+        let mut named = vec![0_u32; self.batch];
+        for &from in map {
+            named[from as usize] += 1;
+            table.extend(row_of(from as usize));
+            table.resize(table.len() + stride - pages, 0);
+        }
+        // First all new references, so that no page is free in between.
+        for (row, &named) in named.iter().enumerate().filter(|(_, named)| **named > 1) {
+            for &page in row_of(row) {
+                let count = self.counts.get(page as usize);
+                self.shared += usize::from(count == 1);
+                self.counts.set(page as usize, count + named - 1);
+            }
+        }
+        let gone = named.iter().enumerate().rev().filter(|(_, named)| **named == 0);
+        let gone = gone.flat_map(|(row, _)| row_of(row).iter().rev().copied());
+        gone.collect::<Vec<u32>>().into_iter().for_each(|page| self.release(page));
+        (self.table, self.stride, self.first) = (table.as_slice().into(), stride, 0);
+        self.batch = map.len();
+        self.has_own_tails = false;
+    }
+
+    /// Keeps the pages `from..to` of each row.
+    fn keep(&mut self, from: usize, to: usize) {
+        if to == 0 {
+            self.start = 0;
+        }
+        self.has_own_tails &= to == self.row_pages;
+        if to - from == self.row_pages {
+            return;
+        }
+        for row in (0..self.batch).rev() {
+            for index in (0..from).chain(to..self.row_pages).rev() {
+                self.release(self.page(row, index));
+            }
+        }
+        self.first += from;
+        self.row_pages = to - from;
+    }
+
+    /// Lays the table out anew, with `stride` words a row.
+    pub(crate) fn lay_out(&mut self, stride: usize) {
+        let old = self.table.to_vec();
+        let mut table = Vec::with_capacity(self.batch * stride);
+        for row in 0..self.batch {
+            if self.row_pages > 0 {
+                table.extend(&old[self.word(row, 0)..][..self.row_pages]);
+            }
+            table.resize((row + 1) * stride, 0);
+        }
+        (self.table, self.stride, self.first) = (table.as_slice().into(), stride, 0);
+    }
+
+    /// A page that no row names, from now on named once.
+    fn take(&mut self) -> u32 {
+        if let Some(page) = self.free.pop() {
+            self.counts.set(page as usize, 1);
+            return page;
+        }
+        self.counts.push(1);
+        u32::try_from(self.counts.len() - 1).expect("fewer pages than a buffer has bytes")
+    }
+
+    /// Takes a row's name off a page.
+    fn release(&mut self, page: u32) {
+        let count = self.counts.get(page as usize);
+        self.counts.set(page as usize, count - 1);
+        self.shared -= usize::from(count == 2);
+        if count == 1 {
+            self.free.push(page);
+        }
+    }
+
+    /// Whether every page is free or named, and named as often as its count says: a recount.
+    pub(crate) fn is_sound(&self) -> bool {
+        let mut counts = vec![0; self.counts.len()];
+        let words =
+            (0..self.batch).flat_map(|row| (0..self.row_pages).map(move |index| (row, index)));
+        words.for_each(|(row, index)| counts[self.page(row, index) as usize] += 1);
+        let mut free = self.free.to_vec();
+        free.sort_unstable();
+        let unnamed = (0..).zip(&counts).filter(|(_, count)| **count == 0).map(|(page, _)| page);
+        let tails = || (0..self.batch).map(|row| self.page(row, self.row_pages - 1));
+        counts == self.counts.to_vec()
+            && self.shared == counts.iter().filter(|&&count| count > 1).count()
+            && unnamed.eq(free.iter().copied())
+            && self.row_pages == self.pages_of(self.len)
+            && self.first + self.row_pages <= self.stride
+            && self.table.len() == self.batch * self.stride
+            && self.start < self.page_tokens
+            && (!self.has_own_tails
+                || self.row_pages == 0
+                || tails().collect::<HashSet<_>>().len() == self.batch)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,410 @@
+//! The layers of a cache: what all kinds share.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::cache::{BatchChange, Stats};
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::ledger::{Call, Ledger};
+use crate::gpu::readback::Readback;
+use crate::host::plan;
+use crate::host::position::CachePosition;
+use crate::storage::layer::{Effect, Held, Layer, PageCounts, Staged};
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::{LayerView, Owner};
+
+/// Layers under one policy, with their device.
+#[derive(Debug)]
+pub(crate) struct Layers<L: Held> {
+    gpu: Gpu,
+    policy: L::Policy,
+    /// Where the number of layers is fixed.
+    num_layers: Option<usize>,
+    /// By index. A layer stands here once an update has named it.
+    layers: BTreeMap<usize, Layer<L>>,
+    ledger: Ledger,
+    prepared: Option<Prepared<L>>,
+    /// Whether the batch has been changed since the last reset: layers not written then took no part.
+    is_batch_changed: bool,
+    dispatches: u64,
+    bytes_moved: u64,
+    peak_bytes_allocated: u64,
+    peak_pages_used: u64,
+    bytes_read_back: AtomicU64,
+}
+
+/// A change of the batch that is ready, and what it was prepared for.
+#[derive(Debug)]
+struct Prepared<L> {
+    change: OwnedChange,
+    /// One for each layer; `None` where a layer stays as it is.
+    staged: Vec<Option<Staged<L>>>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum OwnedChange {
+    Select(Vec<u32>),
+    Repeat(usize),
+}
+
+impl OwnedChange {
+    fn is(&self, change: BatchChange<'_>) -> bool {
+        match (self, change) {
+            (Self::Select(own), BatchChange::Select(other)) => own == other,
+            (Self::Repeat(own), BatchChange::Repeat(other)) => *own == other,
+            _ => false,
+        }
+    }
+}
+
+impl From<BatchChange<'_>> for OwnedChange {
+    fn from(change: BatchChange<'_>) -> Self {
+        match change {
+            BatchChange::Select(indices) => Self::Select(indices.to_vec()),
+            BatchChange::Repeat(repeats) => Self::Repeat(repeats),
+        }
+    }
+}
+
+impl<L: Held> Layers<L> {
+    pub(crate) fn new(gpu: &Gpu, policy: L::Policy, num_layers: Option<usize>) -> Self {
+        Self {
+            gpu: gpu.clone(),
+            policy,
+            num_layers,
+            layers: BTreeMap::new(),
+            ledger: Ledger::default(),
+            prepared: None,
+            is_batch_changed: false,
+            dispatches: 0,
+            bytes_moved: 0,
+            peak_bytes_allocated: 0,
+            peak_pages_used: 0,
+            bytes_read_back: AtomicU64::new(0),
+        }
+    }
+
+    /// Tokens that a row holds at most, where that is fixed.
+    pub(crate) fn bound(&self) -> Option<usize> {
+        L::bound(&self.policy)
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.prepared = None;
+        self.abandon();
+        self.is_batch_changed = false;
+        // Work of before, run or not, no longer matters.
+        self.ledger = Ledger::default();
+        self.layers.values_mut().for_each(Layer::reset);
+    }
+
+    pub(crate) fn crop(&mut self, max_length: usize) {
+        self.prepared = None;
+        self.layers.values_mut().for_each(|layer| layer.crop(&mut self.policy, max_length));
+    }
+
+    pub(crate) fn truncate(&mut self, length: usize) {
+        self.prepared = None;
+        self.layers.values_mut().for_each(|layer| layer.truncate(&mut self.policy, length));
+    }
+
+    pub(crate) fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+        layer_idx: usize,
+        position: CachePosition<'_>,
+    ) -> Result<LayerView<'_>> {
+        self.prepared = None;
+        self.check_layer(layer_idx)?;
+        self.gpu.handle().check_alive_for(pass)?;
+        self.check_writable()?;
+        self.check_first_batch(layer_idx, key, value)?;
+        // A layer that was never written is only kept where it is written now.
+        let mut fresh = None;
+        let layer = match self.layers.get_mut(&layer_idx) {
+            Some(layer) => layer,
+            None => fresh.insert(Layer::new(layer_idx)),
+        };
+        let staged = layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
+        self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));
+        let allocated = staged.allocated();
+        if allocated > 0 {
+            self.note_peak(allocated);
+        }
+        let layer = self.layers.get_mut(&layer_idx).expect("the layer was staged just now");
+        let mut call = Call::new(pass);
+        let effect = layer.commit(staged, &mut call);
+        call.finish(&self.ledger);
+        self.dispatches += effect.dispatches;
+        self.bytes_moved += effect.moved;
+        self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
+        let view = layer.view().expect("a layer that was just written has a view");
+        Ok(LayerView { owner: Some(Owner { gpu: &self.gpu, ledger: &self.ledger }), ..view })
+    }
+
+    /// Prepares a change of the batch, or finds that it is prepared.
+    pub(crate) fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
+        self.gpu.handle().check_alive()?;
+        self.ready_batch(change)
+    }
+
+    fn ready_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
+        let prepared = self.prepared.take().filter(|prepared| prepared.change.is(change));
+        self.check_writable()?;
+        self.prepared = match prepared {
+            Some(prepared) => Some(prepared),
+            None => Some(self.stage_batch(change)?),
+        };
+        Ok(())
+    }
+
+    fn stage_batch(&mut self, change: BatchChange<'_>) -> Result<Prepared<L>> {
+        match change {
+            BatchChange::Select([]) => return Err(Error::NoIndices),
+            BatchChange::Repeat(0) => return Err(Error::ZeroRepeats),
+            BatchChange::Select(indices) => self.check_indices(indices)?,
+            BatchChange::Repeat(_) => {}
+        }
+        // All layers are asked whether they have room before a list is made that is as long as the batch.
+        for layer in self.layers.values() {
+            if let Some(batch) = layer.batch() {
+                let batch = changed_batch(batch, change)?;
+                layer.check_batch(&self.gpu, &self.policy, batch)?;
+            }
+        }
+        let mut staged = Vec::with_capacity(self.layers.len());
+        for layer in self.layers.values_mut() {
+            staged.push(match (layer.batch(), change) {
+                (None, _) => None,
+                (Some(_), BatchChange::Select(indices)) => {
+                    layer.stage_batch(&self.gpu, &mut self.policy, indices)?
+                }
+                (Some(batch), BatchChange::Repeat(repeats)) => {
+                    let map = plan::repeat_map(batch, repeats).expect("the new batch was counted");
+                    layer.stage_batch(&self.gpu, &mut self.policy, &map)?
+                }
+            });
+        }
+        Ok(Prepared { change: change.into(), staged })
+    }
+
+    pub(crate) fn change_batch(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        change: BatchChange<'_>,
+    ) -> Result<()> {
+        self.gpu.handle().check_alive_for(pass)?;
+        self.ready_batch(change)?;
+        let staged = self.prepared.take().map(|prepared| prepared.staged).unwrap_or_default();
+        self.is_batch_changed |= staged.iter().any(Option::is_some);
+        self.commit_all(pass, staged);
+        Ok(())
+    }
+
+    /// Makes room for `tokens` more tokens a row in every layer that was written: in all or in none.
+    pub(crate) fn reserve(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        tokens: usize,
+    ) -> Result<()> {
+        self.prepared = None;
+        self.gpu.handle().check_alive_for(pass)?;
+        self.check_writable()?;
+        let mut staged = Vec::with_capacity(self.layers.len());
+        for layer in self.layers.values_mut() {
+            staged.push(layer.stage_reserve(&self.gpu, &mut self.policy, tokens)?);
+        }
+        self.commit_all(pass, staged);
+        Ok(())
+    }
+
+    /// Makes changes of all layers happen, one for each; `None` where a layer stays as it is.
+    fn commit_all(&mut self, pass: &mut wgpu::ComputePass<'_>, staged: Vec<Option<Staged<L>>>) {
+        self.note_peak(staged.iter().flatten().map(Staged::allocated).sum());
+        let mut call = Call::new(pass);
+        for (layer, staged) in self.layers.values_mut().zip(staged) {
+            let Some(staged) = staged else { continue };
+            let Effect { dispatches, moved } = layer.commit(staged, &mut call);
+            self.dispatches += dispatches;
+            self.bytes_moved += moved;
+        }
+        call.finish(&self.ledger);
+    }
+
+    pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
+        self.check_layer(layer_idx)?;
+        self.ledger.check()?;
+        let Some(view) = self.layers.get(&layer_idx).and_then(Layer::view) else { return Ok(None) };
+        self.gpu.handle().check_known()?;
+        Ok(Some(LayerView { owner: Some(self.owner()), ..view }))
+    }
+
+    pub(crate) fn seq_length(&self, layer_idx: usize) -> Result<usize> {
+        Ok(self.view(layer_idx)?.map_or(0, |view| view.len()))
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
+        loop {
+            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+            readback.wait(&self.gpu)?;
+            if readback.wait_for_calls(&self.ledger)? {
+                return self.finish_readback(&readback).map(Some);
+            }
+        }
+    }
+
+    /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
+    #[cfg(target_arch = "wasm32")]
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
+        match self.view(layer_idx)? {
+            None => Ok(None),
+            Some(_) => Err(Error::Readback {
+                layer: layer_idx,
+                reason: "get() cannot wait in a browser; await get_async()".to_owned(),
+            }),
+        }
+    }
+
+    pub(crate) async fn get_async(
+        &self,
+        layer_idx: usize,
+    ) -> Result<Option<(HostTensor, HostTensor)>> {
+        loop {
+            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+            readback.arrive(&self.gpu).await?;
+            if readback.settle(&self.gpu, &self.ledger).await? {
+                return self.finish_readback(&readback).map(Some);
+            }
+        }
+    }
+
+    /// Leaves the tables that views have shown to whoever reads them.
+    fn abandon(&self) {
+        let tables = self.layers.values().filter(|layer| layer.abandon()).count();
+        if tables > 0 {
+            self.gpu.replace_abandoned();
+        }
+    }
+
+    fn owner(&self) -> Owner<'_> {
+        Owner { gpu: &self.gpu, ledger: &self.ledger }
+    }
+
+    fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
+        let Some(view) = self.view(layer_idx)? else { return Ok(None) };
+        self.gpu.handle().check_alive()?;
+        Readback::start(&self.gpu, layer_idx, &view, &self.ledger).map(Some)
+    }
+
+    fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
+        let tensors = readback.finish()?;
+        self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
+        Ok(tensors)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let (buffers, bytes_allocated) = self.memory();
+        let pages = self.pages();
+        Stats {
+            dispatches: self.dispatches,
+            bytes_moved: self.bytes_moved,
+            buffers,
+            bytes_allocated,
+            peak_bytes_allocated: self.peak_bytes_allocated.max(bytes_allocated),
+            bytes_read_back: self.bytes_read_back.load(Ordering::Relaxed),
+            pages_used: pages.used,
+            pages_shared: pages.shared,
+            pages_free: pages.free,
+            peak_pages_used: self.peak_pages_used,
+        }
+    }
+
+    /// Refuses to write on where passes were lost, and makes what recording needs.
+    fn check_writable(&self) -> Result<()> {
+        self.ledger.check()?;
+        self.ledger.prepare(&self.gpu)
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<()> {
+        match self.num_layers {
+            Some(num_layers) if layer >= num_layers => {
+                Err(Error::LayerOutOfRange { layer, num_layers })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The counts of the layer that uses most pages. Layers that advance together have one table.
+    fn pages(&self) -> PageCounts {
+        self.layers.values().map(Layer::pages).max_by_key(|pages| pages.used).unwrap_or_default()
+    }
+
+    /// A layer that was never written takes no part in a change of the batch, so afterwards its rows must be
+    /// as many as those of a layer that did.
+    fn check_first_batch(
+        &self,
+        layer: usize,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+    ) -> Result<()> {
+        let is_written = self.layers.get(&layer).is_some_and(|layer| layer.batch().is_some());
+        if !self.is_batch_changed || is_written || key.shape[..3] != value.shape[..3] {
+            return Ok(());
+        }
+        let got = key.shape[0];
+        let mut batches = self.layers.iter().filter_map(|(&at, layer)| Some((at, layer.batch()?)));
+        let first = batches.next();
+        match first {
+            Some((other, batch)) if batch != got && !batches.any(|(_, batch)| batch == got) => {
+                Err(Error::BatchChanged { layer, got, other, batch })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Every layer's batch must have the rows that `indices` name.
+    fn check_indices(&self, indices: &[u32]) -> Result<()> {
+        for (&layer, held) in &self.layers {
+            let Some(batch) = held.batch() else { continue };
+            let past = |&(_, index): &(usize, &u32)| *index as usize >= batch;
+            if let Some((place, &index)) = indices.iter().enumerate().find(past) {
+                return Err(Error::IndexOutOfRange { index, place, layer, batch });
+            }
+        }
+        Ok(())
+    }
+
+    fn memory(&self) -> (u64, u64) {
+        self.layers
+            .values()
+            .map(Layer::memory)
+            .fold((0, 0), |(buffers, bytes), (b, n)| (buffers + b, bytes + n))
+    }
+
+    /// Old and new memory are held together until a change is committed.
+    fn note_peak(&mut self, allocated: u64) {
+        self.peak_bytes_allocated = self.peak_bytes_allocated.max(self.memory().1 + allocated);
+    }
+}
+
+impl<L: Held> Drop for Layers<L> {
+    fn drop(&mut self) {
+        self.abandon();
+    }
+}
+
+/// The rows that a batch of `batch` rows has after a change.
+fn changed_batch(batch: usize, change: BatchChange<'_>) -> Result<usize> {
+    let (rows, asked) = match change {
+        BatchChange::Select(indices) => (Some(indices.len()), format!("{} rows", indices.len())),
+        BatchChange::Repeat(repeats) => {
+            (batch.checked_mul(repeats), format!("{repeats} times {batch} rows"))
+        }
+    };
+    rows.filter(|&rows| u32::try_from(rows).is_ok())
+        .ok_or_else(|| Error::overflow("batch", asked, u64::from(u32::MAX)))
+}

@@ -1,0 +1,8 @@
+//! A layer's memory in its two arrangements, rings and pages, and the changes that are made of it.
+
+pub(crate) mod layer;
+pub(crate) mod layers;
+pub(crate) mod paging;
+pub(crate) mod ring;
+pub(crate) mod store;
+pub(crate) mod table;

@@ -1,0 +1,325 @@
+//! Tokens in pages that rows share.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::arena::Lease;
+use crate::gpu::device::binding_limit;
+use crate::gpu::kernels::{CopyShape, GatherShape, MOST_MOVES};
+use crate::host::pages::{PageMap, Wanted};
+use crate::host::plan;
+use crate::storage::layer::{Held, NewTokens, PageCounts, Place, Room, Staged};
+use crate::storage::ring::LEAST_TOKENS;
+use crate::storage::store::{Shape, Store};
+use crate::storage::table::{Table, Tables, check_table};
+use crate::view::LayerView;
+
+/// What a paged cache decides about its layers, and the tables of their pages.
+#[derive(Debug)]
+pub(crate) struct Paging {
+    /// Tokens of a page: a power of two.
+    page_tokens: usize,
+    most_pages: Option<usize>,
+    most_tokens: Option<usize>,
+    tables: Tables,
+}
+
+impl Paging {
+    pub(crate) fn new(
+        page_tokens: usize,
+        most_pages: Option<usize>,
+        most_tokens: Option<usize>,
+    ) -> Self {
+        // The oldest live token may lie in the middle of a page.
+        let of_tokens = most_tokens.map(|tokens| tokens.div_ceil(page_tokens).saturating_add(1));
+        let most_row_pages = match (most_pages, of_tokens) {
+            (Some(pages), Some(tokens)) => Some(pages.min(tokens)),
+            (pages, tokens) => pages.or(tokens),
+        };
+        let tables = Tables::new(page_tokens, most_row_pages);
+        Self { page_tokens, most_pages, most_tokens, tables }
+    }
+
+    /// Pages that can be bound as a pool of this shape.
+    fn fits(&self, gpu: &Gpu, shape: Shape) -> usize {
+        shape.tokens_in(1, [binding_limit(gpu.limits()); 2]) / self.page_tokens
+    }
+
+    /// Refuses a write after which `new_len` tokens are live that needs more pages than there may be. Returns
+    /// how many the pool must have.
+    fn check_pages(
+        &self,
+        (gpu, layer): (&Gpu, usize),
+        shape: Shape,
+        map: &PageMap,
+        wanted: Wanted,
+        new_len: usize,
+    ) -> Result<usize> {
+        let (most, fits) = (self.most_pages.unwrap_or(usize::MAX), self.fits(gpu, shape));
+        let without_copies = map.used().saturating_add(wanted.new);
+        let needed = map.used().saturating_add(wanted.all());
+        if needed > most {
+            return Err(Error::OutOfPages {
+                used: map.used(),
+                shared: map.shared(),
+                wanted: wanted.all(),
+                limit: most,
+                page_tokens: self.page_tokens,
+            });
+        }
+        if without_copies > fits {
+            let bytes = shape.bytes(without_copies, self.page_tokens);
+            return Err(shape.too_large(gpu, layer, bytes, new_len, map.tokens_in(fits)));
+        }
+        if needed > fits {
+            return Err(Error::PoolTooLarge {
+                layer,
+                used: map.used(),
+                new: wanted.new,
+                copies: wanted.copies,
+                fits,
+                limit: binding_limit(gpu.limits()),
+                page_tokens: self.page_tokens,
+            });
+        }
+        Ok(needed.max(map.pool_pages()))
+    }
+
+    /// Pages for a pool that has `pool` of them and needs `needed`, where `fits` can be bound.
+    fn grown(&self, pool: usize, needed: usize, fits: usize) -> usize {
+        match self.most_pages {
+            // Made at once, so that the buffers never change.
+            Some(most) => most.min(fits),
+            None => {
+                let least = LEAST_TOKENS.div_ceil(self.page_tokens);
+                plan::grown_capacity(pool, needed, fits, least).unwrap_or(needed)
+            }
+        }
+    }
+
+    /// Pages that the memory which a reset has left has room for, as far as they are used again: a pool of
+    /// fixed size is made anew where it is too small for that.
+    fn left(&self, gpu: &Gpu, shape: Shape, store: &Store) -> usize {
+        let left = shape.tokens_in(1, store.bytes()) / self.page_tokens;
+        match self.most_pages.map(|most| most.min(self.fits(gpu, shape))) {
+            Some(most) if left < most => 0,
+            Some(most) => most,
+            None => left,
+        }
+    }
+}
+
+/// What a layer holds, and where.
+#[derive(Clone, Debug)]
+pub(crate) struct Paged {
+    shape: Shape,
+    /// Pages that the buffers have room for.
+    pool: usize,
+    table: Arc<Table>,
+}
+
+impl Held for Paged {
+    type Policy = Paging;
+
+    fn bound(paging: &Paging) -> Option<usize> {
+        paging.most_tokens
+    }
+
+    fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn len(&self) -> usize {
+        self.table.map.len()
+    }
+
+    fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a> {
+        let map = &self.table.map;
+        let pages = self.table.placed().expect("a layer that was written has a table");
+        self.shape.view(store, [map.start(), map.len(), map.page_tokens()], Some(pages))
+    }
+
+    fn crop(&mut self, paging: &mut Paging, max_length: usize) {
+        self.table = paging.tables.crop(&self.table, max_length);
+    }
+
+    fn truncate(&mut self, paging: &mut Paging, length: usize) {
+        self.table = paging.tables.truncate(&self.table, length);
+    }
+
+    fn table(&self) -> Option<&Lease> {
+        self.table.lease()
+    }
+
+    fn pages(&self) -> PageCounts {
+        let map = &self.table.map;
+        PageCounts {
+            used: map.used() as u64,
+            shared: map.shared() as u64,
+            free: self.pool.saturating_sub(map.used()) as u64,
+        }
+    }
+
+    fn pages_used(&self) -> u64 {
+        self.table.map.used() as u64
+    }
+
+    fn check_batch(&self, gpu: &Gpu, _layer: usize, _paging: &Paging, batch: usize) -> Result<()> {
+        check_table(gpu, batch, self.table.map.row_pages(), 0).map(|_| ())
+    }
+
+    fn stage_room(
+        place: Place<'_, Self>,
+        paging: &mut Paging,
+        shape: Shape,
+        tokens: NewTokens<'_>,
+    ) -> Result<Room<Self>> {
+        let Place { gpu, layer, store, held } = place;
+        let NewTokens { count, new_len, .. } = tokens;
+        let from =
+            held.map_or_else(|| paging.tables.empty(shape.batch), |held| Arc::clone(&held.table));
+        // Of a length that a single row could not have, the new pages alone are counted: it is refused before
+        // the positions are looked at.
+        let alone = Wanted { new: from.map.new_pages(new_len), copies: 0 };
+        if paging.most_pages.is_none_or(|most| new_len.div_ceil(paging.page_tokens) > most) {
+            paging.check_pages((gpu, layer), shape, &from.map, alone, new_len)?;
+        }
+        let order = tokens.order(gpu)?;
+        let wanted = from.map.wanted(&order, count, new_len);
+        let needed = paging.check_pages((gpu, layer), shape, &from.map, wanted, new_len)?;
+        let pool = pool_of(gpu, paging, store, held, shape);
+        let step = paging.tables.write(gpu, &from, &order, [count, new_len])?;
+        let list_at = step.list_at;
+        let mut room = Room {
+            store: None,
+            held: Self { shape, pool, table: step.to },
+            order,
+            dispatches: Vec::new(),
+            moved: 0,
+            lists: None,
+            leases: Vec::new(),
+        };
+        if needed > pool {
+            let pages = paging.grown(pool, needed, paging.fits(gpu, shape));
+            let staged = room.held.grow(gpu, layer, store, &from.map, pages)?;
+            room.store = staged.store;
+            room.held.pool = staged.held.pool;
+            room.dispatches = staged.dispatches;
+            room.moved = staged.moved;
+        }
+        let target = room.store.as_ref().or(store).expect("a pool that holds what is needed");
+        for moves in step.copies.iter() {
+            let copy = GatherShape {
+                row_bytes: shape.row_bytes(),
+                heads: shape.heads,
+                start: 0,
+                len: paging.page_tokens,
+                capacity: paging.page_tokens,
+                moves,
+            };
+            room.dispatches.push(gpu.kernels().gather(gpu, target.gather_bindings(gpu)?, &copy)?);
+            room.moved += shape.bytes(moves.written, paging.page_tokens)?.iter().sum::<u64>();
+        }
+        let table = room.held.table.placed().expect("a table that was written is placed");
+        // What was recorded before may read the old table.
+        let old = from.lease().filter(|old| !Arc::ptr_eq(old, &table.placed.lease));
+        room.leases = old.map(Arc::clone).into_iter().collect();
+        room.lists = Some((table.placed.clone(), list_at));
+        Ok(room)
+    }
+
+    fn stage_batch(
+        &self,
+        gpu: &Gpu,
+        _layer: usize,
+        _store: &Store,
+        paging: &mut Paging,
+        map: &[u32],
+    ) -> Result<Staged<Self>> {
+        let table = paging.tables.select(gpu, &self.table, map)?;
+        let shape = Shape { batch: map.len(), ..self.shape };
+        let held = Self { shape, pool: self.pool, table };
+        // Views of the old table may be read by what is recorded before this, of the new one after it.
+        let leases = [self.table.lease(), held.table.lease()];
+        let leases = leases.into_iter().flatten().map(Arc::clone).collect();
+        Ok(Staged { leases, ..Staged::unmoved(held) })
+    }
+
+    fn stage_reserve(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        store: &Store,
+        paging: &mut Paging,
+        new_len: usize,
+    ) -> Result<Option<Staged<Self>>> {
+        let (shape, map) = (self.shape, &self.table.map);
+        let wanted = Wanted { new: map.new_pages(new_len), copies: map.copies_of_append() };
+        let needed = paging.check_pages((gpu, layer), shape, map, wanted, new_len)?;
+        let table = paging.tables.reserve(gpu, &self.table, new_len)?;
+        if needed <= self.pool && Arc::ptr_eq(&table, &self.table) {
+            return Ok(None);
+        }
+        let mut staged = Staged::unmoved(self.clone());
+        if needed > self.pool {
+            let pages = paging.grown(self.pool, needed, paging.fits(gpu, shape));
+            staged = self.grow(gpu, layer, Some(store), map, pages)?;
+        }
+        staged.leases =
+            [self.table.lease(), table.lease()].into_iter().flatten().map(Arc::clone).collect();
+        staged.held.table = table;
+        Ok(Some(staged))
+    }
+}
+
+impl Paged {
+    /// Stages a pool of `pages` pages in place of the layer's, and a copy of what is in use.
+    fn grow(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        old: Option<&Store>,
+        used: &PageMap,
+        pages: usize,
+    ) -> Result<Staged<Self>> {
+        let (shape, size) = (self.shape, used.page_tokens());
+        let new = Store::new(gpu, layer, shape.bytes(pages, size)?)?;
+        let mut staged = Staged::unmoved(Self { pool: pages, ..self.clone() });
+        let prefix = used.used_prefix();
+        if let Some(old) = old.filter(|_| prefix > 0) {
+            // Pages keep their numbers: the pool's first pages are one row of one long head.
+            let page_slots = shape.heads * size;
+            let copies = &plan::list_copies(&[(0, 0)], MOST_MOVES)[0];
+            let copy = CopyShape {
+                row_bytes: shape.row_bytes(),
+                heads: 1,
+                start: 0,
+                len: prefix * page_slots,
+                old_capacity: self.pool * page_slots,
+                new_capacity: pages * page_slots,
+                copies,
+            };
+            let buffers = [old.buffers(), new.buffers()];
+            staged.dispatches.push(gpu.kernels().copy_rows(gpu, buffers, &copy)?);
+            staged.moved = shape.bytes(prefix, size)?.iter().sum();
+        }
+        staged.store = Some(new);
+        Ok(staged)
+    }
+}
+
+/// Pages that a layer's memory has room for.
+fn pool_of(
+    gpu: &Gpu,
+    paging: &Paging,
+    store: Option<&Store>,
+    held: Option<&Paged>,
+    shape: Shape,
+) -> usize {
+    match (store, held) {
+        (_, Some(held)) => held.pool,
+        (Some(store), None) => paging.left(gpu, shape, store),
+        (None, None) => 0,
+    }
+}

@@ -1,0 +1,313 @@
+//! Page tables on the GPU: one for all layers that advance together, written word by word.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::arena::{Lease, Placed};
+use crate::gpu::device::binding_limit;
+use crate::gpu::kernels::MOST_MOVES;
+use crate::host::pages::{PageMap, Written};
+use crate::host::plan::{self, MoveList};
+use crate::host::position::Order;
+use crate::host::words::Words;
+use crate::view::PageTable;
+
+/// Changes that are remembered: enough for an engine that runs a few steps of a layer before the next.
+const REMEMBERED: usize = 4;
+/// Pages up to which debug builds recount them after every change.
+const RECOUNTED: usize = 4096;
+/// Bytes of a table that is laid out at once for the longest rows that there may be.
+const SMALL_BYTES: usize = 256 << 10;
+/// Words of a table that take as long to write as a write of its own.
+const WORDS_A_WRITE: usize = 256;
+
+/// The pages of a layer's rows, on the host and on the GPU: a value that never changes.
+#[derive(Clone, Debug)]
+pub(crate) struct Table {
+    pub(crate) map: PageMap,
+    /// `None` where no row ever had a page.
+    region: Option<Arc<Region>>,
+}
+
+/// Where tables lie that have grown out of one another. Each word is written once: so the tables of before,
+/// which recorded passes may read, stay as they are, and a new page is a word behind them.
+#[derive(Debug)]
+struct Region {
+    placed: Placed,
+    written: Mutex<RegionWords>,
+}
+
+/// What was written into a region.
+#[derive(Debug)]
+struct RegionWords {
+    words: Words,
+    /// How many words of each row are written.
+    end: usize,
+}
+
+/// A change of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Change {
+    Write { order: Order, count: usize, new_len: usize },
+    Select(Vec<u32>),
+    Reserve(usize),
+    Crop(usize),
+    Truncate(usize),
+}
+
+/// A change that was made of a table.
+#[derive(Clone, Debug)]
+pub(crate) struct Step {
+    from: Arc<Table>,
+    change: Change,
+    pub(crate) to: Arc<Table>,
+    /// Pages to copy first.
+    pub(crate) copies: Arc<[MoveList]>,
+    /// Word of the list of positions, in the buffer of the table.
+    pub(crate) list_at: u32,
+}
+
+/// Tables of one page size, and their latest changes.
+///
+/// A change of a table is worked out once: the next layer with the same table and the same change finds it
+/// here. So layers that advance together share one table, on the host and on the GPU, and a layer that goes its
+/// own way simply has another.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    /// Tokens of a page: a power of two.
+    page_tokens: usize,
+    /// The most pages of a row, where that is fixed.
+    most_row_pages: Option<usize>,
+    /// The table of a layer that was never written.
+    empty: Option<Arc<Table>>,
+    /// The latest last.
+    steps: VecDeque<Step>,
+}
+
+impl Tables {
+    pub(crate) fn new(page_tokens: usize, most_row_pages: Option<usize>) -> Self {
+        Self { page_tokens, most_row_pages, empty: None, steps: VecDeque::new() }
+    }
+
+    pub(crate) fn empty(&mut self, batch: usize) -> Arc<Table> {
+        if let Some(empty) = self.empty.as_ref().filter(|empty| empty.map.batch() == batch) {
+            return Arc::clone(empty);
+        }
+        let map = PageMap::new(self.page_tokens, batch);
+        Arc::clone(self.empty.insert(Arc::new(Table { map, region: None })))
+    }
+
+    /// Makes `change` of the table `from`, or finds that it was made.
+    fn step<E>(
+        &mut self,
+        from: &Arc<Table>,
+        change: Change,
+        make: impl FnOnce(&mut Table) -> Result<(Arc<[MoveList]>, u32), E>,
+    ) -> Result<Step, E> {
+        let is_it = |step: &&Step| Arc::ptr_eq(&step.from, from) && step.change == change;
+        if let Some(step) = self.steps.iter().rev().find(is_it) {
+            return Ok(step.clone());
+        }
+        let mut to = Table::clone(from);
+        let (copies, list_at) = make(&mut to)?;
+        debug_assert!(
+            to.map.pool_pages().max(to.map.table().len()) > RECOUNTED || to.map.is_sound(),
+            "a recount of the pages agrees: {:?}",
+            to.map
+        );
+        if self.steps.len() == REMEMBERED {
+            self.steps.pop_front();
+        }
+        let step = Step { from: Arc::clone(from), change, to: Arc::new(to), copies, list_at };
+        self.steps.push_back(step.clone());
+        Ok(step)
+    }
+
+    /// Makes room for new tokens: `count` of each row, after which `new_len` are live.
+    pub(crate) fn write(
+        &mut self,
+        gpu: &Gpu,
+        from: &Arc<Table>,
+        order: &Order,
+        [count, new_len]: [usize; 2],
+    ) -> Result<Step> {
+        let list = order.list().unwrap_or(&[]);
+        let stride = self.stride(gpu, &from.map, new_len, list.len())?;
+        let change = Change::Write { order: order.clone(), count, new_len };
+        self.step(from, change, |table| {
+            let written = table.map.write(order, count, new_len, stride);
+            let list_at = table.upload(gpu, &written, list)?;
+            Ok((plan::list_copies(&written.copies, MOST_MOVES).into(), list_at))
+        })
+    }
+
+    /// Lays the table out for rows of `new_len` tokens, so that appends up to that length need no other.
+    pub(crate) fn reserve(
+        &mut self,
+        gpu: &Gpu,
+        from: &Arc<Table>,
+        new_len: usize,
+    ) -> Result<Arc<Table>> {
+        let stride = self.stride(gpu, &from.map, new_len, 0)?;
+        if from.map.first() + from.map.pages_of(new_len) <= from.map.stride() {
+            return Ok(Arc::clone(from));
+        }
+        let step = self.step(from, Change::Reserve(new_len), |table| {
+            table.map.lay_out(stride);
+            table.put(gpu, 0)?;
+            Ok::<_, Error>((Arc::new([]), 0))
+        });
+        step.map(|step| step.to)
+    }
+
+    /// New row `i` becomes old row `rows[i]`.
+    pub(crate) fn select(
+        &mut self,
+        gpu: &Gpu,
+        from: &Arc<Table>,
+        rows: &[u32],
+    ) -> Result<Arc<Table>> {
+        let step = self.step(from, Change::Select(rows.to_vec()), |table| {
+            table.map.select(rows);
+            if table.map.row_pages() > 0 {
+                table.put(gpu, 0)?;
+            }
+            Ok::<_, Error>((Arc::new([]), 0))
+        });
+        step.map(|step| step.to)
+    }
+
+    /// Keeps the latest `len` tokens. The GPU's table stays as it is, and is entered further on.
+    pub(crate) fn crop(&mut self, from: &Arc<Table>, len: usize) -> Arc<Table> {
+        let Ok(step) = self.step::<Infallible>(from, Change::Crop(len), |table| {
+            table.map.crop(len);
+            Ok((Arc::new([]), 0))
+        });
+        step.to
+    }
+
+    /// Keeps the first `len` tokens. The GPU's table stays as it is.
+    pub(crate) fn truncate(&mut self, from: &Arc<Table>, len: usize) -> Arc<Table> {
+        let Ok(step) = self.step::<Infallible>(from, Change::Truncate(len), |table| {
+            table.map.truncate(len);
+            Ok((Arc::new([]), 0))
+        });
+        step.to
+    }
+
+    /// Words of a row for a table that has to hold rows of `new_len` tokens, and has room for more of them, so
+    /// that it is laid out anew seldom. Refuses one that is more than can be bound, with a list of `list` words.
+    fn stride(&self, gpu: &Gpu, map: &PageMap, new_len: usize, list: usize) -> Result<usize> {
+        let (batch, pages) = (map.batch(), map.pages_of(new_len));
+        let fits = check_table(gpu, batch, pages, list)? / batch;
+        let most = self.most_row_pages.unwrap_or(usize::MAX);
+        let is_small = batch.saturating_mul(most).saturating_mul(4) <= SMALL_BYTES;
+        let roomy = pages.saturating_mul(2).max(if is_small { most } else { 8 });
+        Ok(roomy.min(fits).max(pages))
+    }
+}
+
+/// Refuses a table of `pages` pages a row, with a list of `list` words behind it, that cannot be bound. Returns
+/// how many words the table may have.
+pub(crate) fn check_table(gpu: &Gpu, batch: usize, pages: usize, list: usize) -> Result<usize> {
+    let limit = binding_limit(gpu.limits());
+    // The list begins at an aligned offset, and what is behind it is aligned as well.
+    let spare = if list == 0 { 0 } else { 4 * list as u64 + 512 };
+    let room = limit.saturating_sub(spare);
+    // A row that has no page yet gets one with its next token.
+    let bytes = (batch as u64).saturating_mul(pages.max(1) as u64).saturating_mul(4);
+    if bytes > room {
+        return Err(Error::ListTooLarge {
+            what: "the table of the pages of all rows",
+            bytes: bytes.saturating_add(spare),
+            limit,
+            remedy: "use fewer rows, shorter ones, or larger pages",
+        });
+    }
+    Ok(usize::try_from(room / 4).unwrap_or(usize::MAX))
+}
+
+impl Table {
+    /// The table as a view shows it.
+    pub(crate) fn placed(&self) -> Option<PageTable<'_>> {
+        let region = self.region.as_deref()?;
+        // What can be bound is counted in 32 bits.
+        let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Some(PageTable {
+            placed: &region.placed,
+            at: region.placed.offset / 4 + word(self.map.first()),
+            stride: word(self.map.stride()),
+        })
+    }
+
+    pub(crate) fn lease(&self) -> Option<&Lease> {
+        self.region.as_ref().map(|region| &region.placed.lease)
+    }
+
+    /// Brings to the GPU what a write has changed, and a list of positions beside it. Returns the word of the
+    /// list.
+    fn upload(&mut self, gpu: &Gpu, written: &Written, list: &[u32]) -> Result<u32> {
+        if !self.extend(gpu, written)? {
+            self.put(gpu, list.len())?;
+        }
+        if list.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            let region = self.region.as_ref().expect("a table that was written");
+            if let Some(placed) = gpu.place_beside(&region.placed, list)? {
+                return Ok(placed.offset / 4);
+            }
+            self.put(gpu, list.len())?;
+        }
+    }
+
+    /// Writes new words behind those that are there. Whether that was possible: not where the table was laid
+    /// out anew, or a word that is there would have to be another.
+    fn extend(&self, gpu: &Gpu, changed: &Written) -> Result<bool> {
+        let map = &self.map;
+        let Some(region) = self.region.as_ref().filter(|_| !changed.is_laid_out) else {
+            return Ok(false);
+        };
+        if changed.words.is_empty() {
+            return Ok(true);
+        }
+        let mut written = region.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if !gpu.is_in_place(&region.placed) {
+            return Ok(false);
+        }
+        let is_new = |word: usize| word % map.stride() >= written.end;
+        let words = || changed.words.iter().flat_map(Clone::clone);
+        let is_same = |word: usize| written.words.get(word) == map.table().get(word);
+        if words().any(|word| !is_new(word) && !is_same(word)) {
+            return Ok(false);
+        }
+        let end = map.first() + map.row_pages();
+        if end > written.end {
+            if changed.words.len() * WORDS_A_WRITE > map.table().len() {
+                gpu.write_piece(&region.placed, 0, &map.table().to_vec())?;
+            } else {
+                for run in &changed.words {
+                    let words: Vec<u32> = run.clone().map(|word| map.table().get(word)).collect();
+                    gpu.write_piece(&region.placed, run.start, &words)?;
+                }
+            }
+            *written = RegionWords { words: map.table().clone(), end };
+        }
+        Ok(true)
+    }
+
+    /// Puts the table into a region of its own, with room beside it for a list of `spare` words.
+    fn put(&mut self, gpu: &Gpu, spare: usize) -> Result<()> {
+        let words = self.map.table().to_vec();
+        let placed = gpu.reserve(words.len(), spare)?;
+        gpu.write_piece(&placed, 0, &words)?;
+        let end = self.map.first() + self.map.row_pages();
+        let written = Mutex::new(RegionWords { words: self.map.table().clone(), end });
+        self.region = Some(Arc::new(Region { placed, written }));
+        Ok(())
+    }
+}
