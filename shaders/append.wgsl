@@ -29,8 +29,6 @@ struct Params {
     // Units of a head.
     key_units: u32,
     value_units: u32,
-    // B times H.
-    rows: u32,
     // Positions that each row visits.
     entries: u32,
     // Workgroups that share the heads of a token, in a (B, T, H, D) source.
@@ -100,9 +98,10 @@ fn main(
         entry = vec4(group.x * tile_height + local.y);
     } else {
         let row = group.y * tile_height + local.y;
-        is_written = vec4(row < params.rows);
-        b = min(row, params.rows - 1u) / params.kv.heads;
-        h = vec4(min(row, params.rows - 1u) - b * params.kv.heads);
+        let rows = params.kv.batch * params.kv.heads;
+        is_written = vec4(row < rows);
+        b = min(row, rows - 1u) / params.kv.heads;
+        h = vec4(min(row, rows - 1u) - b * params.kv.heads);
         entry = group.x * width + across;
     }
     is_written &= entry < vec4(params.entries);

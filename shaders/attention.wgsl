@@ -46,7 +46,6 @@ struct Params {
     // Tokens of a split, and how many there are.
     split: u32,
     splits: u32,
-    batch: u32,
     scale: f32,
     is_causal: u32,
 }
@@ -125,7 +124,7 @@ fn main(
 
     // How many tokens each row sees: a new token sees those before it and itself.
     let unseen = select(vec4(0u), params.tokens - 1u - row / params.group, params.is_causal != 0u);
-    let seen = params.kv.len - unseen;
+    let seen = kv_len(params.kv, b) - unseen;
     let begin = group.z * params.split;
     let end = min(begin + params.split, max(max(seen.x, seen.y), max(seen.z, seen.w)));
 
@@ -527,7 +526,7 @@ fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
         write_elements(place(params.output, b, h, sums.row[r]), quad, sum / sums.total[r]);
     } else {
         let rows = params.group * params.tokens;
-        let results = params.batch * params.kv.heads * rows;
+        let results = params.kv.batch * params.kv.heads * rows;
         let at = (sums.group.z * results + sums.group.y * rows + sums.row[r]) * (params.kv.value_dim + 2u);
         write_elements(at, quad, sum);
         if quad == 0u {

@@ -48,17 +48,19 @@ fn main(
     }
     let b = params.first + row / params.kv.heads;
     let h = row % params.kv.heads;
-    let key_live = params.kv.len * params.key_units;
-    let value_live = params.kv.len * params.value_units;
+    let key_live = kv_len(params.kv, b) * params.key_units;
+    let value_live = kv_len(params.kv, b) * params.value_units;
+    let key_target_row = row * params.kv.len * params.key_units;
+    let value_target_row = row * params.kv.len * params.value_units;
     for (var part = 0u; part < TILE; part += WORKGROUP) {
         let i = number % params.tiles * TILE + part + local;
         if i < key_live {
             let slot = kv_slot(params.kv, b, h, i / params.key_units);
-            key_target[row * key_live + i] = key_cache[slot * params.key_units + i % params.key_units];
+            key_target[key_target_row + i] = key_cache[slot * params.key_units + i % params.key_units];
         }
         if i < value_live {
             let slot = kv_slot(params.kv, b, h, i / params.value_units);
-            value_target[row * value_live + i] = value_cache[slot * params.value_units + i % params.value_units];
+            value_target[value_target_row + i] = value_cache[slot * params.value_units + i % params.value_units];
         }
     }
 }

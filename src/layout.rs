@@ -3,16 +3,18 @@
 /// How the live tokens of a [`LayerView`](crate::LayerView) lie in its buffers.
 ///
 /// Each layout comes with a WGSL text, [`wgsl`](Self::wgsl), that an attention shader is joined with. All
-/// texts declare the same `struct KvLayout` of eight `u32`, which
-/// [`LayerView::layout_words`](crate::LayerView::layout_words) fills, and the same function
+/// texts declare the same `struct KvLayout` of [`Layout::WORDS`] `u32`, which
+/// [`LayerView::layout_words`](crate::LayerView::layout_words) fills, and the same functions
 ///
 /// ```wgsl
+/// fn kv_len(kv: KvLayout, b: u32) -> u32
 /// fn kv_slot(kv: KvLayout, b: u32, h: u32, t: u32) -> u32
 /// ```
 ///
-/// which says at which slot live token `t` (0 is the oldest) of row `b` and K/V head `h` lies. Element `d`
-/// of K is element `kv_slot(..) * key_dim + d` of the buffer of K, and of V likewise. So one shader serves
-/// every kind of cache, and costs nothing where the tokens lie in one piece.
+/// `kv_len` is the number of live tokens of batch row `b`. `kv_slot` is the slot of live token `t` (0 is the
+/// oldest) of row `b` and K/V head `h`: element `d` of that token's K is element `kv_slot(..) * key_dim + d` of
+/// the buffer of K, and of V likewise. One shader serves every kind of cache, and a contiguous view costs it no
+/// more than an addition. Fields of `KvLayout` that are reserved are zero; do not read them.
 ///
 /// # Examples
 ///
@@ -33,7 +35,7 @@
 ///
 ///     @compute @workgroup_size(64)
 ///     fn main(@builtin(global_invocation_id) id: vec3<u32>) {
-///         if id.x < kv.len {
+///         if id.x < kv_len(kv, 0u) {
 ///             first[id.x] = key[kv_slot(kv, 0u, 0u, id.x) * kv.key_dim];
 ///         }
 ///     }";
@@ -43,6 +45,7 @@
 /// }
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Layout {
     /// [B, H, capacity, D], and the live tokens are one piece of it.
     Contiguous,
@@ -55,14 +58,41 @@ pub enum Layout {
 
 impl Layout {
     /// All layouts.
-    pub const ALL: [Self; 3] = [Self::Contiguous, Self::Wrapped, Self::Paged];
+    pub const ALL: &'static [Self] = &[Self::Contiguous, Self::Wrapped, Self::Paged];
 
-    /// The WGSL text of this layout: `struct KvLayout` and `fn kv_slot`.
+    /// Words of `struct KvLayout`.
+    pub const WORDS: usize = 16;
+
+    /// The WGSL text of this layout: `struct KvLayout`, `fn kv_len` and `fn kv_slot`.
     pub fn wgsl(self) -> &'static str {
+        macro_rules! text {
+            ($file:literal) => {
+                concat!(
+                    include_str!("../shaders/layout/kv_layout.wgsl"),
+                    include_str!(concat!("../shaders/layout/", $file)),
+                )
+            };
+        }
         match self {
-            Self::Contiguous => include_str!("../shaders/layout/contiguous.wgsl"),
-            Self::Wrapped => include_str!("../shaders/layout/wrapped.wgsl"),
-            Self::Paged => include_str!("../shaders/layout/paged.wgsl"),
+            Self::Contiguous => text!("contiguous.wgsl"),
+            Self::Wrapped => text!("wrapped.wgsl"),
+            Self::Paged => text!("paged.wgsl"),
         }
     }
+}
+
+/// `struct KvLayout`, word for word.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct KvLayout {
+    pub(crate) heads: u32,
+    pub(crate) key_dim: u32,
+    pub(crate) value_dim: u32,
+    pub(crate) len: u32,
+    pub(crate) start: u32,
+    pub(crate) capacity: u32,
+    pub(crate) table: u32,
+    pub(crate) table_stride: u32,
+    pub(crate) batch: u32,
+    pub(crate) reserved: [u32; 7],
 }

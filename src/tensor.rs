@@ -1,9 +1,10 @@
 //! Tensors at the edge of the crate: [`TensorView`] goes in, [`HostTensor`] comes back.
 
+use std::sync::Arc;
+
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
-use crate::gpu::device::binding_limit;
+use crate::gpu::device::{DeviceHandle, binding_limit};
 
 /// Where new K or V lies on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
 ///
@@ -36,7 +37,7 @@ pub struct TensorView<'a> {
     pub(crate) shape: [usize; 4],
     pub(crate) strides: [usize; 4],
     /// The device, where it is known.
-    pub(crate) gpu: Option<&'a Gpu>,
+    pub(crate) device: Option<&'a Arc<DeviceHandle>>,
 }
 
 impl<'a> TensorView<'a> {
@@ -50,7 +51,7 @@ impl<'a> TensorView<'a> {
         let shape = checked_shape(shape)?;
         let [_, h, t, d] = shape;
         let strides = [h.saturating_mul(t).saturating_mul(d), t.saturating_mul(d), d, 1];
-        Ok(Self { buffer, dtype, offset: 0, shape, strides, gpu: None })
+        Ok(Self { buffer, dtype, offset: 0, shape, strides, device: None })
     }
 
     /// A row-major [B, T, H, D] tensor, as a projection writes it. `shape` is given in that order; the
@@ -62,7 +63,7 @@ impl<'a> TensorView<'a> {
     pub fn bthd(buffer: &'a wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Self> {
         let [b, t, h, d] = checked_shape(shape)?;
         let strides = [t.saturating_mul(h).saturating_mul(d), d, h.saturating_mul(d), 1];
-        Ok(Self { buffer, dtype, offset: 0, shape: [b, h, t, d], strides, gpu: None })
+        Ok(Self { buffer, dtype, offset: 0, shape: [b, h, t, d], strides, device: None })
     }
 
     /// The same view with its first element at byte `offset` of the buffer: a multiple of 4.
@@ -105,9 +106,13 @@ impl<'a> TensorView<'a> {
 
     /// Refuses a view of which it is known that it is of another device. wgpu refuses others when they are
     /// bound.
-    pub(crate) fn check_device(&self, what: &'static str, gpu: &Gpu) -> Result<()> {
-        match self.gpu {
-            Some(own) if !gpu.is_device_of(own) => Err(Error::OtherDevice { what }),
+    pub(crate) fn check_device(
+        &self,
+        what: &'static str,
+        device: &Arc<DeviceHandle>,
+    ) -> Result<()> {
+        match self.device {
+            Some(own) if !device.is_device_of(own) => Err(Error::OtherDevice { what }),
             _ => Ok(()),
         }
     }
@@ -232,7 +237,7 @@ pub(crate) fn checked_shape(shape: &[usize]) -> Result<[usize; 4]> {
 /// Made by [`Gpu::upload`](crate::Gpu::upload).
 #[derive(Clone, Debug)]
 pub struct Tensor {
-    pub(crate) gpu: Gpu,
+    pub(crate) device: Arc<DeviceHandle>,
     pub(crate) buffer: wgpu::Buffer,
     pub(crate) dtype: DType,
     pub(crate) shape: [usize; 4],
@@ -248,7 +253,7 @@ impl Tensor {
             offset: 0,
             shape: self.shape,
             strides: [h * t * d, t * d, d, 1],
-            gpu: Some(&self.gpu),
+            device: Some(&self.device),
         }
     }
 

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
 use crate::gpu::arena::Placed;
 use crate::gpu::bind_groups::BindGroups;
+use crate::gpu::device::DeviceHandle;
 use crate::gpu::ledger::Ledger;
-use crate::layout::Layout;
+use crate::layout::{KvLayout, Layout};
 use crate::tensor::TensorView;
 
 /// A layer's K and V as they lie on the GPU, for an attention kernel to read in place.
@@ -34,10 +34,10 @@ use crate::tensor::TensorView;
 /// The buffers stay the same until the layer grows or its batch outgrows them, so a bind group made
 /// from a view can be kept as long as `key()` and `value()` compare equal. Take offsets, start and
 /// length from a fresh view at every step.
-#[derive(Clone, Copy, Debug)]
-pub struct LayerView<'a> {
-    pub(crate) key: &'a wgpu::Buffer,
-    pub(crate) value: &'a wgpu::Buffer,
+#[derive(Clone, Debug)]
+pub struct LayerView {
+    pub(crate) key: wgpu::Buffer,
+    pub(crate) value: wgpu::Buffer,
     pub(crate) dtype: DType,
     pub(crate) batch: usize,
     pub(crate) heads: usize,
@@ -46,62 +46,62 @@ pub struct LayerView<'a> {
     pub(crate) start: usize,
     pub(crate) len: usize,
     pub(crate) capacity: usize,
-    pub(crate) pages: Option<PageTable<'a>>,
+    pub(crate) pages: Option<PageTable>,
     /// Bind groups that are kept with the buffers.
-    pub(crate) bind_groups: &'a Arc<BindGroups>,
+    pub(crate) bind_groups: Arc<BindGroups>,
     /// Whose layer it is.
-    pub(crate) owner: Option<Owner<'a>>,
+    pub(crate) owner: Option<Owner>,
 }
 
 /// The cache that a view is of: its device, and whether what the view shows is there.
-#[derive(Clone, Copy)]
-pub(crate) struct Owner<'a> {
-    pub(crate) gpu: &'a Gpu,
-    pub(crate) ledger: &'a Ledger,
+#[derive(Clone)]
+pub(crate) struct Owner {
+    pub(crate) device: Arc<DeviceHandle>,
+    pub(crate) ledger: Ledger,
 }
 
-impl std::fmt::Debug for Owner<'_> {
+impl std::fmt::Debug for Owner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Owner").field("ledger", self.ledger).finish_non_exhaustive()
+        f.debug_struct("Owner").field("ledger", &self.ledger).finish_non_exhaustive()
     }
 }
 
 /// Where the table of a paged view lies.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PageTable<'a> {
-    pub(crate) placed: &'a Placed,
+#[derive(Clone, Debug)]
+pub(crate) struct PageTable {
+    pub(crate) placed: Placed,
     /// Word of row 0's first page, and from one row to the next.
     pub(crate) at: u32,
     pub(crate) stride: u32,
 }
 
-impl<'a> LayerView<'a> {
+impl LayerView {
     /// Refuses what `gpu` cannot read: what was lost with a pass since the view was taken, and the view or a
     /// tensor of another device.
     pub(crate) fn check(
         &self,
-        gpu: &Gpu,
+        device: &Arc<DeviceHandle>,
         pass: &wgpu::ComputePass<'_>,
         tensors: [(&'static str, &TensorView<'_>); 2],
     ) -> Result<()> {
-        gpu.handle().check_alive_for(pass)?;
-        if let Some(Owner { gpu: own, ledger }) = self.owner {
-            if !gpu.is_device_of(own) {
+        device.check_alive_for(pass)?;
+        if let Some(Owner { device: own, ledger }) = &self.owner {
+            if !device.is_device_of(own) {
                 return Err(Error::OtherDevice { what: "the layer" });
             }
             ledger.check()?;
         }
-        tensors.into_iter().try_for_each(|(what, tensor)| tensor.check_device(what, gpu))
+        tensors.into_iter().try_for_each(|(what, tensor)| tensor.check_device(what, device))
     }
 
     /// The buffer of K. Bind it read-only.
-    pub fn key(&self) -> &'a wgpu::Buffer {
-        self.key
+    pub fn key(&self) -> &wgpu::Buffer {
+        &self.key
     }
 
     /// The buffer of V. Bind it read-only.
-    pub fn value(&self) -> &'a wgpu::Buffer {
-        self.value
+    pub fn value(&self) -> &wgpu::Buffer {
+        &self.value
     }
 
     /// Byte offset of K's row 0, head 0, slot 0.
@@ -173,31 +173,36 @@ impl<'a> LayerView<'a> {
         }
     }
 
-    /// The eight words of `struct KvLayout` in [`Layout::wgsl`]: `heads`, `key_dim`, `value_dim`, `len`,
-    /// `start`, `capacity`, `table`, `table_stride`. For a uniform or immediate data, at every step anew.
-    pub fn layout_words(&self) -> [u32; 8] {
+    /// The words of `struct KvLayout` in [`Layout::wgsl`], in its order. For a uniform or immediate data, at
+    /// every step anew.
+    pub fn layout_words(&self) -> [u32; Layout::WORDS] {
+        bytemuck::cast(self.kv_layout())
+    }
+
+    pub(crate) fn kv_layout(&self) -> KvLayout {
         // A layer that can be bound has no count that does not fit.
         let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        let (table, table_stride) =
-            self.pages.map_or((0, 0), |PageTable { at, stride, .. }| (at, stride));
-        [
-            word(self.heads),
-            word(self.key_dim),
-            word(self.value_dim),
-            word(self.len),
-            word(self.start),
-            word(self.capacity),
-            table,
-            table_stride,
-        ]
+        let table = self.pages.as_ref();
+        KvLayout {
+            heads: word(self.heads),
+            key_dim: word(self.key_dim),
+            value_dim: word(self.value_dim),
+            len: word(self.len),
+            start: word(self.start),
+            capacity: word(self.capacity),
+            table: table.map_or(0, |table| table.at),
+            table_stride: table.map_or(0, |table| table.stride),
+            batch: word(self.batch),
+            reserved: [0; 7],
+        }
     }
 
     /// The buffer that the page table lies in; `None` where the layout is not [`Layout::Paged`]. Bind it
     /// whole, read-only, as `array<u32>`: `layout_words` says where the table begins. It stays as it is until
     /// what was recorded up to the cache's next update has run, also if the cache is reset or dropped before;
     /// take it from a fresh view at every step.
-    pub fn page_table(&self) -> Option<&'a wgpu::Buffer> {
-        self.pages.map(|pages| &pages.placed.buffer)
+    pub fn page_table(&self) -> Option<&wgpu::Buffer> {
+        self.pages.as_ref().map(|pages| &pages.placed.buffer)
     }
 }
 

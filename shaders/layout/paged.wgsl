@@ -4,22 +4,6 @@
 // Join this text to a shader that reads a view. Element d of K is at kv_slot(..) * key_dim + d. The
 // shader says how word i of the table's buffer is read: fn kv_table(i: u32) -> u32.
 
-struct KvLayout {
-    heads: u32,
-    // Elements a head.
-    key_dim: u32,
-    value_dim: u32,
-    // Live tokens.
-    len: u32,
-    // Slot of the oldest live token in a row's first page.
-    start: u32,
-    // Slots of each page and head: a power of two.
-    capacity: u32,
-    // Where the table lies in its buffer, and how far two rows of it are apart, in words.
-    table: u32,
-    table_stride: u32,
-}
-
 fn kv_slot(kv: KvLayout, b: u32, h: u32, t: u32) -> u32 {
     let slot = kv.start + t;
     let page = kv_table(kv.table + b * kv.table_stride + (slot >> countTrailingZeros(kv.capacity)));

@@ -3,22 +3,6 @@
 //
 // Join this text to a shader that reads a view. Element d of K is at kv_slot(..) * key_dim + d.
 
-struct KvLayout {
-    heads: u32,
-    // Elements a head.
-    key_dim: u32,
-    value_dim: u32,
-    // Live tokens.
-    len: u32,
-    // Slot of the oldest live token.
-    start: u32,
-    // Slots of each row and head.
-    capacity: u32,
-    // For pages; not used here.
-    table: u32,
-    table_stride: u32,
-}
-
 fn kv_slot(kv: KvLayout, b: u32, h: u32, t: u32) -> u32 {
     // start < capacity and t < capacity: one subtraction is the whole modulus.
     let slot = kv.start + t;

@@ -13,7 +13,7 @@ use crate::view::LayerView;
 /// Query heads of a K/V head, and new tokens.
 pub(super) fn shapes(
     query: &TensorView<'_>,
-    view: &LayerView<'_>,
+    view: &LayerView,
     output: &TensorView<'_>,
     options: AttentionOptions,
 ) -> Result<(usize, usize)> {
@@ -93,7 +93,7 @@ pub(super) fn scale(given: Option<f32>, dim: usize) -> Result<f32> {
 pub(super) fn output(
     gpu: &Gpu,
     (query, from): (&TensorView<'_>, &Source),
-    view: &LayerView<'_>,
+    view: &LayerView,
     (output, to): (&TensorView<'_>, &Source),
 ) -> Result<()> {
     let results = Elements::of(output, to);
@@ -107,7 +107,7 @@ pub(super) fn output(
         });
     }
     for (what, buffer) in
-        [("K", Some(view.key)), ("V", Some(view.value)), ("the page table", view.page_table())]
+        [("K", Some(&view.key)), ("V", Some(&view.value)), ("the page table", view.page_table())]
     {
         if buffer == Some(output.buffer) {
             return Err(Error::OutputIsRead { what });

@@ -5,6 +5,7 @@ mod checks;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::{Keepers, Purpose};
+use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{AttentionShape, ROWS, least_splits};
 use crate::gpu::ledger::Ledger;
@@ -115,14 +116,14 @@ impl Attention {
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
         query: &TensorView<'_>,
-        view: &LayerView<'_>,
+        view: &LayerView,
         output: &TensorView<'_>,
         options: AttentionOptions,
     ) -> Result<()> {
         let gpu = self.gpu.clone();
         let (group, tokens) = checks::shapes(query, view, output, options)?;
         let scale = checks::scale(options.scale, view.key_dim)?;
-        view.check(&gpu, pass, [("query", query), ("output", output)])?;
+        view.check(gpu.handle(), pass, [("query", query), ("output", output)])?;
         let mut from = query.source("query", gpu.limits())?;
         let mut to = output.source("output", gpu.limits())?;
         checks::output(&gpu, (query, &from), view, (output, &to))?;
@@ -152,24 +153,24 @@ impl Attention {
             is_cpu: self.is_cpu,
             is_pooled,
         };
-        let [k, v] = [view.key, view.value].map(wgpu::Buffer::as_entire_buffer_binding);
+        let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
         let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
         let output = to.binding(output.buffer);
         let mut dispatches = Vec::with_capacity(2);
         if splits == 1 {
             let bindings = self.bind(view, Purpose::Attention, &[q, k, v, output])?;
-            dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
+            dispatches.push(gpu.kernels().attention(bindings, &shape)?);
         } else {
             let scratch = self.scratch(view, rows, splits)?;
             let scratch = scratch.as_entire_buffer_binding();
             let bindings = self.bind(view, Purpose::Attention, &[q, k, v, scratch.clone()])?;
-            dispatches.push(gpu.kernels().attention(&gpu, bindings, &shape)?);
+            dispatches.push(gpu.kernels().attention(bindings, &shape)?);
             let bindings = self.bind(view, Purpose::AttentionCombine, &[scratch, output])?;
-            dispatches.push(gpu.kernels().attention_combine(&gpu, bindings, &shape)?);
+            dispatches.push(gpu.kernels().attention_combine(bindings, &shape)?);
         }
-        for dispatch in dispatches {
-            dispatch.record(pass, &self.ledger, Vec::new());
-        }
+        let mut call = Call::new(pass);
+        dispatches.into_iter().for_each(|dispatch| call.add(dispatch));
+        call.finish(&self.ledger);
         Ok(())
     }
 
@@ -182,7 +183,7 @@ impl Attention {
 
     /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
     /// to be worth putting together; but no more tokens than a workgroup can go through.
-    fn splits(&self, view: &LayerView<'_>, rows: usize) -> (usize, usize) {
+    fn splits(&self, view: &LayerView, rows: usize) -> (usize, usize) {
         let (wanted, least) = if self.is_cpu { (16, 1024) } else { (512, 256) };
         let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
         let splits = wanted_splits(workgroups, wanted, view.len, least);
@@ -196,29 +197,24 @@ impl Attention {
     /// A bind group, kept with the layer if its buffers have come before. All of attention's are made here.
     fn bind(
         &mut self,
-        view: &LayerView<'_>,
+        view: &LayerView,
         purpose: Purpose,
         bindings: &[wgpu::BufferBinding<'_>],
     ) -> Result<wgpu::BindGroup> {
-        let (gpu, kernels) = (&self.gpu, self.gpu.kernels());
+        let kernels = self.gpu.kernels();
         let make = |bindings: &[wgpu::BufferBinding<'_>]| match purpose {
-            Purpose::AttentionCombine => kernels.bind_attention_combine(gpu, bindings),
-            _ => kernels.bind_attention(gpu, bindings),
+            Purpose::AttentionCombine => kernels.bind_attention_combine(bindings),
+            _ => kernels.bind_attention(bindings),
         };
         let (bindings, is_kept) = view.bind_groups.get(purpose, bindings, make)?;
         if is_kept {
-            self.keepers.add(view.bind_groups);
+            self.keepers.add(&view.bind_groups);
         }
         Ok(bindings)
     }
 
     /// A buffer for the partial results of all splits.
-    fn scratch(
-        &mut self,
-        view: &LayerView<'_>,
-        rows: usize,
-        splits: usize,
-    ) -> Result<wgpu::Buffer> {
+    fn scratch(&mut self, view: &LayerView, rows: usize, splits: usize) -> Result<wgpu::Buffer> {
         let bytes = scratch_bytes(view, rows, splits);
         let limit = binding_limit(self.gpu.limits());
         if bytes > limit {
@@ -239,7 +235,7 @@ impl Attention {
 }
 
 /// Bytes of the partial results of `splits` splits: sums, highest score and total weight of each query row.
-fn scratch_bytes(view: &LayerView<'_>, rows: usize, splits: usize) -> u64 {
+fn scratch_bytes(view: &LayerView, rows: usize, splits: usize) -> u64 {
     [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()]
         .iter()
         .fold(splits as u64, |all, &n| all.saturating_mul(n as u64))

@@ -52,7 +52,7 @@ fn answer(
     gpu: &Gpu,
     attention: &mut Attention,
     query: &Tensor,
-    view: &LayerView<'_>,
+    view: &LayerView,
     options: AttentionOptions,
     case: &str,
 ) -> Vec<f32> {

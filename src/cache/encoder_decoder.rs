@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 
 use crate::cache::dynamic::DynamicKVCache;
-use crate::cache::{BatchChange, Cache, KVCache, Stats};
+use crate::cache::{Cache, KVCache};
 use crate::error::Result;
 use crate::gpu::Gpu;
+use crate::host::batch::BatchChange;
 use crate::host::position::CachePosition;
+use crate::stats::Stats;
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::LayerView;
 
@@ -102,7 +104,7 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
         layer_idx: usize,
         cache_position: CachePosition<'_>,
         is_cross_attention: bool,
-    ) -> Result<LayerView<'_>> {
+    ) -> Result<LayerView> {
         if !is_cross_attention {
             let_go(&mut self.cross_attention);
             return self.self_attention.update(pass, key, value, layer_idx, cache_position);
@@ -118,11 +120,7 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// # Errors
     ///
     /// As there.
-    pub fn view(
-        &self,
-        layer_idx: usize,
-        is_cross_attention: bool,
-    ) -> Result<Option<LayerView<'_>>> {
+    pub fn view(&self, layer_idx: usize, is_cross_attention: bool) -> Result<Option<LayerView>> {
         self.side(is_cross_attention).view(layer_idx)
     }
 

@@ -19,7 +19,7 @@ macro_rules! implement_cache {
 
             fn prepare_batch(
                 &mut self,
-                change: crate::cache::BatchChange<'_>,
+                change: crate::host::batch::BatchChange<'_>,
             ) -> crate::error::Result<()> {
                 self.layers.prepare_batch(change)
             }
@@ -29,7 +29,7 @@ macro_rules! implement_cache {
                 pass: &mut wgpu::ComputePass<'_>,
                 indices: &[u32],
             ) -> crate::error::Result<()> {
-                self.layers.change_batch(pass, crate::cache::BatchChange::Select(indices))
+                self.layers.change_batch(pass, crate::host::batch::BatchChange::Select(indices))
             }
 
             fn batch_repeat_interleave(
@@ -37,7 +37,7 @@ macro_rules! implement_cache {
                 pass: &mut wgpu::ComputePass<'_>,
                 repeats: usize,
             ) -> crate::error::Result<()> {
-                self.layers.change_batch(pass, crate::cache::BatchChange::Repeat(repeats))
+                self.layers.change_batch(pass, crate::host::batch::BatchChange::Repeat(repeats))
             }
 
             fn reserve(
@@ -52,7 +52,7 @@ macro_rules! implement_cache {
                 self.layers.bound()
             }
 
-            fn stats(&self) -> crate::cache::Stats {
+            fn stats(&self) -> crate::stats::Stats {
                 self.layers.stats()
             }
         }
@@ -65,14 +65,14 @@ macro_rules! implement_cache {
                 value: &crate::tensor::TensorView<'_>,
                 layer_idx: usize,
                 cache_position: crate::host::position::CachePosition<'_>,
-            ) -> crate::error::Result<crate::view::LayerView<'_>> {
+            ) -> crate::error::Result<crate::view::LayerView> {
                 self.layers.update(pass, key, value, layer_idx, cache_position)
             }
 
             fn view(
                 &self,
                 layer_idx: usize,
-            ) -> crate::error::Result<Option<crate::view::LayerView<'_>>> {
+            ) -> crate::error::Result<Option<crate::view::LayerView>> {
                 self.layers.view(layer_idx)
             }
 

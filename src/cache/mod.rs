@@ -10,7 +10,9 @@ use std::future::Future;
 use std::pin::Pin;
 
 use crate::error::Result;
+use crate::host::batch::BatchChange;
 use crate::host::position::CachePosition;
+use crate::stats::Stats;
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::LayerView;
 
@@ -209,7 +211,7 @@ pub trait KVCache: Cache {
         value: &TensorView<'_>,
         layer_idx: usize,
         cache_position: CachePosition<'_>,
-    ) -> Result<LayerView<'_>>;
+    ) -> Result<LayerView>;
 
     /// The layer's K and V as they lie on the GPU; `None` for a layer never written. Free.
     ///
@@ -217,7 +219,7 @@ pub trait KVCache: Cache {
     ///
     /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for;
     /// [`Error::PassDropped`](crate::Error::PassDropped) where what was written was lost with a pass.
-    fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>>;
+    fn view(&self, layer_idx: usize) -> Result<Option<LayerView>>;
 
     /// Reads the live tokens of K and V back to the host; `None` for a layer never written.
     ///
@@ -260,58 +262,3 @@ pub type GetFuture<'a> =
 #[cfg(target_arch = "wasm32")]
 pub type GetFuture<'a> =
     Pin<Box<dyn Future<Output = Result<Option<(HostTensor, HostTensor)>>> + 'a>>;
-
-/// A change of the batch, as [`Cache::prepare_batch`] is told of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BatchChange<'a> {
-    /// As [`Cache::batch_select_indices`].
-    Select(&'a [u32]),
-    /// As [`Cache::batch_repeat_interleave`].
-    Repeat(usize),
-}
-
-/// What a cache has done and what it holds. Counts are exact.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Dispatches recorded.
-    pub dispatches: u64,
-    /// Bytes of K and V that the recorded dispatches write.
-    pub bytes_moved: u64,
-    /// Buffers of K and V allocated now.
-    pub buffers: u64,
-    /// Bytes of K and V allocated now.
-    pub bytes_allocated: u64,
-    /// The most bytes of K and V that were allocated at one time.
-    pub peak_bytes_allocated: u64,
-    /// Bytes read back to the host.
-    pub bytes_read_back: u64,
-    /// Pages that rows of a layer refer to, in the layer where they are most; 0 for kinds without pages.
-    /// Layers that advance together have one page table, so this counts tokens, not layers.
-    pub pages_used: u64,
-    /// Those of them that several rows share.
-    pub pages_shared: u64,
-    /// Pages of that layer's pool that no row refers to.
-    pub pages_free: u64,
-    /// The most pages that were in use at one time.
-    pub peak_pages_used: u64,
-}
-
-impl std::ops::Add for Stats {
-    type Output = Self;
-
-    /// The statistics of two caches together; peaks are the sums of both peaks.
-    fn add(self, other: Self) -> Self {
-        Self {
-            dispatches: self.dispatches + other.dispatches,
-            bytes_moved: self.bytes_moved + other.bytes_moved,
-            buffers: self.buffers + other.buffers,
-            bytes_allocated: self.bytes_allocated + other.bytes_allocated,
-            peak_bytes_allocated: self.peak_bytes_allocated + other.peak_bytes_allocated,
-            bytes_read_back: self.bytes_read_back + other.bytes_read_back,
-            pages_used: self.pages_used + other.pages_used,
-            pages_shared: self.pages_shared + other.pages_shared,
-            pages_free: self.pages_free + other.pages_free,
-            peak_pages_used: self.peak_pages_used + other.peak_pages_used,
-        }
-    }
-}

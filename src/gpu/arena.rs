@@ -34,7 +34,7 @@ const KEPT: u64 = 64;
 /// Offset alignment of a piece, in bytes: the most that WebGPU lets a device ask for.
 const ALIGNMENT: u32 = 256;
 /// Bytes that the uniform binding of parameters spans, at any offset.
-pub(crate) const PARAMS_BYTES: u32 = 128;
+pub(crate) const PARAMS_BYTES: u32 = 256;
 
 /// Keeps a chunk's content in place for as long as it lives. Holds nothing of wgpu's: it goes into callbacks,
 /// which must be `Send`, and in a browser nothing of wgpu's is.
@@ -129,6 +129,21 @@ pub(crate) struct Layouts {
     /// Lists, and the witness of the cache that a dispatch works for.
     pub(crate) witnessed: wgpu::BindGroupLayout,
     pub(crate) params: wgpu::BindGroupLayout,
+}
+
+impl Layouts {
+    pub(crate) fn new(handle: &DeviceHandle) -> Result<Self> {
+        let make = |device: &wgpu::Device| Self {
+            lists: bind_layout(device, "kvcache lists", &[storage(0, true)]),
+            witnessed: bind_layout(
+                device,
+                "kvcache lists and witness",
+                &[storage(0, true), witness(1)],
+            ),
+            params: bind_layout(device, "kvcache parameters", &[uniform(0)]),
+        };
+        handle.checked("kvcache layouts", 0, make)
+    }
 }
 
 #[derive(Debug)]
@@ -402,4 +417,51 @@ fn space(words: usize) -> Result<u32> {
 
 fn too_long(words: usize) -> Error {
     Error::overflow("list that a kernel reads", format!("{words} words"), u64::from(u32::MAX / 4))
+}
+
+pub(super) fn storage(binding: u32, read_only: bool) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only },
+            has_dynamic_offset: false,
+            min_binding_size: None,
+        },
+        count: None,
+    }
+}
+
+/// One word, at a dynamic offset.
+fn witness(binding: u32) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only: false },
+            has_dynamic_offset: true,
+            min_binding_size: wgpu::BufferSize::new(4),
+        },
+        ..storage(binding, false)
+    }
+}
+
+fn uniform(binding: u32) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Uniform,
+            has_dynamic_offset: true,
+            min_binding_size: wgpu::BufferSize::new(u64::from(PARAMS_BYTES)),
+        },
+        count: None,
+    }
+}
+
+pub(super) fn bind_layout(
+    device: &wgpu::Device,
+    label: &str,
+    entries: &[wgpu::BindGroupLayoutEntry],
+) -> wgpu::BindGroupLayout {
+    device
+        .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(label), entries })
 }

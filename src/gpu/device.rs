@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
@@ -98,8 +99,28 @@ impl DeviceHandle {
         if self.is_lost.load(Ordering::Acquire) { Err(Error::DeviceLost) } else { Ok(()) }
     }
 
+    /// Whether both are one device.
+    ///
+    /// wgpu numbers the devices of each instance from the start, so that those of two instances compare equal.
+    /// What tells them apart is where their errors go: an error that is sure to happen to the other device
+    /// is caught here only if it is this one.
+    pub(crate) fn is_device_of(self: &Arc<Self>, other: &Arc<Self>) -> bool {
+        if Arc::ptr_eq(self, other) {
+            return true;
+        }
+        if self.device != other.device || cfg!(target_arch = "wasm32") {
+            return self.device == other.device;
+        }
+        let theirs = other.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let ours = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        other.make_an_error();
+        let is_ours = answer_now(ours.pop()).is_some();
+        let _ = answer_now(theirs.pop());
+        is_ours
+    }
+
     /// Makes a validation error, as long as the device is not lost, and has no other effect.
-    pub(crate) fn make_an_error(&self) {
+    fn make_an_error(&self) {
         self.queue.write_buffer(&self.probe, 0, &[]);
     }
 

@@ -4,9 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
 use crate::gpu::arena::Lease;
-use crate::gpu::kernels::Dispatch;
+use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
 
 /// What has become of the calls that a cache has recorded since its last reset.
@@ -53,9 +52,9 @@ pub(crate) enum Verdict {
 
 impl Ledger {
     /// Makes everything that recording needs, so that it cannot fail.
-    pub(crate) fn prepare(&self, gpu: &Gpu) -> Result<()> {
-        if gpu.runs_kernels() && self.0.witness.get().is_none() {
-            let witness = gpu.witness()?;
+    pub(crate) fn prepare(&self, uploads: &Uploads) -> Result<()> {
+        if uploads.device().runs_kernels && self.0.witness.get().is_none() {
+            let witness = uploads.witness()?;
             self.0.witness.get_or_init(|| witness);
         }
         Ok(())
@@ -71,6 +70,11 @@ impl Ledger {
         self.0.recorded.fetch_add(1, Ordering::Relaxed);
         let ticket = Ticket { ledger: self.clone(), is_done: false, leases };
         pass.on_submitted_work_done(move || ticket.finish());
+    }
+
+    /// Notes that the witness is to see one more call.
+    pub(crate) fn expect(&self) {
+        self.0.due.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Refuses to go on after a pass was lost.
@@ -114,44 +118,6 @@ impl Ledger {
 /// The low 32 bits of a count.
 fn low_word(count: u64) -> u32 {
     u32::try_from(count & u64::from(u32::MAX)).unwrap_or_default()
-}
-
-/// One call's dispatches on their way into a pass.
-#[derive(Debug)]
-pub(crate) struct Call<'a, 'pass> {
-    pass: &'a mut wgpu::ComputePass<'pass>,
-    leases: Vec<Lease>,
-    /// The latest dispatch, held back because the last one is recorded as such.
-    latest: Option<Dispatch>,
-}
-
-impl<'a, 'pass> Call<'a, 'pass> {
-    pub(crate) fn new(pass: &'a mut wgpu::ComputePass<'pass>) -> Self {
-        Self { pass, leases: Vec::new(), latest: None }
-    }
-
-    /// Keeps these in place until the pass has run.
-    pub(crate) fn hold(&mut self, leases: Vec<Lease>) {
-        self.leases.extend(leases);
-    }
-
-    pub(crate) fn add(&mut self, dispatch: Dispatch) {
-        if let Some(dispatch) = self.latest.replace(dispatch) {
-            dispatch.record_part(self.pass, None, &mut self.leases);
-        }
-    }
-
-    /// Records what is left. A call that has nothing to record and nothing to hold goes unnoted.
-    pub(crate) fn finish(mut self, ledger: &Ledger) {
-        if let Some(dispatch) = self.latest.take() {
-            let witness = ledger.witness();
-            dispatch.record_part(self.pass, witness, &mut self.leases);
-            ledger.0.due.fetch_add(u64::from(witness.is_some()), Ordering::Relaxed);
-        } else if self.leases.is_empty() {
-            return;
-        }
-        ledger.record(self.pass, self.leases);
-    }
 }
 
 /// Travels with a recorded pass; learns whether it was submitted or dropped.

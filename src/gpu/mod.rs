@@ -2,21 +2,22 @@
 
 pub(crate) mod arena;
 pub(crate) mod bind_groups;
+pub(crate) mod call;
 pub(crate) mod device;
 pub(crate) mod kernels;
 pub(crate) mod ledger;
 pub(crate) mod own_buffers;
 pub(crate) mod readback;
+pub(crate) mod uploads;
 pub(crate) mod witness;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::gpu::arena::{Arena, Bound, Placed};
-use crate::gpu::device::{DeviceHandle, answer_now};
+use crate::gpu::device::DeviceHandle;
 use crate::gpu::kernels::Kernels;
-use crate::gpu::witness::Witness;
+use crate::gpu::uploads::Uploads;
 use crate::tensor::{Tensor, checked_shape};
 
 /// A device, its queue, and the compiled kernels of this crate. Cheap to clone: clones share all three.
@@ -37,11 +38,8 @@ pub struct Gpu(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    handle: DeviceHandle,
+    uploads: Arc<Uploads>,
     kernels: Kernels,
-    arena: Mutex<Arena>,
-    /// A list that nothing reads, to bind where a kernel wants none.
-    unused_list: Arc<Bound>,
 }
 
 /// What [`Gpu::headless_with`] looks for.
@@ -72,7 +70,8 @@ impl Gpu {
     /// first used.
     ///
     /// WebGPU's default limits and no optional feature suffice. Where the device was made with
-    /// [`wgpu::Features::IMMEDIATES`] and at least 128 bytes of them, parameters travel that way.
+    /// [`wgpu::Features::IMMEDIATES`], parameters of up to `max_immediate_size` bytes travel that way: up to 128
+    /// for the kernels of caches, 136 for attention.
     /// `queue` must be the device's own.
     ///
     /// # Errors
@@ -82,11 +81,10 @@ impl Gpu {
     /// [`Error::Device`] where it cannot make three buffers of 64 KiB.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         crate::gpu::kernels::check_limits(&device.limits())?;
-        let handle = DeviceHandle::new(device, queue)?;
-        let kernels = Kernels::new(&handle)?;
-        let arena = Arena::new(&handle, &kernels.layouts)?;
-        let unused_list = Arc::clone(arena.unused_list());
-        Ok(Self(Arc::new(Inner { handle, kernels, arena: Mutex::new(arena), unused_list })))
+        let device = Arc::new(DeviceHandle::new(device, queue)?);
+        let uploads = Arc::new(Uploads::new(device)?);
+        let kernels = Kernels::new(Arc::clone(&uploads))?;
+        Ok(Self(Arc::new(Inner { uploads, kernels })))
     }
 
     /// Finds an adapter without a window, a GPU before a software adapter, and makes a device.
@@ -136,12 +134,12 @@ impl Gpu {
 
     /// The device.
     pub fn device(&self) -> &wgpu::Device {
-        &self.0.handle.device
+        &self.handle().device
     }
 
     /// The device's queue.
     pub fn queue(&self) -> &wgpu::Queue {
-        &self.0.handle.queue
+        &self.handle().queue
     }
 
     /// Opens a compute pass, runs `record` in it, and submits it: for those who have no pass of their
@@ -198,112 +196,41 @@ impl Gpu {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::COPY_DST
             | wgpu::BufferUsages::COPY_SRC;
-        let buffer = self.0.handle.create_buffer("kvcache upload", padded as u64, usage)?;
+        let buffer = self.handle().create_buffer("kvcache upload", padded as u64, usage)?;
         let whole = bytes.len() / 4 * 4;
         if whole > 0 {
-            self.0.handle.write(&buffer, 0, &bytes[..whole])?;
+            self.handle().write(&buffer, 0, &bytes[..whole])?;
         }
         if whole < bytes.len() {
             // A single 16-bit element at the end: writes are whole words.
             let last = [bytes[whole], bytes[whole + 1], 0, 0];
-            self.0.handle.write(&buffer, whole as u64, &last)?;
+            self.handle().write(&buffer, whole as u64, &last)?;
         }
-        Ok(Tensor { gpu: self.clone(), buffer, dtype: E::DTYPE, shape: four })
+        let device = Arc::clone(self.handle());
+        Ok(Tensor { device, buffer, dtype: E::DTYPE, shape: four })
     }
 
     /// Whether the adapter runs kernels in software.
     pub(crate) fn is_cpu(&self) -> bool {
-        self.0.handle.is_cpu
+        self.handle().is_cpu
     }
 
     pub(crate) fn limits(&self) -> &wgpu::Limits {
-        &self.0.handle.limits
+        &self.handle().limits
     }
 
     pub(crate) fn kernels(&self) -> &Kernels {
         &self.0.kernels
     }
 
-    /// The device with what belongs to it, which makes buffers and other parts.
-    pub(crate) fn handle(&self) -> &DeviceHandle {
-        &self.0.handle
+    /// The device, which makes buffers and other parts.
+    pub(crate) fn handle(&self) -> &Arc<DeviceHandle> {
+        self.0.uploads.device()
     }
 
-    /// Puts a list or parameters where a dispatch can read them.
-    pub(crate) fn place(&self, words: &[u32]) -> Result<Placed> {
-        self.arena().place(&self.0.handle, &self.0.kernels.layouts, words)
-    }
-
-    /// Reserves a piece that its owner writes bit by bit, with room beside it for a list of `spare` words.
-    pub(crate) fn reserve(&self, words: usize, spare: usize) -> Result<Placed> {
-        self.arena().reserve(&self.0.handle, &self.0.kernels.layouts, words, spare)
-    }
-
-    /// Puts `words` into the buffer of a reserved piece; `None` where the piece has to move first.
-    pub(crate) fn place_beside(&self, piece: &Placed, words: &[u32]) -> Result<Option<Placed>> {
-        self.arena().place_beside(&self.0.handle, piece, words)
-    }
-
-    /// Whether a reserved piece may stay where it is.
-    pub(crate) fn is_in_place(&self, piece: &Placed) -> bool {
-        self.arena().is_in_place(piece)
-    }
-
-    /// Writes words of a reserved piece that nothing has read yet, from its word `at` on.
-    pub(crate) fn write_piece(&self, piece: &Placed, at: usize, words: &[u32]) -> Result<()> {
-        let offset = u64::from(piece.offset) + 4 * at as u64;
-        self.0.handle.write(&piece.buffer, offset, bytemuck::cast_slice(words))
-    }
-
-    /// A list that nothing reads, to bind where a kernel wants none.
-    pub(crate) fn unused_list(&self) -> &Arc<Bound> {
-        &self.0.unused_list
-    }
-
-    /// A word that counts what has run.
-    pub(crate) fn witness(&self) -> Result<Witness> {
-        self.arena().witness(&self.0.handle, &self.0.kernels.layouts)
-    }
-
-    /// The buffer that a page of witnesses is.
-    pub(crate) fn witness_page(&self, page: usize) -> wgpu::Buffer {
-        self.arena().witness_page(page)
-    }
-
-    /// To be called once leases were abandoned.
-    pub(crate) fn replace_abandoned(&self) {
-        // Where that fails, whoever needs a chunk next makes it, and is told.
-        let _ = self.arena().replace_abandoned(&self.0.handle, &self.0.kernels.layouts);
-    }
-
-    /// Whether dispatches do anything: everywhere but on wgpu's backend without a driver.
-    pub(crate) fn runs_kernels(&self) -> bool {
-        self.0.handle.runs_kernels
-    }
-
-    /// Whether both are one device.
-    ///
-    /// wgpu numbers the devices of each instance from the start, so that those of two instances compare equal.
-    /// What tells them apart is where their errors go: an error that is sure to happen to the other device
-    /// is caught here only if it is this one.
-    pub(crate) fn is_device_of(&self, other: &Self) -> bool {
-        if Arc::ptr_eq(&self.0, &other.0) {
-            return true;
-        }
-        if self.device() != other.device() || cfg!(target_arch = "wasm32") {
-            return self.device() == other.device();
-        }
-        let theirs = other.device().push_error_scope(wgpu::ErrorFilter::Validation);
-        let ours = self.device().push_error_scope(wgpu::ErrorFilter::Validation);
-        other.handle().make_an_error();
-        let is_ours = answer_now(ours.pop()).is_some();
-        let _ = answer_now(theirs.pop());
-        is_ours
-    }
-
-    fn arena(&self) -> MutexGuard<'_, Arena> {
-        // The arena is consistent between any two statements, so a panic elsewhere does not harm it.
-        self.0.arena.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The small data that dispatches read.
+    pub(crate) fn uploads(&self) -> &Uploads {
+        &self.0.uploads
     }
 }
 

@@ -1,6 +1,7 @@
 //! From the GPU to the host: staging buffers and mapping. The only code that submits and waits.
 
 use std::future::poll_fn;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 #[cfg(not(target_arch = "wasm32"))]
@@ -9,9 +10,9 @@ use std::time::{Duration, Instant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::gpu::call::Call;
 use crate::gpu::device::{answer_now, binding_limit};
 use crate::gpu::ledger::{Ledger, Snapshot, Verdict};
-use crate::host::plan;
 use crate::layout::Layout;
 use crate::tensor::HostTensor;
 use crate::view::LayerView;
@@ -64,11 +65,13 @@ struct Awaited {
 }
 
 impl Readback {
-    /// Copies the live tokens aside, and no others, submits, and asks for the mapping.
+    /// Copies the live tokens aside, and no others, submits, and asks for the mapping. `ring_slots` are the slots
+    /// of the live tokens, oldest first; not used for a paged view.
     pub(crate) fn start(
         gpu: &Gpu,
         layer: usize,
-        view: &LayerView<'_>,
+        view: &LayerView,
+        ring_slots: [Range<usize>; 2],
         ledger: &Ledger,
     ) -> Result<Self> {
         let before = ledger.snapshot();
@@ -89,12 +92,12 @@ impl Readback {
         if view.layout() == Layout::Paged {
             copy_pages(gpu, &mut encoder, view, &tensors, rows)?;
         } else {
-            tensors[0].copy(&mut encoder, view, view.key());
-            tensors[1].copy(&mut encoder, view, view.value());
+            tensors[0].copy(&mut encoder, view, &ring_slots, view.key());
+            tensors[1].copy(&mut encoder, view, &ring_slots, view.value());
         }
         if let (Some(from), Some((to, at))) = (ledger.witness(), &witness) {
             let (page, offset) = from.binding();
-            let page = gpu.witness_page(page);
+            let page = gpu.uploads().witness_page(page);
             encoder.copy_buffer_to_buffer(&page, offset.into(), to, *at, 4);
         }
         let _submission = gpu.queue().submit([encoder.finish()]);
@@ -320,7 +323,7 @@ impl Arrivals {
 
 /// Batch rows of which both tensors fit a buffer. Rows that share their pages are there once, and come out as
 /// often as they are read, so all of them may be more than that. A row alone is never larger than the pool.
-fn rows_of_a_piece(gpu: &Gpu, view: &LayerView<'_>) -> usize {
+fn rows_of_a_piece(gpu: &Gpu, view: &LayerView) -> usize {
     let row = view.heads * view.len * view.key_dim.max(view.value_dim) * view.dtype().size();
     let rows = gpu.limits().max_buffer_size / (row as u64).max(1);
     usize::try_from(rows).unwrap_or(view.batch).clamp(1, view.batch)
@@ -330,7 +333,7 @@ fn rows_of_a_piece(gpu: &Gpu, view: &LayerView<'_>) -> usize {
 fn copy_pages(
     gpu: &Gpu,
     encoder: &mut wgpu::CommandEncoder,
-    view: &LayerView<'_>,
+    view: &LayerView,
     tensors: &[Staging; 2],
     rows_of_a_piece: usize,
 ) -> Result<()> {
@@ -352,14 +355,14 @@ fn copy_pages(
             let some = first..end.min(first + rows);
             let count = some.len() as u64;
             let [keys, values] = &straight;
-            let collect = gpu.kernels().collect(gpu, view, some, [keys, values])?;
+            let collect = gpu.kernels().collect(view, some, [keys, values])?;
             let descriptor =
                 wgpu::ComputePassDescriptor { label: Some("kvcache get"), timestamp_writes: None };
-            collect.record(
-                &mut encoder.begin_compute_pass(&descriptor),
-                &Ledger::default(),
-                Vec::new(),
-            );
+            let mut pass = encoder.begin_compute_pass(&descriptor);
+            let mut call = Call::new(&mut pass);
+            call.add(collect);
+            call.finish(&Ledger::default());
+            drop(pass);
             for ((from, to), bytes) in straight.iter().zip(tensors).zip(row_bytes) {
                 let at = (first - start) as u64 * bytes;
                 encoder.copy_buffer_to_buffer(from, 0, &to.pieces[piece].0, at, count * bytes);
@@ -407,7 +410,13 @@ impl Staging {
     }
 
     /// Copies the live slots of every row and head, oldest token first.
-    fn copy(&self, encoder: &mut wgpu::CommandEncoder, view: &LayerView<'_>, from: &wgpu::Buffer) {
+    fn copy(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        view: &LayerView,
+        ring_slots: &[Range<usize>; 2],
+        from: &wgpu::Buffer,
+    ) {
         // Of a ring all rows are one piece, as its own buffer is.
         let Some((buffer, _)) = self.pieces.first() else { return };
         let [batch, heads, len, dim] = self.shape;
@@ -425,11 +434,9 @@ impl Staging {
             copy(0, batch * heads * len);
             return;
         }
-        let (first, second) = plan::live_slots(view.start(), len, view.capacity());
         for row in 0..batch * heads {
             let base = row * view.capacity();
-            copy(base + first.start, first.len());
-            copy(base + second.start, second.len());
+            ring_slots.iter().for_each(|slots| copy(base + slots.start, slots.len()));
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What is decided on the host: positions, row moves, pages. Free of wgpu.
 
+pub(crate) mod batch;
 pub(crate) mod pages;
 pub(crate) mod plan;
 pub(crate) mod position;

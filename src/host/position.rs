@@ -91,14 +91,6 @@ impl List {
 }
 
 impl Order {
-    /// Positions that a kernel visits in each batch row.
-    pub(crate) fn count(&self, tokens: u32) -> u32 {
-        match self {
-            Self::Run { zeros, .. } => zeros + tokens,
-            Self::List(list) => list.named + list.gap,
-        }
-    }
-
     /// The list, as a kernel reads it.
     pub(crate) fn list(&self) -> Option<&[u32]> {
         match self {

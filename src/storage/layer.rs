@@ -11,9 +11,9 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::{Lease, Placed};
 use crate::gpu::bind_groups::Purpose;
+use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AppendShape, Dispatch};
-use crate::gpu::ledger::Call;
+use crate::gpu::kernels::{AppendShape, Dispatch, Positions};
 use crate::host::position::{self, CachePosition, Order};
 use crate::storage::store::{Shape, Store};
 use crate::tensor::TensorView;
@@ -32,7 +32,7 @@ pub(crate) trait Held: Debug + Sized {
     /// Live tokens.
     fn len(&self) -> usize;
 
-    fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a>;
+    fn view<'a>(&'a self, store: &'a Store) -> LayerView;
 
     fn crop(&mut self, policy: &mut Self::Policy, max_length: usize);
 
@@ -220,7 +220,7 @@ impl<L: Held> Layer<L> {
         self.held.as_ref().map_or(PageCounts::default(), L::pages)
     }
 
-    pub(crate) fn view(&self) -> Option<LayerView<'_>> {
+    pub(crate) fn view(&self) -> Option<LayerView> {
         Some(self.held.as_ref()?.view(self.store.as_ref()?))
     }
 
@@ -262,8 +262,8 @@ impl<L: Held> Layer<L> {
     ) -> Result<Staged<L>> {
         let shape = self.check_shapes(key, value)?;
         let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
-        key.check_device("key", gpu)?;
-        value.check_device("value", gpu)?;
+        key.check_device("key", gpu.handle())?;
+        value.check_device("value", gpu.handle())?;
         self.check_alias(key, value)?;
         let (count, len) = (key.shape[2], self.len());
         let new_len = position::check(position, shape.batch, count, len, L::bound(policy))?;
@@ -276,17 +276,17 @@ impl<L: Held> Layer<L> {
         let store = store.expect("a layer with room has memory");
         let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
         let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
-        let bind = |bindings: &[_]| gpu.kernels().bind_append(gpu, bindings);
+        let bind = |bindings: &[_]| gpu.kernels().bind_append(bindings);
         let (bindings, _) = store.bind_groups.get(Purpose::Append, &bindings, bind)?;
         let append = AppendShape {
             key: &sources[0],
             value: &sources[1],
             tokens: count,
-            order: &room.order,
+            positions: positions(&room.order, room.lists.as_ref().map_or(0, |(_, at)| *at))?,
             target: &room.held.view(store),
-            lists: room.lists.as_ref().map(|(placed, list_at)| (placed, *list_at)),
+            lists: room.lists.as_ref().map(|(placed, _)| placed),
         };
-        let append = gpu.kernels().append(gpu, bindings, &append)?;
+        let append = gpu.kernels().append(bindings, &append)?;
         let written = room.order.written(shape.batch, count).saturating_mul(shape.heads as u64);
         let written = shape.row_bytes().map(|row| row.saturating_mul(written));
         room.dispatches.push(append);
@@ -384,4 +384,17 @@ impl<L: Held> Layer<L> {
         }
         Ok(())
     }
+}
+
+/// An order as the kernel takes it; its list was put at word `at`.
+fn positions(order: &Order, at: u32) -> Result<Positions> {
+    Ok(match order {
+        Order::Run { first, zeros } => Positions::Run { first: *first, zeros: *zeros },
+        Order::List(list) => {
+            let stride = if list.per_row { list.stride() } else { 0 };
+            let stride = u32::try_from(stride)
+                .map_err(|_| Error::too_many("number of positions of a row", stride as u64))?;
+            Positions::List { first: list.len, named: list.named, gap: list.gap, at, stride }
+        }
+    })
 }

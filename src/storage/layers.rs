@@ -1,15 +1,19 @@
 //! The layers of a cache: what all kinds share.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::cache::{BatchChange, Stats};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::gpu::ledger::{Call, Ledger};
+use crate::gpu::call::Call;
+use crate::gpu::ledger::Ledger;
 use crate::gpu::readback::Readback;
+use crate::host::batch::{BatchChange, OwnedChange, changed_batch};
 use crate::host::plan;
 use crate::host::position::CachePosition;
+use crate::layout::Layout;
+use crate::stats::Stats;
 use crate::storage::layer::{Effect, Held, Layer, PageCounts, Staged};
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::{LayerView, Owner};
@@ -40,31 +44,6 @@ struct Prepared<L> {
     change: OwnedChange,
     /// One for each layer; `None` where a layer stays as it is.
     staged: Vec<Option<Staged<L>>>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum OwnedChange {
-    Select(Vec<u32>),
-    Repeat(usize),
-}
-
-impl OwnedChange {
-    fn is(&self, change: BatchChange<'_>) -> bool {
-        match (self, change) {
-            (Self::Select(own), BatchChange::Select(other)) => own == other,
-            (Self::Repeat(own), BatchChange::Repeat(other)) => *own == other,
-            _ => false,
-        }
-    }
-}
-
-impl From<BatchChange<'_>> for OwnedChange {
-    fn from(change: BatchChange<'_>) -> Self {
-        match change {
-            BatchChange::Select(indices) => Self::Select(indices.to_vec()),
-            BatchChange::Repeat(repeats) => Self::Repeat(repeats),
-        }
-    }
 }
 
 impl<L: Held> Layers<L> {
@@ -116,7 +95,7 @@ impl<L: Held> Layers<L> {
         value: &TensorView<'_>,
         layer_idx: usize,
         position: CachePosition<'_>,
-    ) -> Result<LayerView<'_>> {
+    ) -> Result<LayerView> {
         self.prepared = None;
         self.check_layer(layer_idx)?;
         self.gpu.handle().check_alive_for(pass)?;
@@ -142,7 +121,7 @@ impl<L: Held> Layers<L> {
         self.bytes_moved += effect.moved;
         self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
         let view = layer.view().expect("a layer that was just written has a view");
-        Ok(LayerView { owner: Some(Owner { gpu: &self.gpu, ledger: &self.ledger }), ..view })
+        Ok(LayerView { owner: Some(self.owner()), ..view })
     }
 
     /// Prepares a change of the batch, or finds that it is prepared.
@@ -234,7 +213,7 @@ impl<L: Held> Layers<L> {
         call.finish(&self.ledger);
     }
 
-    pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView<'_>>> {
+    pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView>> {
         self.check_layer(layer_idx)?;
         self.ledger.check()?;
         let Some(view) = self.layers.get(&layer_idx).and_then(Layer::view) else { return Ok(None) };
@@ -286,18 +265,22 @@ impl<L: Held> Layers<L> {
     fn abandon(&self) {
         let tables = self.layers.values().filter(|layer| layer.abandon()).count();
         if tables > 0 {
-            self.gpu.replace_abandoned();
+            self.gpu.uploads().replace_abandoned();
         }
     }
 
-    fn owner(&self) -> Owner<'_> {
-        Owner { gpu: &self.gpu, ledger: &self.ledger }
+    fn owner(&self) -> Owner {
+        Owner { device: Arc::clone(self.gpu.handle()), ledger: self.ledger.clone() }
     }
 
     fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
         let Some(view) = self.view(layer_idx)? else { return Ok(None) };
         self.gpu.handle().check_alive()?;
-        Readback::start(&self.gpu, layer_idx, &view, &self.ledger).map(Some)
+        let (first, second) = match view.layout() {
+            Layout::Paged => Default::default(),
+            _ => plan::live_slots(view.start(), view.len(), view.capacity()),
+        };
+        Readback::start(&self.gpu, layer_idx, &view, [first, second], &self.ledger).map(Some)
     }
 
     fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
@@ -326,7 +309,7 @@ impl<L: Held> Layers<L> {
     /// Refuses to write on where passes were lost, and makes what recording needs.
     fn check_writable(&self) -> Result<()> {
         self.ledger.check()?;
-        self.ledger.prepare(&self.gpu)
+        self.ledger.prepare(self.gpu.uploads())
     }
 
     fn check_layer(&self, layer: usize) -> Result<()> {
@@ -395,16 +378,4 @@ impl<L: Held> Drop for Layers<L> {
     fn drop(&mut self) {
         self.abandon();
     }
-}
-
-/// The rows that a batch of `batch` rows has after a change.
-fn changed_batch(batch: usize, change: BatchChange<'_>) -> Result<usize> {
-    let (rows, asked) = match change {
-        BatchChange::Select(indices) => (Some(indices.len()), format!("{} rows", indices.len())),
-        BatchChange::Repeat(repeats) => {
-            (batch.checked_mul(repeats), format!("{repeats} times {batch} rows"))
-        }
-    };
-    rows.filter(|&rows| u32::try_from(rows).is_ok())
-        .ok_or_else(|| Error::overflow("batch", asked, u64::from(u32::MAX)))
 }

@@ -134,7 +134,7 @@ impl Held for Paged {
         self.table.map.len()
     }
 
-    fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a> {
+    fn view<'a>(&'a self, store: &'a Store) -> LayerView {
         let map = &self.table.map;
         let pages = self.table.placed().expect("a layer that was written has a table");
         self.shape.view(store, [map.start(), map.len(), map.page_tokens()], Some(pages))
@@ -216,9 +216,10 @@ impl Held for Paged {
                 start: 0,
                 len: paging.page_tokens,
                 capacity: paging.page_tokens,
-                moves,
+                moves: &moves.words,
+                cycles_at: moves.cycles_at,
             };
-            room.dispatches.push(gpu.kernels().gather(gpu, target.gather_bindings(gpu)?, &copy)?);
+            room.dispatches.push(gpu.kernels().gather(target.gather_bindings(gpu)?, &copy)?);
             room.moved += shape.bytes(moves.written, paging.page_tokens)?.iter().sum::<u64>();
         }
         let table = room.held.table.placed().expect("a table that was written is placed");
@@ -298,10 +299,10 @@ impl Paged {
                 len: prefix * page_slots,
                 old_capacity: self.pool * page_slots,
                 new_capacity: pages * page_slots,
-                copies,
+                copies: &copies.words,
             };
             let buffers = [old.buffers(), new.buffers()];
-            staged.dispatches.push(gpu.kernels().copy_rows(gpu, buffers, &copy)?);
+            staged.dispatches.push(gpu.kernels().copy_rows(buffers, &copy)?);
             staged.moved = shape.bytes(prefix, size)?.iter().sum();
         }
         staged.store = Some(new);

@@ -53,7 +53,7 @@ impl Held for Ring {
         self.len
     }
 
-    fn view<'a>(&'a self, store: &'a Store) -> LayerView<'a> {
+    fn view<'a>(&'a self, store: &'a Store) -> LayerView {
         self.shape.view(store, [self.start, self.len, self.capacity], None)
     }
 
@@ -84,7 +84,7 @@ impl Held for Ring {
             }
             _ => Self::first_room(gpu, layer, store, *growth, shape, tokens.new_len)?,
         };
-        let list = order.list().map(|list| gpu.place(list)).transpose()?;
+        let list = order.list().map(|list| gpu.uploads().place(list)).transpose()?;
         Ok(Room {
             store: staged.store,
             held: Self { len: tokens.new_len, ..staged.held },
@@ -147,9 +147,10 @@ impl Held for Ring {
                 start: self.start,
                 len: self.len,
                 capacity: self.capacity,
-                moves: &moves,
+                moves: &moves.words,
+                cycles_at: moves.cycles_at,
             };
-            dispatches.push(gpu.kernels().gather(gpu, store.gather_bindings(gpu)?, &gather)?);
+            dispatches.push(gpu.kernels().gather(store.gather_bindings(gpu)?, &gather)?);
             moved = shape.bytes(moves.written, self.len)?.iter().sum();
         }
         let held = Self { shape, ..*self };
@@ -222,10 +223,10 @@ impl Ring {
                     len: self.len,
                     old_capacity: self.capacity,
                     new_capacity: capacity,
-                    copies,
+                    copies: &copies.words,
                 };
                 let buffers = [old.buffers(), new.buffers()];
-                dispatches.push(gpu.kernels().copy_rows(gpu, buffers, &copy)?);
+                dispatches.push(gpu.kernels().copy_rows(buffers, &copy)?);
             }
         }
         let moved = shape.bytes(shape.batch, self.len)?.iter().sum();

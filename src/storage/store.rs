@@ -43,15 +43,15 @@ impl Shape {
     }
 
     /// A view of tokens of this shape in `store`.
-    pub(crate) fn view<'a>(
+    pub(crate) fn view(
         &self,
-        store: &'a Store,
+        store: &Store,
         [start, len, capacity]: [usize; 3],
-        pages: Option<PageTable<'a>>,
-    ) -> LayerView<'a> {
+        pages: Option<PageTable>,
+    ) -> LayerView {
         LayerView {
-            key: &store.key,
-            value: &store.value,
+            key: store.key.clone(),
+            value: store.value.clone(),
             dtype: self.dtype,
             batch: self.batch,
             heads: self.heads,
@@ -61,7 +61,7 @@ impl Shape {
             len,
             capacity,
             pages,
-            bind_groups: &store.bind_groups,
+            bind_groups: Arc::clone(&store.bind_groups),
             owner: None,
         }
     }
@@ -138,7 +138,7 @@ impl Store {
         if let Some(bindings) = self.gather.get() {
             return Ok(bindings.clone());
         }
-        let bindings = gpu.kernels().bind_gather(gpu, &self.key, &self.value)?;
+        let bindings = gpu.kernels().bind_gather(&self.key, &self.value)?;
         Ok(self.gather.get_or_init(|| bindings).clone())
     }
 }

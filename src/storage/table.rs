@@ -232,12 +232,12 @@ pub(crate) fn check_table(gpu: &Gpu, batch: usize, pages: usize, list: usize) ->
 
 impl Table {
     /// The table as a view shows it.
-    pub(crate) fn placed(&self) -> Option<PageTable<'_>> {
+    pub(crate) fn placed(&self) -> Option<PageTable> {
         let region = self.region.as_deref()?;
         // What can be bound is counted in 32 bits.
         let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Some(PageTable {
-            placed: &region.placed,
+            placed: region.placed.clone(),
             at: region.placed.offset / 4 + word(self.map.first()),
             stride: word(self.map.stride()),
         })
@@ -258,7 +258,7 @@ impl Table {
         }
         loop {
             let region = self.region.as_ref().expect("a table that was written");
-            if let Some(placed) = gpu.place_beside(&region.placed, list)? {
+            if let Some(placed) = gpu.uploads().place_beside(&region.placed, list)? {
                 return Ok(placed.offset / 4);
             }
             self.put(gpu, list.len())?;
@@ -276,7 +276,7 @@ impl Table {
             return Ok(true);
         }
         let mut written = region.written.lock().unwrap_or_else(PoisonError::into_inner);
-        if !gpu.is_in_place(&region.placed) {
+        if !gpu.uploads().is_in_place(&region.placed) {
             return Ok(false);
         }
         let is_new = |word: usize| word % map.stride() >= written.end;
@@ -288,11 +288,11 @@ impl Table {
         let end = map.first() + map.row_pages();
         if end > written.end {
             if changed.words.len() * WORDS_A_WRITE > map.table().len() {
-                gpu.write_piece(&region.placed, 0, &map.table().to_vec())?;
+                gpu.uploads().write_piece(&region.placed, 0, &map.table().to_vec())?;
             } else {
                 for run in &changed.words {
                     let words: Vec<u32> = run.clone().map(|word| map.table().get(word)).collect();
-                    gpu.write_piece(&region.placed, run.start, &words)?;
+                    gpu.uploads().write_piece(&region.placed, run.start, &words)?;
                 }
             }
             *written = RegionWords { words: map.table().clone(), end };
@@ -303,8 +303,8 @@ impl Table {
     /// Puts the table into a region of its own, with room beside it for a list of `spare` words.
     fn put(&mut self, gpu: &Gpu, spare: usize) -> Result<()> {
         let words = self.map.table().to_vec();
-        let placed = gpu.reserve(words.len(), spare)?;
-        gpu.write_piece(&placed, 0, &words)?;
+        let placed = gpu.uploads().reserve(words.len(), spare)?;
+        gpu.uploads().write_piece(&placed, 0, &words)?;
         let end = self.map.first() + self.map.row_pages();
         let written = Mutex::new(RegionWords { words: self.map.table().clone(), end });
         self.region = Some(Arc::new(Region { placed, written }));

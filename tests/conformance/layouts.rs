@@ -52,7 +52,7 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    pub(crate) fn new(gpu: &Gpu, view: &LayerView<'_>) -> Self {
+    pub(crate) fn new(gpu: &Gpu, view: &LayerView) -> Self {
         let (label, device) = (Some("layouts"), gpu.device());
         let text = format!("{SHADER}{}", view.layout().wgsl());
         let source = ShaderSource::Wgsl(text.into());

@@ -3,7 +3,9 @@
 //! and the next valid call goes as if the refused one had never been made.
 
 use wgpu_kvcache::wgpu::{Buffer, ComputePass};
-use wgpu_kvcache::{CachePosition, DType, Error, KVCache, LayerView, Stats, Tensor, TensorView};
+use wgpu_kvcache::{
+    CachePosition, DType, Error, KVCache, LayerView, Layout, Stats, Tensor, TensorView,
+};
 
 use crate::gpu;
 use crate::model::Block;
@@ -23,11 +25,11 @@ struct Shown {
     shapes: [[usize; 4]; 2],
     dtype: DType,
     /// What a shader is told: heads, dims, length, start, capacity, and where the page table lies.
-    words: [u32; 8],
+    words: [u32; Layout::WORDS],
 }
 
 impl Shown {
-    fn new(view: &LayerView<'_>) -> Self {
+    fn new(view: &LayerView) -> Self {
         let table = view.page_table().into_iter();
         Self {
             buffers: [view.key(), view.value()].into_iter().chain(table).cloned().collect(),

@@ -19,7 +19,7 @@ fn types_are_send_and_sync() {
     check::<Attention>();
     check::<Tensor>();
     check::<TensorView<'_>>();
-    check::<LayerView<'_>>();
+    check::<LayerView>();
     check::<HostTensor>();
     check::<CachePosition<'_>>();
     check::<Error>();

@@ -1,11 +1,10 @@
 //! `shaders/append.wgsl`: new tokens into their slots, K and V in one dispatch.
 
+use super::params::{Strided, params};
 use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
 use crate::error::Result;
-use crate::gpu::Gpu;
 use crate::gpu::arena::Placed;
-use crate::host::position::Order;
-use crate::layout::Layout;
+use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
 use crate::view::LayerView;
 
@@ -14,6 +13,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     wgsl: include_str!("../../../shaders/append.wgsl"),
     common: "",
     writes: &[false, false, true, true],
+    params_bytes: Params::BYTES,
     constants: &["tile_units", "tile_threads", "tile_height", "is_bthd", "has_list", "is_single"],
     layouts: &[Layout::Wrapped, Layout::Paged],
     dtypes: &[],
@@ -22,6 +22,33 @@ pub(super) const SOURCE: super::Source = super::Source {
 /// Units that a thread takes, as in the shader.
 const UNITS_PER_THREAD: u32 = 4;
 
+params! {
+    /// `struct Params` of the shader, which says what each field is.
+    struct Params {
+        kv: KvLayout,
+        key: Strided,
+        value: Strided,
+        key_units: u32,
+        value_units: u32,
+        entries: u32,
+        head_tiles: u32,
+        first: u32,
+        zeros: u32,
+        list_at: u32,
+        list_stride: u32,
+    }
+}
+
+/// The positions that an append visits in each batch row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Positions {
+    /// From `first` on: `zeros` that become zero, then one for each new token.
+    Run { first: u32, zeros: u32 },
+    /// `named` (position, token) pairs of a list, then the `gap` positions from `first` on that it does not
+    /// name. The list of batch row b begins at word `at + b * stride`.
+    List { first: u32, named: u32, gap: u32, at: u32, stride: u32 },
+}
+
 /// What an append writes, and where.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AppendShape<'a> {
@@ -29,26 +56,24 @@ pub(crate) struct AppendShape<'a> {
     pub(crate) value: &'a Source,
     /// New tokens.
     pub(crate) tokens: usize,
-    pub(crate) order: &'a Order,
+    pub(crate) positions: Positions,
     /// The layer as it will be.
-    pub(crate) target: &'a LayerView<'a>,
-    /// What the target's pages and the order's list were put into, and where the list begins, in words.
-    pub(crate) lists: Option<(&'a Placed, u32)>,
+    pub(crate) target: &'a LayerView,
+    /// The buffer of the target's page table and of the list of positions.
+    pub(crate) lists: Option<&'a Placed>,
 }
 
 impl Kernels {
     /// Binds new K and V, and a layer's K and V, for any number of appends.
     pub(crate) fn bind_append(
         &self,
-        gpu: &Gpu,
         bindings: &[wgpu::BufferBinding<'_>],
     ) -> Result<wgpu::BindGroup> {
-        self.append.bind(gpu, bindings)
+        self.append.bind(bindings)
     }
 
     pub(crate) fn append(
         &self,
-        gpu: &Gpu,
         bindings: wgpu::BindGroup,
         shape: &AppendShape<'_>,
     ) -> Result<Dispatch> {
@@ -57,19 +82,24 @@ impl Kernels {
         let tokens = super::narrow(shape.tokens)?;
         let view = shape.target;
         let rows = super::narrow(view.batch.saturating_mul(view.heads))?;
-        let entries = shape.order.count(tokens);
-
-        let mut params = Vec::with_capacity(24);
-        params.extend(view.layout_words());
-        for source in [shape.key, shape.value] {
-            params.push(unit.count(source.offset)?);
-            for stride in source.strides {
-                params.push(unit.count(stride)?);
-            }
-        }
+        let entries = match shape.positions {
+            Positions::Run { zeros, .. } => zeros + tokens,
+            Positions::List { named, gap, .. } => named + gap,
+        };
+        let strided = |source: &Source| {
+            let [b, h, t] = source.strides;
+            let [offset, stride_b, stride_h, stride_t] =
+                [source.offset, b, h, t].map(|bytes| unit.count(bytes));
+            Ok(Strided {
+                offset: offset?,
+                stride_b: stride_b?,
+                stride_h: stride_h?,
+                stride_t: stride_t?,
+            })
+        };
         let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
         let most_units = units[0].max(units[1]);
-        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        let limit = self.uploads.device().limits.max_compute_workgroups_per_dimension;
         // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
         let is_bthd = shape.key.strides[1] < shape.key.strides[2] && entries <= limit;
         let near = if is_bthd { super::narrow(view.heads)? } else { 1 };
@@ -82,18 +112,25 @@ impl Kernels {
             [entries.div_ceil(tile.width()), rows.div_ceil(tile.height)]
         };
         let sides = [x, y, most_units.div_ceil(tile.units)].map(u64::from);
-        params.extend([units[0], units[1], rows, entries, head_tiles]);
-        let (list, list_at) = shape.lists.unzip();
-        params.extend(match shape.order {
-            Order::Run { first, zeros } => [*first, *zeros, 0, 0],
-            Order::List(list) => {
-                let stride = if list.per_row { super::narrow(list.stride())? } else { 0 };
-                [list.len, list.named, list_at.unwrap_or(0), stride]
-            }
-        });
-
+        let [first, zeros, list_at, list_stride] = match shape.positions {
+            Positions::Run { first, zeros } => [first, zeros, 0, 0],
+            Positions::List { first, named, at, stride, .. } => [first, named, at, stride],
+        };
+        let params = Params {
+            kv: view.kv_layout(),
+            key: strided(shape.key)?,
+            value: strided(shape.value)?,
+            key_units: units[0],
+            value_units: units[1],
+            entries,
+            head_tiles,
+            first,
+            zeros,
+            list_at,
+            list_stride,
+        };
         let layout = if view.pages.is_some() { Layout::Paged } else { Layout::Wrapped };
-        let has_list = matches!(shape.order, Order::List(_));
+        let has_list = matches!(shape.positions, Positions::List { .. });
         let [is_bthd, has_list, is_single] = [tile.is_bthd, has_list, entries == 1].map(u32::from);
         let variant = Variant {
             unit,
@@ -101,7 +138,7 @@ impl Kernels {
             constants: [tile.units, tile.threads, tile.height, is_bthd, has_list, is_single],
             ..Variant::default()
         };
-        self.append.prepare_sides(gpu, variant, bindings, list.cloned(), &params, sides)
+        self.append.prepare_sides(variant, bindings, shape.lists.cloned(), &params, sides)
     }
 }
 

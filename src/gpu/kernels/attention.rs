@@ -1,10 +1,10 @@
 //! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
 
+use super::params::{Strided, params};
 use super::{Dispatch, Kernels, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::gpu::Gpu;
-use crate::layout::Layout;
+use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
 use crate::view::LayerView;
 
@@ -13,8 +13,9 @@ pub(super) const SOURCE: super::Source = super::Source {
     wgsl: include_str!("../../../shaders/attention.wgsl"),
     common: "",
     writes: &[false, false, false, true],
+    params_bytes: Params::BYTES,
     constants: &["threads", "fours", "is_alone", "masking", "has_rest", "is_pooled"],
-    layouts: &Layout::ALL,
+    layouts: Layout::ALL,
     dtypes: &[DType::F32, DType::F16, DType::BF16],
 };
 
@@ -23,10 +24,43 @@ pub(super) const COMBINE: super::Source = super::Source {
     wgsl: include_str!("../../../shaders/attention_combine.wgsl"),
     common: "",
     writes: &[false, true],
+    params_bytes: CombineParams::BYTES,
     constants: &[],
     layouts: &[],
     dtypes: &[],
 };
+
+params! {
+    /// `struct Params` of the shader, which says what each field is.
+    struct Params {
+        kv: KvLayout,
+        query: Strided,
+        output: Strided,
+        key_units: u32,
+        value_units: u32,
+        value_quads: u32,
+        group: u32,
+        tokens: u32,
+        slices: u32,
+        split: u32,
+        splits: u32,
+        scale: f32,
+        is_causal: u32,
+    }
+}
+
+params! {
+    /// `struct Params` of the shader that combines splits.
+    struct CombineParams {
+        output: Strided,
+        value_dim: u32,
+        heads: u32,
+        group: u32,
+        tokens: u32,
+        splits: u32,
+        rows: u32,
+    }
+}
 
 /// Query rows of a workgroup, as in the shader.
 pub(crate) const ROWS: usize = 4;
@@ -64,7 +98,7 @@ const MOST_ROUNDS: usize = 60_000;
 
 impl Spread {
     /// Of a view.
-    fn of(view: &LayerView<'_>, is_cpu: bool) -> Self {
+    fn of(view: &LayerView, is_cpu: bool) -> Self {
         let most = view.key_dim.max(view.value_dim).min(MOST_DIM);
         let quads = u32::try_from(most.div_ceil(4)).expect("a head is small");
         Self::new(quads, unit_of(view), is_cpu)
@@ -83,13 +117,13 @@ impl Spread {
 }
 
 /// What K and V of a view are read in.
-fn unit_of(view: &LayerView<'_>) -> Unit {
+fn unit_of(view: &LayerView) -> Unit {
     let is_whole = [view.key_dim, view.value_dim].iter().all(|dim| dim % 4 == 0);
     if is_whole { Unit::Vector } else { Unit::Word }
 }
 
 /// Splits of a view's tokens that there are at least.
-pub(crate) fn least_splits(view: &LayerView<'_>, is_cpu: bool) -> usize {
+pub(crate) fn least_splits(view: &LayerView, is_cpu: bool) -> usize {
     view.len.div_ceil(Spread::of(view, is_cpu).most_tokens())
 }
 
@@ -99,7 +133,7 @@ pub(crate) const MOST_DIM: usize = 256;
 /// What attention reads and writes, and how it is split.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttentionShape<'a> {
-    pub(crate) view: &'a LayerView<'a>,
+    pub(crate) view: &'a LayerView,
     /// q and the output, [B, Hq, Tq, D].
     pub(crate) query: &'a Source,
     pub(crate) output: &'a Source,
@@ -123,53 +157,47 @@ impl Kernels {
     /// once then, K stands in its place.
     pub(crate) fn bind_attention(
         &self,
-        gpu: &Gpu,
         bindings: &[wgpu::BufferBinding<'_>],
     ) -> Result<wgpu::BindGroup> {
-        self.attention.bind(gpu, bindings)
+        self.attention.bind(bindings)
     }
 
     /// Binds partial results and the output for any number of calls.
     pub(crate) fn bind_attention_combine(
         &self,
-        gpu: &Gpu,
         bindings: &[wgpu::BufferBinding<'_>],
     ) -> Result<wgpu::BindGroup> {
-        self.attention_combine.bind(gpu, bindings)
+        self.attention_combine.bind(bindings)
     }
 
     pub(crate) fn attention(
         &self,
-        gpu: &Gpu,
         bindings: wgpu::BindGroup,
         shape: &AttentionShape<'_>,
     ) -> Result<Dispatch> {
         let view = shape.view;
-        let dims = [view.key_dim, view.value_dim];
         let unit = unit_of(view);
         let unit_bytes = match unit {
             Unit::Vector => 4 * view.dtype.size(),
             Unit::Word => 4,
         };
         let spread = Spread::of(view, shape.is_cpu);
-        let mut params = view.layout_words().to_vec();
-        params.extend(rows(shape.query)?);
-        params.extend(rows(shape.output)?);
-        for dim in dims {
-            params.push(super::narrow(dim * view.dtype.size() / unit_bytes)?);
-        }
-        for count in [
-            view.value_dim.div_ceil(4),
-            shape.group,
-            shape.tokens,
-            spread.slices as usize,
-            shape.split,
-            shape.splits,
-            view.batch,
-        ] {
-            params.push(super::narrow(count)?);
-        }
-        params.extend([shape.scale.to_bits(), u32::from(shape.is_causal)]);
+        let units = |dim: usize| super::narrow(dim * view.dtype.size() / unit_bytes);
+        let params = Params {
+            kv: view.kv_layout(),
+            query: rows(shape.query)?,
+            output: rows(shape.output)?,
+            key_units: units(view.key_dim)?,
+            value_units: units(view.value_dim)?,
+            value_quads: super::narrow(view.value_dim.div_ceil(4))?,
+            group: super::narrow(shape.group)?,
+            tokens: super::narrow(shape.tokens)?,
+            slices: spread.slices,
+            split: super::narrow(shape.split)?,
+            splits: super::narrow(shape.splits)?,
+            scale: shape.scale,
+            is_causal: u32::from(shape.is_causal),
+        };
         let variant = Variant {
             unit,
             layout: Some(view.layout()),
@@ -179,36 +207,40 @@ impl Kernels {
                 spread.fours,
                 u32::from(spread.is_alone),
                 masking(shape) as u32,
-                u32::from(16 * spread.fours * spread.slices > view.layout_words()[1]),
+                u32::from(16 * spread.fours * spread.slices > params.kv.key_dim),
                 u32::from(shape.is_pooled),
             ],
         };
         let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
         // Of a long prompt there are more tiles than a side may have: then they go on along the third.
-        let limit = gpu.limits().max_compute_workgroups_per_dimension as usize;
+        let limit = self.uploads.device().limits.max_compute_workgroups_per_dimension as usize;
         let layers = tiles.div_ceil(limit);
         let sides = [tiles.div_ceil(layers), view.batch * view.heads, shape.splits * layers];
         let groups = sides.map(|side| side as u64);
-        let table = view.pages.map(|pages| pages.placed.clone());
-        self.attention.prepare_sides(gpu, variant, bindings, table, &params, groups)
+        let table = view.pages.as_ref().map(|pages| pages.placed.clone());
+        self.attention.prepare_sides(variant, bindings, table, &params, groups)
     }
 
     pub(crate) fn attention_combine(
         &self,
-        gpu: &Gpu,
         bindings: wgpu::BindGroup,
         shape: &AttentionShape<'_>,
     ) -> Result<Dispatch> {
         let view = shape.view;
         let all = view.batch * view.heads * shape.group * shape.tokens;
-        let mut params = rows(shape.output)?.to_vec();
-        for count in [view.value_dim, view.heads, shape.group, shape.tokens, shape.splits, all] {
-            params.push(super::narrow(count)?);
-        }
-        let limit = u64::from(gpu.limits().max_compute_workgroups_per_dimension);
+        let params = CombineParams {
+            output: rows(shape.output)?,
+            value_dim: super::narrow(view.value_dim)?,
+            heads: super::narrow(view.heads)?,
+            group: super::narrow(shape.group)?,
+            tokens: super::narrow(shape.tokens)?,
+            splits: super::narrow(shape.splits)?,
+            rows: super::narrow(all)?,
+        };
+        let limit = u64::from(self.uploads.device().limits.max_compute_workgroups_per_dimension);
         let groups = [(all as u64).min(limit), 1, 1];
         let variant = Variant::default();
-        self.attention_combine.prepare_sides(gpu, variant, bindings, None, &params, groups)
+        self.attention_combine.prepare_sides(variant, bindings, None, &params, groups)
     }
 }
 
@@ -229,10 +261,15 @@ fn masking(shape: &AttentionShape<'_>) -> Masking {
 }
 
 /// A checked view of f32 as a kernel reads it: offset and strides along (B, H, T), in elements.
-fn rows(source: &Source) -> Result<[u32; 4]> {
+fn rows(source: &Source) -> Result<Strided> {
     let count = |bytes: u64| Unit::Word.count(bytes);
     let [b, h, t] = source.strides;
-    Ok([count(source.offset)?, count(b)?, count(h)?, count(t)?])
+    Ok(Strided {
+        offset: count(source.offset)?,
+        stride_b: count(b)?,
+        stride_h: count(h)?,
+        stride_t: count(t)?,
+    })
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use super::gather::tiles;
+use super::params::params;
 use super::{Dispatch, Kernels, Unit, Variant};
 use crate::error::Result;
-use crate::gpu::Gpu;
-use crate::layout::Layout;
+use crate::layout::{KvLayout, Layout};
 use crate::view::LayerView;
 
 pub(super) const SOURCE: super::Source = super::Source {
@@ -14,17 +14,29 @@ pub(super) const SOURCE: super::Source = super::Source {
     wgsl: include_str!("../../../shaders/collect.wgsl"),
     common: "",
     writes: &[false, false, true, true],
+    params_bytes: Params::BYTES,
     constants: &[],
     layouts: &[Layout::Paged],
     dtypes: &[],
 };
 
+params! {
+    /// `struct Params` of the shader, which says what each field is.
+    struct Params {
+        kv: KvLayout,
+        key_units: u32,
+        value_units: u32,
+        first: u32,
+        rows: u32,
+        tiles: u32,
+    }
+}
+
 impl Kernels {
     /// A copy of the live tokens of some batch rows of a paged view, straight, into `targets`.
     pub(crate) fn collect(
         &self,
-        gpu: &Gpu,
-        view: &LayerView<'_>,
+        view: &LayerView,
         rows: Range<usize>,
         targets: [&wgpu::Buffer; 2],
     ) -> Result<Dispatch> {
@@ -33,20 +45,20 @@ impl Kernels {
         let unit = Unit::for_rows(row_bytes);
         let all = rows.len() * view.heads;
         let tiles = tiles(unit, row_bytes, view.len)?;
-        let mut params = view.layout_words().to_vec();
-        params.extend([
-            unit.count(row_bytes[0])?,
-            unit.count(row_bytes[1])?,
-            super::narrow(rows.start)?,
-            super::narrow(all)?,
+        let params = Params {
+            kv: view.kv_layout(),
+            key_units: unit.count(row_bytes[0])?,
+            value_units: unit.count(row_bytes[1])?,
+            first: super::narrow(rows.start)?,
+            rows: super::narrow(all)?,
             tiles,
-        ]);
+        };
         let [key, value] = targets;
         let bindings =
-            self.collect.bind(gpu, &[view.key, view.value, key, value].map(super::whole))?;
+            self.collect.bind(&[&view.key, &view.value, key, value].map(super::whole))?;
         let groups = u64::from(tiles) * all as u64;
         let variant = Variant { unit, layout: Some(Layout::Paged), ..Variant::default() };
-        let table = view.pages.map(|pages| pages.placed.clone());
-        self.collect.prepare(gpu, variant, bindings, table, &params, groups)
+        let table = view.pages.as_ref().map(|pages| pages.placed.clone());
+        self.collect.prepare(variant, bindings, table, &params, groups)
     }
 }

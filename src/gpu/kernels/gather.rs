@@ -1,19 +1,35 @@
 //! `shaders/gather.wgsl`: batch rows change places, in place.
 
+use super::params::params;
 use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
 use crate::error::Result;
-use crate::gpu::Gpu;
-use crate::host::plan::MoveList;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache gather",
     wgsl: include_str!("../../../shaders/gather.wgsl"),
     common: include_str!("../../../shaders/columns.wgsl"),
     writes: &[true, true],
+    params_bytes: Params::BYTES,
     constants: &["has_copies", "has_cycles"],
     layouts: &[],
     dtypes: &[],
 };
+
+params! {
+    /// `struct Params` of the shader, which says what each field is.
+    struct Params {
+        key_units: u32,
+        value_units: u32,
+        heads: u32,
+        tiles: u32,
+        start: u32,
+        len: u32,
+        capacity: u32,
+        list_at: u32,
+        cycles_at: u32,
+        list_end: u32,
+    }
+}
 
 /// The live part of a layer whose rows move.
 #[derive(Clone, Copy, Debug)]
@@ -24,57 +40,56 @@ pub(crate) struct GatherShape<'a> {
     pub(crate) start: usize,
     pub(crate) len: usize,
     pub(crate) capacity: usize,
-    pub(crate) moves: &'a MoveList,
+    /// The moves in order: copies, then from word `cycles_at` on cycles.
+    pub(crate) moves: &'a [u32],
+    pub(crate) cycles_at: usize,
 }
 
 impl Kernels {
     /// Binds a layer's buffers for any number of gathers.
     pub(crate) fn bind_gather(
         &self,
-        gpu: &Gpu,
         key: &wgpu::Buffer,
         value: &wgpu::Buffer,
     ) -> Result<wgpu::BindGroup> {
-        self.gather.bind(gpu, &[super::whole(key), super::whole(value)])
+        self.gather.bind(&[super::whole(key), super::whole(value)])
     }
 
     pub(crate) fn gather(
         &self,
-        gpu: &Gpu,
         bindings: wgpu::BindGroup,
         shape: &GatherShape<'_>,
     ) -> Result<Dispatch> {
         let unit = Unit::for_rows(shape.row_bytes);
-        let list = gpu.place(&shape.moves.words)?;
+        let list = self.uploads.place(shape.moves)?;
         let [key, value] = shape.row_bytes;
         let tiles = tiles(unit, shape.row_bytes, shape.len)?;
-        let params = [
-            unit.count(key)?,
-            unit.count(value)?,
-            super::narrow(shape.heads)?,
+        let params = Params {
+            key_units: unit.count(key)?,
+            value_units: unit.count(value)?,
+            heads: super::narrow(shape.heads)?,
             tiles,
-            super::narrow(shape.start)?,
-            super::narrow(shape.len)?,
-            super::narrow(shape.capacity)?,
-            list.offset / 4,
-            super::narrow(shape.moves.cycles_at)?,
-            super::narrow(shape.moves.words.len())?,
-        ];
+            start: super::narrow(shape.start)?,
+            len: super::narrow(shape.len)?,
+            capacity: super::narrow(shape.capacity)?,
+            list_at: list.offset / 4,
+            cycles_at: super::narrow(shape.cycles_at)?,
+            list_end: super::narrow(shape.moves.len())?,
+        };
         let variant = |has_copies: bool, has_cycles: bool| Variant {
             unit,
             constants: [u32::from(has_copies), u32::from(has_cycles), 0, 0, 0, 0],
             ..Variant::default()
         };
-        let has_cycles = shape.moves.cycles_at < shape.moves.words.len();
-        let wanted = variant(shape.moves.cycles_at > 0, has_cycles);
+        let has_cycles = shape.cycles_at < shape.moves.len();
+        let wanted = variant(shape.cycles_at > 0, has_cycles);
         if !self.gather.is_compiled(&wanted) {
             // All three at once: a beam search should not compile one in its midst.
             for (has_copies, has_cycles) in [(true, false), (false, true), (true, true)] {
-                self.gather.pipeline(gpu, variant(has_copies, has_cycles))?;
+                self.gather.pipeline(variant(has_copies, has_cycles))?;
             }
         }
         self.gather.prepare(
-            gpu,
             wanted,
             bindings,
             Some(list),

@@ -5,6 +5,7 @@ mod attention;
 mod collect;
 mod gather;
 mod limits;
+mod params;
 mod repeat_interleave;
 mod variant;
 
@@ -12,7 +13,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub(crate) use append::AppendShape;
+pub(crate) use append::{AppendShape, Positions};
 pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS, least_splits};
 pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
@@ -22,10 +23,8 @@ use variant::{ParamsPath, Variant};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
-use crate::gpu::arena::{Bound, Layouts, Lease, PARAMS_BYTES, Placed};
-use crate::gpu::device::DeviceHandle;
-use crate::gpu::ledger::Ledger;
+use crate::gpu::arena::{Bound, Lease, Placed, bind_layout, storage};
+use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
 use crate::layout::Layout;
 
@@ -39,7 +38,7 @@ pub(crate) const MOST_MOVES: usize = 8192;
 /// All kernels of a device.
 #[derive(Debug)]
 pub(crate) struct Kernels {
-    pub(crate) layouts: Layouts,
+    uploads: Arc<Uploads>,
     append: Kernel,
     attention: Kernel,
     attention_combine: Kernel,
@@ -49,28 +48,14 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    pub(crate) fn new(handle: &DeviceHandle) -> Result<Self> {
-        handle.checked("kvcache kernels", 0, |device| Self::new_unchecked(handle, device))
+    /// Compiles nothing yet: a kernel is compiled when it is first used.
+    pub(crate) fn new(uploads: Arc<Uploads>) -> Result<Self> {
+        let device = Arc::clone(uploads.device());
+        device.checked("kvcache kernels", 0, |_| Self::new_unchecked(uploads))
     }
 
-    fn new_unchecked(handle: &DeviceHandle, device: &wgpu::Device) -> Self {
-        let path = if handle.device.features().contains(wgpu::Features::IMMEDIATES)
-            && handle.limits.max_immediate_size >= PARAMS_BYTES
-        {
-            ParamsPath::Immediate
-        } else {
-            ParamsPath::Uniform
-        };
-        let layouts = Layouts {
-            lists: bind_layout(device, "kvcache lists", &[storage(0, true)]),
-            witnessed: bind_layout(
-                device,
-                "kvcache lists and witness",
-                &[storage(0, true), witness(1)],
-            ),
-            params: bind_layout(device, "kvcache parameters", &[uniform(0)]),
-        };
-        let kernel = |source: &'static Source| Kernel::new(device, &layouts, path, source);
+    fn new_unchecked(uploads: Arc<Uploads>) -> Self {
+        let kernel = |source: &'static Source| Kernel::new(&uploads, source);
         Self {
             append: kernel(&append::SOURCE),
             attention: kernel(&attention::SOURCE),
@@ -78,7 +63,7 @@ impl Kernels {
             gather: kernel(&gather::SOURCE),
             collect: kernel(&collect::SOURCE),
             repeat_interleave: kernel(&repeat_interleave::SOURCE),
-            layouts,
+            uploads,
         }
     }
 }
@@ -92,6 +77,8 @@ pub(crate) struct Source {
     common: &'static str,
     /// Which bindings of group 0 are written; they are numbered in order.
     writes: &'static [bool],
+    /// Bytes of its parameters.
+    params_bytes: u32,
     /// The names of its pipeline constants.
     constants: &'static [&'static str],
     /// The layouts that it is joined with; none where it knows its own. For the tests.
@@ -123,6 +110,7 @@ const SOURCES: [&Source; 6] = [
 /// A kernel with its variants, each compiled when it is first used.
 #[derive(Debug)]
 struct Kernel {
+    uploads: Arc<Uploads>,
     source: &'static Source,
     /// Whether it counts in a cache's witness that it has run.
     is_witnessed: bool,
@@ -133,17 +121,20 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn new(
-        device: &wgpu::Device,
-        layouts: &Layouts,
-        path: ParamsPath,
-        source: &'static Source,
-    ) -> Self {
+    fn new(uploads: &Arc<Uploads>, source: &'static Source) -> Self {
+        let (handle, layouts) = (uploads.device(), uploads.layouts());
+        let device = &handle.device;
+        let has_immediates = device.features().contains(wgpu::Features::IMMEDIATES);
+        let path = if has_immediates && source.params_bytes <= handle.limits.max_immediate_size {
+            ParamsPath::Immediate
+        } else {
+            ParamsPath::Uniform
+        };
         let entries: Vec<_> =
             (0..).zip(source.writes).map(|(binding, &writes)| storage(binding, !writes)).collect();
         let bindings = bind_layout(device, source.label, &entries);
         let (params, immediate_size) = match path {
-            ParamsPath::Immediate => (None, PARAMS_BYTES),
+            ParamsPath::Immediate => (None, source.params_bytes),
             ParamsPath::Uniform => (Some(&layouts.params), 0),
         };
         let is_witnessed = source.is_witnessed();
@@ -156,7 +147,8 @@ impl Kernel {
             immediate_size,
         });
         let pipelines = Mutex::default();
-        Self { source, is_witnessed, path, bindings, pipeline_layout, pipelines }
+        let uploads = Arc::clone(uploads);
+        Self { uploads, source, is_witnessed, path, bindings, pipeline_layout, pipelines }
     }
 
     fn pipelines(&self) -> MutexGuard<'_, HashMap<Variant, wgpu::ComputePipeline>> {
@@ -168,12 +160,12 @@ impl Kernel {
     }
 
     /// The pipeline of a variant, compiled where it is not yet. One that does not compile is not kept.
-    fn pipeline(&self, gpu: &Gpu, variant: Variant) -> Result<wgpu::ComputePipeline> {
+    fn pipeline(&self, variant: Variant) -> Result<wgpu::ComputePipeline> {
         match self.pipelines().entry(variant) {
             Entry::Occupied(compiled) => Ok(compiled.get().clone()),
             Entry::Vacant(place) => {
                 let make = |device: &wgpu::Device| self.compile(device, variant);
-                Ok(place.insert(gpu.handle().checked(self.source.label, 0, make)?).clone())
+                Ok(place.insert(self.uploads.device().checked(self.source.label, 0, make)?).clone())
             }
         }
     }
@@ -202,39 +194,37 @@ impl Kernel {
         })
     }
 
-    fn bind(&self, gpu: &Gpu, resources: &[wgpu::BufferBinding<'_>]) -> Result<wgpu::BindGroup> {
-        gpu.handle().bind(self.source.label, &self.bindings, resources)
+    fn bind(&self, resources: &[wgpu::BufferBinding<'_>]) -> Result<wgpu::BindGroup> {
+        self.uploads.device().bind(self.source.label, &self.bindings, resources)
     }
 
     /// Makes a dispatch of numbered workgroups ready.
     fn prepare(
         &self,
-        gpu: &Gpu,
         variant: Variant,
         bindings: wgpu::BindGroup,
         list: Option<Placed>,
-        params: &[u32],
+        params: &impl bytemuck::Pod,
         workgroups: u64,
     ) -> Result<Dispatch> {
-        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        let limit = self.uploads.device().limits.max_compute_workgroups_per_dimension;
         let Some(sides) = grid(workgroups, limit) else {
             let (what, needed) = (self.source.label, workgroups);
             return Err(Error::TooManyWorkgroups { what, needed, limit });
         };
-        self.prepare_sides(gpu, variant, bindings, list, params, sides.map(u64::from))
+        self.prepare_sides(variant, bindings, list, params, sides.map(u64::from))
     }
 
     /// Makes a dispatch ready: everything that can fail happens here, so that recording cannot.
     fn prepare_sides(
         &self,
-        gpu: &Gpu,
         variant: Variant,
         bindings: wgpu::BindGroup,
         list: Option<Placed>,
-        params: &[u32],
+        params: &impl bytemuck::Pod,
         sides: [u64; 3],
     ) -> Result<Dispatch> {
-        let limit = gpu.limits().max_compute_workgroups_per_dimension;
+        let limit = self.uploads.device().limits.max_compute_workgroups_per_dimension;
         let mut workgroups = [0_u32; 3];
         for (checked, needed) in workgroups.iter_mut().zip(sides) {
             *checked = u32::try_from(needed)
@@ -243,15 +233,18 @@ impl Kernel {
                 .ok_or(Error::TooManyWorkgroups { what: self.source.label, needed, limit })?;
         }
         let params = match self.path {
-            ParamsPath::Immediate => Params::Immediate(bytemuck::cast_slice(params).to_vec()),
-            ParamsPath::Uniform => Params::Uniform(gpu.place(params)?),
+            ParamsPath::Immediate => Parameters::Immediate(bytemuck::bytes_of(params).to_vec()),
+            ParamsPath::Uniform => {
+                let words = bytemuck::cast_slice(bytemuck::bytes_of(params));
+                Parameters::Uniform(self.uploads.place(words)?)
+            }
         };
         let (lists, list_lease) = match list {
             Some(placed) => (placed.bound, Some(placed.lease)),
-            None => (Arc::clone(gpu.unused_list()), None),
+            None => (Arc::clone(self.uploads.unused_list()), None),
         };
         Ok(Dispatch {
-            pipeline: self.pipeline(gpu, variant)?,
+            pipeline: self.pipeline(variant)?,
             bindings,
             lists,
             list_lease,
@@ -263,7 +256,7 @@ impl Kernel {
 }
 
 #[derive(Debug)]
-enum Params {
+enum Parameters {
     Immediate(Vec<u8>),
     Uniform(Placed),
 }
@@ -277,24 +270,13 @@ pub(crate) struct Dispatch {
     lists: Arc<Bound>,
     list_lease: Option<Lease>,
     is_witnessed: bool,
-    params: Params,
+    params: Parameters,
     workgroups: [u32; 3],
 }
 
 impl Dispatch {
-    /// Records the dispatch as a call of its own, which keeps `leases` until it has run. Cannot fail.
-    pub(crate) fn record(
-        self,
-        pass: &mut wgpu::ComputePass<'_>,
-        ledger: &Ledger,
-        mut leases: Vec<Lease>,
-    ) {
-        self.record_part(pass, None, &mut leases);
-        ledger.record(pass, leases);
-    }
-
     /// Records the dispatch, which counts in `witness`, and notes in `leases` what it reads. Cannot fail.
-    pub(crate) fn record_part(
+    pub(crate) fn record(
         self,
         pass: &mut wgpu::ComputePass<'_>,
         witness: Option<&Witness>,
@@ -311,10 +293,10 @@ impl Dispatch {
         }
         leases.extend(self.list_lease);
         match self.params {
-            Params::Immediate(bytes) => {
+            Parameters::Immediate(bytes) => {
                 pass.set_immediates(0, &bytes);
             }
-            Params::Uniform(placed) => {
+            Parameters::Uniform(placed) => {
                 pass.set_bind_group(2, &placed.bound.params, &[placed.offset]);
                 leases.push(placed.lease);
             }
@@ -322,53 +304,6 @@ impl Dispatch {
         let [x, y, z] = self.workgroups;
         pass.dispatch_workgroups(x, y, z);
     }
-}
-
-fn storage(binding: u32, read_only: bool) -> wgpu::BindGroupLayoutEntry {
-    wgpu::BindGroupLayoutEntry {
-        binding,
-        visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer {
-            ty: wgpu::BufferBindingType::Storage { read_only },
-            has_dynamic_offset: false,
-            min_binding_size: None,
-        },
-        count: None,
-    }
-}
-
-/// One word, at a dynamic offset.
-fn witness(binding: u32) -> wgpu::BindGroupLayoutEntry {
-    wgpu::BindGroupLayoutEntry {
-        ty: wgpu::BindingType::Buffer {
-            ty: wgpu::BufferBindingType::Storage { read_only: false },
-            has_dynamic_offset: true,
-            min_binding_size: wgpu::BufferSize::new(4),
-        },
-        ..storage(binding, false)
-    }
-}
-
-fn uniform(binding: u32) -> wgpu::BindGroupLayoutEntry {
-    wgpu::BindGroupLayoutEntry {
-        binding,
-        visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer {
-            ty: wgpu::BufferBindingType::Uniform,
-            has_dynamic_offset: true,
-            min_binding_size: wgpu::BufferSize::new(u64::from(PARAMS_BYTES)),
-        },
-        count: None,
-    }
-}
-
-fn bind_layout(
-    device: &wgpu::Device,
-    label: &str,
-    entries: &[wgpu::BindGroupLayoutEntry],
-) -> wgpu::BindGroupLayout {
-    device
-        .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(label), entries })
 }
 
 /// Spreads workgroups, which a kernel numbers in 32 bits, over three dimensions; a few more where that does

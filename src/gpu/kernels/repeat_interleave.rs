@@ -1,20 +1,36 @@
 //! `shaders/repeat_interleave.wgsl`: live tokens into fresh buffers, each row as often as asked for.
 
 use super::gather::tiles;
+use super::params::params;
 use super::{Dispatch, Kernels, Unit, Variant};
 use crate::error::Result;
-use crate::gpu::Gpu;
-use crate::host::plan::MoveList;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache repeat_interleave",
     wgsl: include_str!("../../../shaders/repeat_interleave.wgsl"),
     common: include_str!("../../../shaders/columns.wgsl"),
     writes: &[false, false, true, true],
+    params_bytes: Params::BYTES,
     constants: &[],
     layouts: &[],
     dtypes: &[],
 };
+
+params! {
+    /// `struct Params` of the shader, which says what each field is.
+    struct Params {
+        key_units: u32,
+        value_units: u32,
+        heads: u32,
+        tiles: u32,
+        start: u32,
+        len: u32,
+        old_capacity: u32,
+        new_capacity: u32,
+        list_at: u32,
+        list_end: u32,
+    }
+}
 
 /// The live part of a layer that is copied, and the ring that it goes to.
 #[derive(Clone, Copy, Debug)]
@@ -26,39 +42,37 @@ pub(crate) struct CopyShape<'a> {
     pub(crate) len: usize,
     pub(crate) old_capacity: usize,
     pub(crate) new_capacity: usize,
-    pub(crate) copies: &'a MoveList,
+    /// The copies in order.
+    pub(crate) copies: &'a [u32],
 }
 
 impl Kernels {
     /// A copy from the old K and V to the new ones.
     pub(crate) fn copy_rows(
         &self,
-        gpu: &Gpu,
         [old, new]: [[&wgpu::Buffer; 2]; 2],
         shape: &CopyShape<'_>,
     ) -> Result<Dispatch> {
         let unit = Unit::for_rows(shape.row_bytes);
-        let list = gpu.place(&shape.copies.words)?;
+        let list = self.uploads.place(shape.copies)?;
         let [key, value] = shape.row_bytes;
         let tiles = tiles(unit, shape.row_bytes, shape.len)?;
-        let params = [
-            unit.count(key)?,
-            unit.count(value)?,
-            super::narrow(shape.heads)?,
+        let params = Params {
+            key_units: unit.count(key)?,
+            value_units: unit.count(value)?,
+            heads: super::narrow(shape.heads)?,
             tiles,
-            super::narrow(shape.start)?,
-            super::narrow(shape.len)?,
-            super::narrow(shape.old_capacity)?,
-            super::narrow(shape.new_capacity)?,
-            list.offset / 4,
-            super::narrow(shape.copies.words.len())?,
-        ];
-        let bindings = self
-            .repeat_interleave
-            .bind(gpu, &[old[0], old[1], new[0], new[1]].map(super::whole))?;
+            start: super::narrow(shape.start)?,
+            len: super::narrow(shape.len)?,
+            old_capacity: super::narrow(shape.old_capacity)?,
+            new_capacity: super::narrow(shape.new_capacity)?,
+            list_at: list.offset / 4,
+            list_end: super::narrow(shape.copies.len())?,
+        };
+        let bindings =
+            self.repeat_interleave.bind(&[old[0], old[1], new[0], new[1]].map(super::whole))?;
         let groups = u64::from(tiles) * shape.heads as u64;
         self.repeat_interleave.prepare(
-            gpu,
             Variant { unit, ..Variant::default() },
             bindings,
             Some(list),

@@ -34,7 +34,11 @@ fn apply(writes: &Writes, row: usize, tokens: u32, len: usize) -> Vec<Held> {
     held.resize(writes.len, Held::Stale);
     let mut written = vec![false; writes.len];
     let mut count = 0;
-    for entry in 0..writes.order.count(tokens) {
+    let visited_positions = match &writes.order {
+        Order::Run { zeros, .. } => zeros + tokens,
+        Order::List(list) => list.named + list.gap,
+    };
+    for entry in 0..visited_positions {
         let (position, token) = match &writes.order {
             Order::Run { first, zeros } => (first + entry, entry.checked_sub(*zeros)),
             Order::List(list) => match visited(list, row, entry) {

@@ -1,0 +1,32 @@
+// What a shader is told of a view, and how many tokens a row has. The text of a layout follows.
+
+struct KvLayout {
+    heads: u32,
+    // Elements a head.
+    key_dim: u32,
+    value_dim: u32,
+    // Live tokens of the longest row. Of one row: kv_len.
+    len: u32,
+    // Slot of the oldest live token; of a paged view, in a row's first page.
+    start: u32,
+    // Slots of each row and head; of a paged view, of each page and head: a power of two.
+    capacity: u32,
+    // Of a paged view: the first word of the table in its buffer, and words from one row to the next.
+    table: u32,
+    table_stride: u32,
+    batch: u32,
+    // Zero today.
+    reserved_9: u32,
+    reserved_10: u32,
+    reserved_11: u32,
+    reserved_12: u32,
+    reserved_13: u32,
+    reserved_14: u32,
+    reserved_15: u32,
+}
+
+// Live tokens of batch row b.
+fn kv_len(kv: KvLayout, b: u32) -> u32 {
+    return kv.len;
+}
+
