@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use wgpu_kvcache::{
-    Attention, AttentionOptions, Cache, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache,
-    StaticKVCache, TensorView, wgpu,
+    Attention, AttentionOptions, Cache, CacheOptions, DType, DynamicKVCache, Gpu, KVCache,
+    PagedKVCache, StaticKVCache, TensorView, wgpu,
 };
 
 mod support;
@@ -51,8 +51,14 @@ fn step(_: &mut Criterion) {
     });
     for tokens in LENGTHS {
         let room = 2 * tokens;
-        let dynamic = DynamicKVCache::with_capacity(&gpu, room);
-        let fixed = StaticKVCache::new(&gpu, room, LAYERS);
+        let dynamic =
+            DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(room))
+                .expect("a capacity");
+        let fixed = StaticKVCache::with_options(
+            &gpu,
+            CacheOptions::default().with_max_cache_len(room).with_num_layers(LAYERS),
+        )
+        .expect("both options");
         let paged = PagedKVCache::new(&gpu);
         for (kind, mut cache) in [
             ("dynamic", Box::new(dynamic) as Box<dyn KVCache + Send>),
@@ -78,7 +84,8 @@ fn step(_: &mut Criterion) {
 fn record(criterion: &mut Criterion) {
     let gpu = gpu();
     let one = Inputs::new(&gpu, BATCH, 1);
-    let mut cache = DynamicKVCache::with_capacity(&gpu, 256);
+    let mut cache = DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(256))
+        .expect("a capacity");
     fill(&gpu, &mut cache, BATCH, 128, LAYERS);
     criterion.benchmark_group("record").bench_function("dynamic", |bencher| {
         bencher.iter_custom(|times| {
@@ -124,7 +131,9 @@ fn copies(_: &mut Criterion) {
     for tokens in LENGTHS {
         let limit = (tokens == 4096).then(|| Limit::new(&gpu));
         let caches = [BATCH, 8].map(|batch| {
-            let mut cache = DynamicKVCache::with_capacity(&gpu, tokens);
+            let mut cache =
+                DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(tokens))
+                    .expect("a capacity");
             fill(&gpu, &mut cache, batch, tokens, LAYERS);
             Mutex::new(cache)
         });
@@ -176,7 +185,11 @@ fn prefill<'a>(gpu: &'a Gpu, turns: &mut Turns<'a>) {
     let bytes = Some(2 * live_bytes(LAYERS, BATCH, tokens));
     for name in ["prefill", "prefill_bthd"] {
         let inputs = Inputs::new(gpu, BATCH, tokens);
-        let mut cache = StaticKVCache::new(gpu, tokens, LAYERS);
+        let mut cache = StaticKVCache::with_options(
+            gpu,
+            CacheOptions::default().with_max_cache_len(tokens).with_num_layers(LAYERS),
+        )
+        .expect("both options");
         fill(gpu, &mut cache, BATCH, tokens, LAYERS);
         turns.add(name, BenchmarkId::from_parameter(tokens), bytes, move |bencher| {
             let views = if name == "prefill" { inputs.bhtd() } else { inputs.bthd() };
@@ -215,7 +228,9 @@ fn reorder<'a>(
 
 /// One row becomes four. The buffers for four rows exist and have been touched.
 fn repeat<'a>(gpu: &'a Gpu, turns: &mut Turns<'a>, tokens: usize) {
-    let mut cache = DynamicKVCache::with_capacity(gpu, tokens);
+    let mut cache =
+        DynamicKVCache::with_options(gpu, CacheOptions::default().with_capacity(tokens))
+            .expect("a capacity");
     fill(gpu, &mut cache, 4, tokens, LAYERS);
     // One row is read, and three are written: row 0 stays where it is.
     let bytes = live_bytes(LAYERS, 1, tokens) + live_bytes(LAYERS, 3, tokens);
@@ -328,7 +343,9 @@ fn get(_: &mut Criterion) {
         turns.add("limit", BenchmarkId::from_parameter(id), Some(bytes), move |bencher| {
             bencher.iter(|| read_back(gpu, source, bytes));
         });
-        let mut cache = DynamicKVCache::with_capacity(gpu, 2 * tokens);
+        let mut cache =
+            DynamicKVCache::with_options(gpu, CacheOptions::default().with_capacity(2 * tokens))
+                .expect("a capacity");
         fill(gpu, &mut cache, BATCH, tokens, 1);
         turns.add("get", BenchmarkId::from_parameter(tokens), Some(bytes), move |bencher| {
             bencher.iter(|| cache.get(0).expect("read back").expect("written"));
@@ -356,7 +373,8 @@ fn read_back(gpu: &Gpu, source: &wgpu::Buffer, bytes: u64) -> Vec<u32> {
 
 fn truncate_crop(criterion: &mut Criterion) {
     let gpu = gpu();
-    let mut cache = DynamicKVCache::with_capacity(&gpu, 1024);
+    let mut cache = DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(1024))
+        .expect("a capacity");
     fill(&gpu, &mut cache, BATCH, 1024, LAYERS);
     let one = Inputs::new(&gpu, BATCH, 1);
     criterion.bench_function("truncate_crop", |bencher| {

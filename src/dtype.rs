@@ -10,6 +10,7 @@ use half::{bf16, f16};
 /// The cache moves bits, never numbers, so every type comes back exactly as it went in: NaN payloads,
 /// infinities and negative zero included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum DType {
     /// IEEE 754 single precision, 4 bytes.
     F32,
@@ -20,6 +21,11 @@ pub enum DType {
 }
 
 impl DType {
+    /// Bits an element.
+    pub const fn bits(self) -> usize {
+        8 * self.size()
+    }
+
     /// Bytes an element.
     pub const fn size(self) -> usize {
         match self {

@@ -45,19 +45,21 @@ mod view;
 
 pub use attention::{Attention, AttentionOptions};
 pub use cache::dynamic::DynamicKVCache;
-pub use cache::encoder_decoder::EncoderDecoderCache;
+pub use cache::encoder_decoder::{EncoderDecoderCache, Side};
 pub use cache::fixed::StaticKVCache;
-pub use cache::paged::{PagedKVCache, PagedOptions};
+pub use cache::options::CacheOptions;
+pub use cache::paged::PagedKVCache;
 pub use cache::{Cache, GetFuture, KVCache};
 pub use dtype::{DType, Element, UnknownDType};
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Reason, Result};
+pub use gpu::kernels::{CompileScope, LayerShape};
 pub use gpu::{Gpu, HeadlessOptions};
 pub use host::batch::BatchChange;
 pub use host::position::CachePosition;
 pub use layout::Layout;
 pub use stats::Stats;
 pub use tensor::{HostTensor, Tensor, TensorView};
-pub use view::LayerView;
+pub use view::{LayerView, Rings};
 pub use wgpu;
 
 #[cfg(doctest)]

@@ -2,6 +2,7 @@
 
 /// What a cache has done and what it holds. Counts are exact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Dispatches recorded.
     pub dispatches: u64,

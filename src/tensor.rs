@@ -283,6 +283,40 @@ pub struct HostTensor {
 }
 
 impl HostTensor {
+    /// A tensor of host data, row-major [B, H, T, D], for a cache of one's own to return.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WrongRank`], [`Error::ZeroExtent`]; [`Error::SliceLength`] if the data are not as many as the shape
+    /// says; [`Error::OddHeadDim`] for a 16-bit type and an odd D.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::HostTensor;
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let key = HostTensor::from_slice(&[1.0_f32, 2.0, 3.0, 4.0], &[1, 1, 2, 2])?;
+    /// assert_eq!(key.as_slice::<f32>()?[2], 3.0); // element 0 of token 1
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn from_slice<E: Element>(data: &[E], shape: &[usize]) -> Result<Self> {
+        let four = checked_shape(shape)?;
+        let expected = four.iter().fold(1_usize, |product, &n| product.saturating_mul(n));
+        if expected != data.len() {
+            return Err(Error::SliceLength { shape: shape.to_vec(), expected, got: data.len() });
+        }
+        if E::DTYPE.size() < 4 && four[3] % 2 != 0 {
+            return Err(Error::OddHeadDim {
+                what: "host data",
+                dtype: E::DTYPE,
+                head_dim: four[3],
+            });
+        }
+        Ok(Self::new(E::DTYPE, four, bytemuck::pod_collect_to_vec(data)))
+    }
+
     pub(crate) fn new(dtype: DType, shape: [usize; 4], words: Vec<u32>) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>() * dtype.size(), words.len() * 4);
         Self { dtype, shape, words }

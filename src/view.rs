@@ -53,6 +53,32 @@ pub struct LayerView {
     pub(crate) owner: Option<Owner>,
 }
 
+/// A layer that a cache of one's own keeps as rings, for [`LayerView::of_rings`]: K and V are one buffer each,
+/// row-major [B, H, capacity, D], from the first byte on.
+#[derive(Clone, Debug)]
+pub struct Rings {
+    /// The buffer of K, with [`wgpu::BufferUsages::STORAGE`].
+    pub key: wgpu::Buffer,
+    /// The buffer of V, likewise.
+    pub value: wgpu::Buffer,
+    /// Type of an element of both.
+    pub dtype: DType,
+    /// Batch rows.
+    pub batch: usize,
+    /// K/V heads.
+    pub heads: usize,
+    /// Elements a head of K.
+    pub key_dim: usize,
+    /// Elements a head of V.
+    pub value_dim: usize,
+    /// Slots of each row and head, in tokens.
+    pub capacity: usize,
+    /// Slot of the oldest live token.
+    pub start: usize,
+    /// Live tokens.
+    pub len: usize,
+}
+
 /// The cache that a view is of: its device, and whether what the view shows is there.
 #[derive(Clone)]
 pub(crate) struct Owner {
@@ -76,6 +102,55 @@ pub(crate) struct PageTable {
 }
 
 impl LayerView {
+    /// A view of a cache of one's own. Nothing is known of its passes: such a view is never refused because of
+    /// work that was lost.
+    ///
+    /// Bind groups that [`Attention`](crate::Attention) keeps go with the view and its clones: hand in the same one
+    /// at each step while nothing but the contents changes.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::ZeroExtent`] if one of the counts but `len` and `start` is zero.
+    /// - [`Error::BufferTooShort`], [`Error::MissingUsage`], [`Error::OddHeadDim`].
+    /// - [`Error::PositionOutOfBounds`] for a `start` past the capacity, [`Error::SequenceTooLong`] for a `len` past
+    ///   it.
+    pub fn of_rings(rings: Rings) -> Result<Self> {
+        let Rings { key, value, dtype, batch, heads, key_dim, value_dim, capacity, start, len } =
+            rings;
+        // What a device can bind is checked where the view is bound.
+        let limits = wgpu::Limits {
+            max_storage_buffer_binding_size: u64::MAX,
+            max_buffer_size: u64::MAX,
+            ..wgpu::Limits::default()
+        };
+        for (what, buffer, dim) in [("key", &key, key_dim), ("value", &value, value_dim)] {
+            TensorView::new(buffer, dtype, &[batch, heads, capacity, dim])?
+                .source(what, &limits)?;
+        }
+        if start >= capacity {
+            return Err(Error::PositionOutOfBounds { position: start, bound: capacity });
+        }
+        if len > capacity {
+            return Err(Error::SequenceTooLong { len: 0, new_tokens: len, bound: capacity });
+        }
+        let (bind_groups, pages, owner) = (Arc::default(), None, None);
+        Ok(Self {
+            key,
+            value,
+            dtype,
+            batch,
+            heads,
+            key_dim,
+            value_dim,
+            start,
+            len,
+            capacity,
+            pages,
+            bind_groups,
+            owner,
+        })
+    }
+
     /// Refuses what `gpu` cannot read: what was lost with a pass since the view was taken, and the view or a
     /// tensor of another device.
     pub(crate) fn check(
@@ -90,6 +165,7 @@ impl LayerView {
                 return Err(Error::OtherDevice { what: "the layer" });
             }
             ledger.check()?;
+            ledger.check_pass(pass)?;
         }
         tensors.into_iter().try_for_each(|(what, tensor)| tensor.check_device(what, device))
     }

@@ -6,8 +6,8 @@
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use wgpu_kvcache::{
-    Attention, AttentionOptions, Cache, CachePosition, DType, DynamicKVCache, Gpu, KVCache,
-    PagedKVCache, StaticKVCache, TensorView, wgpu,
+    Attention, AttentionOptions, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Gpu,
+    KVCache, PagedKVCache, StaticKVCache, TensorView, wgpu,
 };
 
 /// Every line of wgpu's log that a test asks for.
@@ -109,7 +109,13 @@ fn pair(gpu: &Gpu, label: &str, heads: usize) -> [wgpu::Buffer; 2] {
 fn kinds(gpu: &Gpu) -> [Box<dyn KVCache>; 3] {
     [
         Box::new(DynamicKVCache::new(gpu)),
-        Box::new(StaticKVCache::new(gpu, 4000, 40)),
+        Box::new(
+            StaticKVCache::with_options(
+                gpu,
+                CacheOptions::default().with_max_cache_len(4000).with_num_layers(40),
+            )
+            .expect("both options"),
+        ),
         Box::new(PagedKVCache::new(gpu)),
     ]
 }

@@ -5,7 +5,7 @@
 use peak_alloc::PeakAlloc;
 use wgpu_kvcache::wgpu::{BufferDescriptor, BufferUsages, Limits};
 use wgpu_kvcache::{
-    Cache, CachePosition, DType, Gpu, HeadlessOptions, KVCache, PagedKVCache, PagedOptions,
+    Cache, CacheOptions, CachePosition, DType, Gpu, HeadlessOptions, KVCache, PagedKVCache,
     TensorView,
 };
 
@@ -25,7 +25,7 @@ fn taken<T>(call: impl FnOnce() -> T) -> (usize, T) {
 #[test]
 fn a_step_takes_no_more_of_the_host_for_more_pages() {
     let limits = Some(Limits::default());
-    let gpu = Gpu::headless_with(&HeadlessOptions { limits, ..HeadlessOptions::default() })
+    let gpu = Gpu::headless_with(&HeadlessOptions::default().with_limits(limits))
         .unwrap_or_else(|error| panic!("{error}"));
     let source = gpu.device().create_buffer(&BufferDescriptor {
         label: Some("source"),
@@ -40,7 +40,7 @@ fn a_step_takes_no_more_of_the_host_for_more_pages() {
     // Rows, tokens of a row, tokens of a page: 62 pages and 200,000.
     for (rows, len, page_tokens) in [(2, 31, 1), (2, 100_000, 1), (1, 200_000, 1), (4, 400_010, 8)]
     {
-        let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+        let options = CacheOptions::default().with_page_tokens(page_tokens);
         let mut cache = PagedKVCache::with_options(&gpu, options).expect("a power of two");
         let step = |cache: &mut PagedKVCache, count, position| {
             let mut encoder = gpu.device().create_command_encoder(&Default::default());

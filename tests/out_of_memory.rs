@@ -11,7 +11,8 @@
 use std::process::Command;
 
 use wgpu_kvcache::{
-    Cache, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, TensorView, wgpu,
+    Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, TensorView,
+    wgpu,
 };
 
 /// Lets the process map this many bytes more than it has now, or as many as it likes.
@@ -97,7 +98,9 @@ fn out_of_memory_changes_nothing() {
     const MARK: u32 = 0x7fc1_2345;
     let token = source(&gpu, 1, MARK);
     let prompt = source(&gpu, TOKENS / 4, MARK);
-    let mut cache = DynamicKVCache::with_capacity(&gpu, TOKENS);
+    let mut cache =
+        DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(TOKENS))
+            .expect("a capacity");
     for _ in 0..4 {
         append(&gpu, &mut cache, &prompt, BATCH, TOKENS / 4).expect("room");
     }

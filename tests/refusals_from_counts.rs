@@ -7,8 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use peak_alloc::PeakAlloc;
 use wgpu_kvcache::wgpu::{Buffer, BufferDescriptor, BufferUsages, ComputePass, Limits};
 use wgpu_kvcache::{
-    BatchChange, Cache, CachePosition, DType, DynamicKVCache, EncoderDecoderCache, Error, Gpu,
-    HeadlessOptions, KVCache, PagedKVCache, PagedOptions, StaticKVCache, TensorView,
+    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, EncoderDecoderCache,
+    Error, Gpu, HeadlessOptions, KVCache, PagedKVCache, Side, StaticKVCache, TensorView,
 };
 
 #[global_allocator]
@@ -23,7 +23,7 @@ const MOST: usize = 10_000_000;
 /// WebGPU's default limits: 128 MiB for a binding.
 fn gpu() -> Gpu {
     let limits = Some(Limits::default());
-    Gpu::headless_with(&HeadlessOptions { limits, ..HeadlessOptions::default() })
+    Gpu::headless_with(&HeadlessOptions::default().with_limits(limits))
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -60,7 +60,7 @@ fn refused<T>(name: &str, call: impl FnOnce() -> Result<T, Error>) -> Error {
 }
 
 fn paged(gpu: &Gpu, page_tokens: usize, max_pages: Option<usize>) -> PagedKVCache {
-    let options = PagedOptions { page_tokens, max_pages, ..PagedOptions::default() };
+    let options = CacheOptions::default().with_page_tokens(page_tokens).with_max_pages(max_pages);
     PagedKVCache::with_options(gpu, options).expect("a power of two")
 }
 
@@ -68,7 +68,16 @@ fn paged(gpu: &Gpu, page_tokens: usize, max_pages: Option<usize>) -> PagedKVCach
 fn caches(gpu: &Gpu) -> Vec<(&'static str, Box<dyn KVCache>)> {
     vec![
         ("dynamic", Box::new(DynamicKVCache::new(gpu))),
-        ("static", Box::new(StaticKVCache::new(gpu, 64, 4))),
+        (
+            "static",
+            Box::new(
+                StaticKVCache::with_options(
+                    gpu,
+                    CacheOptions::default().with_max_cache_len(64).with_num_layers(4),
+                )
+                .expect("both options"),
+            ),
+        ),
         ("pages of 1", Box::new(paged(gpu, 1, None))),
         ("pages of 16", Box::new(paged(gpu, 16, None))),
         ("a pool of 9 pages", Box::new(paged(gpu, 4, Some(9)))),
@@ -217,12 +226,12 @@ fn a_cross_layer_of_any_index() {
         let new = tokens(&source, 2, 3);
         frugal(&format!("layer {layer}"), || {
             gpu.submit_pass("cross", |pass| {
-                cache.update(pass, &new, &new, layer, APPEND, true).map(|_| ())
+                cache.update(pass, &new, &new, layer, APPEND, Side::CrossAttention).map(|_| ())
             })
         })
         .expect("room");
         assert!(cache.is_updated(layer) && !cache.is_updated(layer / 2 + 1), "layer {layer}");
-        assert_eq!(cache.get_seq_length(layer, true), Ok(3));
+        assert_eq!(cache.get_seq_length(layer, Side::CrossAttention), Ok(3));
     }
     cache.reset();
     assert!(!cache.is_updated(usize::MAX));

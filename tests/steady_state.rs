@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, Once};
 
 use wgpu_kvcache::{
-    BatchChange, Cache, CachePosition, DType, DynamicKVCache, EncoderDecoderCache, Gpu,
-    HeadlessOptions, KVCache, PagedKVCache, PagedOptions, StaticKVCache, TensorView, wgpu,
+    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, EncoderDecoderCache,
+    Gpu, HeadlessOptions, KVCache, PagedKVCache, Side, StaticKVCache, TensorView, wgpu,
 };
 
 /// Counts log lines by their first word, e.g. `Queue::submit`.
@@ -71,11 +71,9 @@ fn devices() -> [(&'static str, Gpu); 2] {
     let open = |options: &HeadlessOptions| {
         Gpu::headless_with(options).unwrap_or_else(|error| panic!("{error}"))
     };
-    let baseline = HeadlessOptions {
-        features: wgpu::Features::empty(),
-        limits: Some(wgpu::Limits::default()),
-        ..HeadlessOptions::default()
-    };
+    let baseline = HeadlessOptions::default()
+        .with_features(wgpu::Features::empty())
+        .with_limits(wgpu::Limits::default());
     [("best", open(&HeadlessOptions::default())), ("baseline", open(&baseline))]
 }
 
@@ -167,10 +165,16 @@ fn a_steady_step_makes_submits_and_maps_nothing() {
         let engine = Engine::new(&gpu);
         for kind in [Loop::Greedy, Loop::Beams, Loop::Ragged] {
             let room = STEPS as usize + 100;
-            let dynamic = DynamicKVCache::with_capacity(&gpu, room);
-            let fixed = StaticKVCache::new(&gpu, room, LAYERS);
+            let dynamic =
+                DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(room))
+                    .expect("a capacity");
+            let fixed = StaticKVCache::with_options(
+                &gpu,
+                CacheOptions::default().with_max_cache_len(room).with_num_layers(LAYERS),
+            )
+            .expect("both options");
             // Four rows that share nothing in the end.
-            let pages = PagedOptions { max_pages: Some(4 * room / 16), ..PagedOptions::default() };
+            let pages = CacheOptions::default().with_max_pages(4 * room / 16);
             let paged = PagedKVCache::with_options(&gpu, pages).unwrap();
             for mut cache in
                 [Box::new(dynamic) as Box<dyn KVCache>, Box::new(fixed), Box::new(paged)]
@@ -207,7 +211,7 @@ fn a_steady_step_of_a_long_page_table_makes_nothing() {
         let engine = Engine::new(&gpu);
         for kind in [Loop::Greedy, Loop::Beams, Loop::Ragged] {
             let max_pages = Some(BATCH * (TOKENS + STEPS + 200) as usize);
-            let options = PagedOptions { page_tokens: 1, max_pages, ..PagedOptions::default() };
+            let options = CacheOptions::default().with_page_tokens(1).with_max_pages(max_pages);
             let mut cache = PagedKVCache::with_options(&gpu, options).unwrap();
             let view = |tokens| {
                 let view = TensorView::new(&engine.key, DType::F32, &[BATCH, 1, tokens, 4]);
@@ -264,18 +268,18 @@ fn a_pair_prepares_once_and_lets_go_of_both_sides() {
     for (name, gpu) in devices() {
         let engine = Engine::new(&gpu);
         let view = TensorView::new(&engine.key, DType::F32, &[2, 1, 3, 4]).unwrap();
-        let update = |pair: &mut EncoderDecoderCache, is_cross: bool| {
+        let update = |pair: &mut EncoderDecoderCache, side: Side| {
             gpu.submit_pass("update", |pass| {
                 let append = CachePosition::Append;
-                pair.update(pass, &view, &view, 0, append, is_cross).map(|_| ()).unwrap();
+                pair.update(pass, &view, &view, 0, append, side).map(|_| ()).unwrap();
             });
         };
         let change = BatchChange::Repeat(3);
         for way in 0..6 {
             let context = format!("{name} device, way {way}");
             let mut pair = EncoderDecoderCache::dynamic(&gpu);
-            update(&mut pair, false);
-            update(&mut pair, true);
+            update(&mut pair, Side::SelfAttention);
+            update(&mut pair, Side::CrossAttention);
             gpu.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
             let calls = witnessed(|| pair.prepare_batch(change).unwrap());
             // K and V of a layer of each side.
@@ -284,8 +288,8 @@ fn a_pair_prepares_once_and_lets_go_of_both_sides() {
                 0 => pair.prepare_batch(change).unwrap(),
                 1 => pair.crop(3),
                 2 => pair.truncate(3),
-                3 => update(&mut pair, false),
-                4 => update(&mut pair, true),
+                3 => update(&mut pair, Side::SelfAttention),
+                4 => update(&mut pair, Side::CrossAttention),
                 _ => assert!(pair.prepare_batch(BatchChange::Select(&[7])).is_err()),
             });
             let gone = if way == 0 { 0 } else { 4 };
@@ -298,7 +302,11 @@ fn a_pair_prepares_once_and_lets_go_of_both_sides() {
             let made = if way == 0 { 0 } else { 4 };
             assert_eq!(count(&calls, "Device::create_buffer"), made, "{context}");
             let rows = |side| pair.view(0, side).unwrap().unwrap().key_shape()[0];
-            assert_eq!([rows(false), rows(true)], [6, 6], "{context}");
+            assert_eq!(
+                [rows(Side::SelfAttention), rows(Side::CrossAttention)],
+                [6, 6],
+                "{context}"
+            );
         }
     }
 }
@@ -331,7 +339,16 @@ fn the_first_reorder_of_a_filled_ring_makes_no_buffer() {
     for (turn, (order, rows)) in (0..2).flat_map(|turn| orders.map(|order| (turn, order))) {
         for (name, gpu) in devices() {
             let dynamic = Box::new(DynamicKVCache::new(&gpu)) as Box<dyn KVCache>;
-            let mut caches = [dynamic, Box::new(StaticKVCache::new(&gpu, TOKENS, LAYERS))];
+            let mut caches = [
+                dynamic,
+                Box::new(
+                    StaticKVCache::with_options(
+                        &gpu,
+                        CacheOptions::default().with_max_cache_len(TOKENS).with_num_layers(LAYERS),
+                    )
+                    .expect("both options"),
+                ),
+            ];
             caches.rotate_left(turn);
             for (cache, is_wrapped) in caches.iter_mut().zip([false, true]) {
                 let context = format!("{name} device, {order:?}, wrapped: {is_wrapped}");

@@ -15,7 +15,7 @@ pub(super) fn shapes(
     query: &TensorView<'_>,
     view: &LayerView,
     output: &TensorView<'_>,
-    options: AttentionOptions,
+    options: AttentionOptions<'_>,
 ) -> Result<(usize, usize)> {
     for (what, tensor) in [("query", query), ("output", output)] {
         if tensor.dtype != DType::F32 {

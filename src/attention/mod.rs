@@ -2,6 +2,8 @@
 
 mod checks;
 
+use std::marker::PhantomData;
+
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::{Keepers, Purpose};
@@ -60,20 +62,38 @@ pub struct Attention {
     ledger: Ledger,
 }
 
-/// How [`Attention::record`] weighs.
+/// Which tokens [`Attention::record`] lets a query see, and how it scores them.
+///
+/// Causal, with scores scaled by 1/√D, if nothing else is set.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttentionOptions {
-    /// What scores are multiplied by; `None` for 1/√D.
-    pub scale: Option<f32>,
-    /// Whether a new token sees only the tokens before it and itself, the last Tq live tokens being the
-    /// new ones. If not, all new tokens see all live ones, as in cross-attention.
-    pub is_causal: bool,
+#[must_use = "options do nothing until attention is recorded with them"]
+pub struct AttentionOptions<'a> {
+    scale: Option<f32>,
+    is_causal: bool,
+    /// Options to come borrow masks and logits.
+    borrowed: PhantomData<&'a ()>,
 }
 
-impl Default for AttentionOptions {
-    /// Causal, with a scale of 1/√D.
+impl Default for AttentionOptions<'_> {
     fn default() -> Self {
-        Self { scale: None, is_causal: true }
+        Self { scale: None, is_causal: true, borrowed: PhantomData }
+    }
+}
+
+impl AttentionOptions<'_> {
+    /// What scores are multiplied by; `None` for 1/√D.
+    pub fn with_scale(self, scale: impl Into<Option<f32>>) -> Self {
+        Self { scale: scale.into(), ..self }
+    }
+
+    /// A new token sees the tokens before it and itself; the last Tq live tokens are the new ones. The default.
+    pub fn causal(self) -> Self {
+        Self { is_causal: true, ..self }
+    }
+
+    /// Each new token sees all live ones, as in cross-attention.
+    pub fn unmasked(self) -> Self {
+        Self { is_causal: false, ..self }
     }
 }
 
@@ -118,7 +138,7 @@ impl Attention {
         query: &TensorView<'_>,
         view: &LayerView,
         output: &TensorView<'_>,
-        options: AttentionOptions,
+        options: AttentionOptions<'_>,
     ) -> Result<()> {
         let gpu = self.gpu.clone();
         let (group, tokens) = checks::shapes(query, view, output, options)?;
@@ -156,22 +176,19 @@ impl Attention {
         let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
         let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
         let output = to.binding(output.buffer);
-        let mut dispatches = Vec::with_capacity(2);
+        let mut call = Call::default();
         if splits == 1 {
             let bindings = self.bind(view, Purpose::Attention, &[q, k, v, output])?;
-            dispatches.push(gpu.kernels().attention(bindings, &shape)?);
+            call.add(gpu.kernels().attention(bindings, &shape)?);
         } else {
             let scratch = self.scratch(view, rows, splits)?;
             let scratch = scratch.as_entire_buffer_binding();
             let bindings = self.bind(view, Purpose::Attention, &[q, k, v, scratch.clone()])?;
-            dispatches.push(gpu.kernels().attention(bindings, &shape)?);
+            call.add(gpu.kernels().attention(bindings, &shape)?);
             let bindings = self.bind(view, Purpose::AttentionCombine, &[scratch, output])?;
-            dispatches.push(gpu.kernels().attention_combine(bindings, &shape)?);
+            call.add(gpu.kernels().attention_combine(bindings, &shape)?);
         }
-        let mut call = Call::new(pass);
-        dispatches.into_iter().for_each(|dispatch| call.add(dispatch));
-        call.finish(&self.ledger);
-        Ok(())
+        call.record(pass, &self.ledger)
     }
 
     /// Lets go of the bind groups that layers keep for this `Attention`, and so of the buffers of q and of the

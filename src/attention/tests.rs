@@ -2,7 +2,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::{
-    CachePosition, DType, DynamicKVCache, KVCache, Layout, PagedKVCache, PagedOptions,
+    CacheOptions, CachePosition, DType, DynamicKVCache, KVCache, Layout, PagedKVCache,
     StaticKVCache, Tensor,
 };
 
@@ -34,13 +34,22 @@ fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -> Tensor {
 /// An empty cache for each layout.
 fn caches(gpu: &Gpu, len: usize) -> [(Layout, Box<dyn KVCache>); 5] {
     let paged = |page_tokens| -> (Layout, Box<dyn KVCache>) {
-        let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+        let options = CacheOptions::default().with_page_tokens(page_tokens);
         let cache = PagedKVCache::with_options(gpu, options).expect("a power of two");
         (Layout::Paged, Box::new(cache))
     };
     [
         (Layout::Contiguous, Box::new(DynamicKVCache::new(gpu))),
-        (Layout::Wrapped, Box::new(StaticKVCache::new(gpu, len, 1))),
+        (
+            Layout::Wrapped,
+            Box::new(
+                StaticKVCache::with_options(
+                    gpu,
+                    CacheOptions::default().with_max_cache_len(len).with_num_layers(1),
+                )
+                .expect("both options"),
+            ),
+        ),
         paged(1),
         paged(4),
         paged(16),
@@ -117,7 +126,7 @@ fn forms_for_a_gpu_and_for_a_cpu_agree() {
                 let query = random(&mut state, 12 * tokens * dim, is_whole);
                 let query = upload(&gpu, DType::F32, &query, &[2, 6, tokens, dim]);
                 let scale = is_whole.then_some(2.0);
-                let options = AttentionOptions { scale, is_causal: true };
+                let options = AttentionOptions::default().with_scale(scale);
                 let answers = attention
                     .each_mut()
                     .map(|attention| answer(&gpu, attention, &query, &view, options, &case));

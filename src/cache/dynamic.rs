@@ -1,6 +1,8 @@
 //! The kind that grows.
 
 use crate::cache::kind::implement_cache;
+use crate::cache::options::CacheOptions;
+use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::storage::layers::Layers;
 use crate::storage::ring::{Growth, Ring};
@@ -35,13 +37,18 @@ pub struct DynamicKVCache {
 impl DynamicKVCache {
     /// An empty cache.
     pub fn new(gpu: &Gpu) -> Self {
-        Self::with_capacity(gpu, 0)
+        Self { layers: Layers::new(gpu, Growth::Dynamic { tokens: 0 }, None) }
     }
 
-    /// An empty cache whose layers start with room for `tokens` tokens a row, after a
-    /// [`reset`](crate::Cache::reset) to another shape as well, so that a sequence of known length never grows.
-    pub fn with_capacity(gpu: &Gpu, tokens: usize) -> Self {
-        Self { layers: Layers::new(gpu, Growth::Dynamic { tokens }, None) }
+    /// An empty cache. Takes `num_layers` and `capacity`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnusedOption`](crate::Error::UnusedOption) for any other option.
+    pub fn with_options(gpu: &Gpu, options: CacheOptions) -> Result<Self> {
+        let options = options.check("DynamicKVCache", &["capacity"])?;
+        let growth = Growth::Dynamic { tokens: options.capacity().unwrap_or(0) };
+        Ok(Self { layers: Layers::new(gpu, growth, options.num_layers()) })
     }
 }
 

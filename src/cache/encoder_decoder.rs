@@ -12,17 +12,26 @@ use crate::stats::Stats;
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::LayerView;
 
+/// One of the two caches of an [`EncoderDecoderCache`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The decoder's own tokens.
+    SelfAttention,
+    /// The encoder's memory.
+    CrossAttention,
+}
+
 /// The two caches of an encoder-decoder model.
 ///
 /// The cross side is the encoder's memory: it is written once for each layer, after which
-/// [`is_updated`](Self::is_updated) says so, and [`crop`](Cache::crop) and
-/// [`truncate`](Cache::truncate) leave it alone. Batch operations and [`reset`](Cache::reset) concern
+/// [`is_updated`](Self::is_updated) says so, and [`crop`](Cache::crop),
+/// [`truncate`](Cache::truncate) and [`drop_latest`](Cache::drop_latest) leave it alone. Batch operations and [`reset`](Cache::reset) concern
 /// both sides; a batch operation checks both before it touches one.
 ///
 /// # Examples
 ///
 /// ```
-/// use wgpu_kvcache::{Cache, CachePosition, EncoderDecoderCache, Gpu};
+/// use wgpu_kvcache::{Cache, CachePosition, EncoderDecoderCache, Gpu, Side};
 ///
 /// # fn main() -> Result<(), wgpu_kvcache::Error> {
 /// let gpu = Gpu::headless()?;
@@ -30,12 +39,12 @@ use crate::view::LayerView;
 /// let memory = gpu.upload(&[1.0_f32; 6], &[1, 1, 6, 1])?;
 /// gpu.submit_pass("encoder memory", |pass| {
 ///     cache
-///         .update(pass, &memory.view(), &memory.view(), 0, CachePosition::Append, true)
+///         .update(pass, &memory.view(), &memory.view(), 0, CachePosition::Append, Side::CrossAttention)
 ///         .map(|_| ())
 /// })?;
 /// assert!(cache.is_updated(0));
 /// cache.crop(2);
-/// assert_eq!(cache.get_seq_length(0, true)?, 6);
+/// assert_eq!(cache.get_seq_length(0, Side::CrossAttention)?, 6);
 /// # Ok(())
 /// # }
 /// ```
@@ -87,8 +96,11 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
         self.updated.contains(&layer_idx) && self.cross_attention.view(layer_idx).is_ok()
     }
 
-    fn side(&self, is_cross_attention: bool) -> &dyn KVCache {
-        if is_cross_attention { &self.cross_attention } else { &self.self_attention }
+    fn side(&self, side: Side) -> &dyn KVCache {
+        match side {
+            Side::SelfAttention => &self.self_attention,
+            Side::CrossAttention => &self.cross_attention,
+        }
     }
 
     /// [`KVCache::update`] on one of the sides.
@@ -103,9 +115,9 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
         value: &TensorView<'_>,
         layer_idx: usize,
         cache_position: CachePosition<'_>,
-        is_cross_attention: bool,
+        side: Side,
     ) -> Result<LayerView> {
-        if !is_cross_attention {
+        if side == Side::SelfAttention {
             let_go(&mut self.cross_attention);
             return self.self_attention.update(pass, key, value, layer_idx, cache_position);
         }
@@ -120,8 +132,8 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// # Errors
     ///
     /// As there.
-    pub fn view(&self, layer_idx: usize, is_cross_attention: bool) -> Result<Option<LayerView>> {
-        self.side(is_cross_attention).view(layer_idx)
+    pub fn view(&self, layer_idx: usize, side: Side) -> Result<Option<LayerView>> {
+        self.side(side).view(layer_idx)
     }
 
     /// [`KVCache::get`] of one of the sides.
@@ -129,12 +141,8 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// # Errors
     ///
     /// As there.
-    pub fn get(
-        &self,
-        layer_idx: usize,
-        is_cross_attention: bool,
-    ) -> Result<Option<(HostTensor, HostTensor)>> {
-        self.side(is_cross_attention).get(layer_idx)
+    pub fn get(&self, layer_idx: usize, side: Side) -> Result<Option<(HostTensor, HostTensor)>> {
+        self.side(side).get(layer_idx)
     }
 
     /// [`KVCache::get_seq_length`] of one of the sides.
@@ -142,8 +150,17 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// # Errors
     ///
     /// As there.
-    pub fn get_seq_length(&self, layer_idx: usize, is_cross_attention: bool) -> Result<usize> {
-        self.side(is_cross_attention).get_seq_length(layer_idx)
+    pub fn get_seq_length(&self, layer_idx: usize, side: Side) -> Result<usize> {
+        self.side(side).get_seq_length(layer_idx)
+    }
+
+    /// [`KVCache::get_next_position`] of one of the sides.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn get_next_position(&self, layer_idx: usize, side: Side) -> Result<usize> {
+        self.side(side).get_next_position(layer_idx)
     }
 }
 
@@ -162,6 +179,11 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
     fn truncate(&mut self, length: usize) {
         let_go(&mut self.cross_attention);
         self.self_attention.truncate(length);
+    }
+
+    fn drop_latest(&mut self, tokens: usize) -> Result<()> {
+        let_go(&mut self.cross_attention);
+        self.self_attention.drop_latest(tokens)
     }
 
     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {

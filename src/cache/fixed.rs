@@ -1,6 +1,8 @@
 //! The kind of fixed length and layer count.
 
 use crate::cache::kind::implement_cache;
+use crate::cache::options::CacheOptions;
+use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::storage::layers::Layers;
 use crate::storage::ring::{Growth, Ring};
@@ -14,11 +16,12 @@ use crate::storage::ring::{Growth, Ring};
 /// # Examples
 ///
 /// ```
-/// use wgpu_kvcache::{Cache, CachePosition, Gpu, KVCache, StaticKVCache};
+/// use wgpu_kvcache::{Cache, CacheOptions, CachePosition, Gpu, KVCache, StaticKVCache};
 ///
 /// # fn main() -> Result<(), wgpu_kvcache::Error> {
 /// let gpu = Gpu::headless()?;
-/// let mut cache = StaticKVCache::new(&gpu, 4, 1);
+/// let options = CacheOptions::default().with_max_cache_len(4).with_num_layers(1);
+/// let mut cache = StaticKVCache::with_options(&gpu, options)?;
 /// let row = gpu.upload(&[1.0_f32, 2.0, 3.0, 4.0], &[1, 1, 4, 1])?;
 /// let one = gpu.upload(&[5.0_f32], &[1, 1, 1, 1])?;
 /// gpu.submit_pass("fill", |pass| {
@@ -39,10 +42,18 @@ pub struct StaticKVCache {
 }
 
 impl StaticKVCache {
-    /// An empty cache for `num_layers` layers of at most `max_cache_len` tokens a row.
-    pub fn new(gpu: &Gpu, max_cache_len: usize, num_layers: usize) -> Self {
-        let growth = Growth::Static { tokens: max_cache_len };
-        Self { layers: Layers::new(gpu, growth, Some(num_layers)) }
+    /// An empty cache. Takes `max_cache_len` and `num_layers`, and needs both.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MissingOption`] without one of them, [`Error::UnusedOption`] for any other option.
+    pub fn with_options(gpu: &Gpu, options: CacheOptions) -> Result<Self> {
+        let kind = "StaticKVCache";
+        let options = options.check(kind, &["max_cache_len"])?;
+        let missing = |option| Error::MissingOption { option, kind };
+        let tokens = options.max_cache_len().ok_or_else(|| missing("max_cache_len"))?;
+        let layers = options.num_layers().ok_or_else(|| missing("num_layers"))?;
+        Ok(Self { layers: Layers::new(gpu, Growth::Static { tokens }, Some(layers)) })
     }
 }
 

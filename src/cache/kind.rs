@@ -17,6 +17,11 @@ macro_rules! implement_cache {
                 self.layers.truncate(length);
             }
 
+            fn drop_latest(&mut self, tokens: usize) -> crate::error::Result<()> {
+                self.layers.drop_latest(tokens);
+                Ok(())
+            }
+
             fn prepare_batch(
                 &mut self,
                 change: crate::host::batch::BatchChange<'_>,
@@ -90,6 +95,10 @@ macro_rules! implement_cache {
 
             fn get_seq_length(&self, layer_idx: usize) -> crate::error::Result<usize> {
                 self.layers.seq_length(layer_idx)
+            }
+
+            fn get_next_position(&self, layer_idx: usize) -> crate::error::Result<usize> {
+                self.layers.next_position(layer_idx)
             }
         }
     };

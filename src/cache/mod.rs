@@ -4,6 +4,7 @@ pub(crate) mod dynamic;
 pub(crate) mod encoder_decoder;
 pub(crate) mod fixed;
 mod kind;
+pub(crate) mod options;
 pub(crate) mod paged;
 
 use std::future::Future;
@@ -23,7 +24,10 @@ use crate::view::LayerView;
 /// Calls that write record compute dispatches into the caller's pass. Nothing is submitted, waited for
 /// or mapped. A call counts as done once it is recorded: lengths and views move on at once, and the GPU
 /// follows when the engine submits. So
-/// - passes must be submitted in the order in which they were recorded;
+/// - passes are of the device that the cache's [`Gpu`](crate::Gpu) is made with;
+/// - one pass is recorded at a time: a call into a pass answers [`Error::EarlierPass`] if the cache has recorded into
+///   a later one since, and that has not run yet;
+/// - passes must be submitted in the order in which they were recorded, which is not checked;
 /// - a pass must not be dropped, and its submit must not fail: if it is, or does, every later call answers
 ///   [`Error::PassDropped`] until [`reset`](Cache::reset). A dropped pass is known at once. Of a failed submit
 ///   wgpu says nothing but to the engine's own error handler, where there is one; the cache finds out at the
@@ -46,6 +50,7 @@ use crate::view::LayerView;
 ///
 /// [`Error::Device`]: crate::Error::Device
 /// [`Error::DeviceLost`]: crate::Error::DeviceLost
+/// [`Error::EarlierPass`]: crate::Error::EarlierPass
 /// [`Error::PassDropped`]: crate::Error::PassDropped
 pub trait Cache {
     /// Empties every layer and keeps the memory for reuse. A layer may have another shape afterwards.
@@ -58,6 +63,18 @@ pub trait Cache {
     /// Keeps the first `length` tokens of every layer: the roll-back of speculative decoding. Moves no
     /// bytes.
     fn truncate(&mut self, length: usize);
+
+    /// Drops the latest `tokens` tokens of every layer; all of those that have fewer. Moves no bytes. Unlike
+    /// [`truncate`](Cache::truncate) it needs no count of live tokens: to roll `k` drafted tokens back, drop `k`.
+    ///
+    /// # Errors
+    ///
+    /// A cache of one's own that does not have this method answers
+    /// [`Error::NotSupported`](crate::Error::NotSupported).
+    fn drop_latest(&mut self, tokens: usize) -> Result<()> {
+        let _ = tokens;
+        Err(crate::Error::NotSupported { what: "drop_latest()" })
+    }
 
     /// Checks a change of the batch and allocates all that it needs, so that the same change, made
     /// next, cannot fail for want of room. Alters nothing that can be seen. To prepare the same change again
@@ -163,6 +180,88 @@ pub trait Cache {
 ///
 /// Shapes are (B, H, T, D): batch rows, K/V heads, tokens, elements a head. Layers may differ in H and
 /// D, and K and V in D. A layer's shape and type are set by its first update.
+///
+/// # For implementers
+///
+/// A cache of one's own returns views of its buffers ([`LayerView::of_rings`]) and tensors of its data
+/// ([`HostTensor::from_slice`]), or what a cache that it wraps returns. This one counts the tokens that it is handed:
+///
+/// ```
+/// use wgpu_kvcache::{
+///     wgpu::ComputePass, BatchChange, Cache, CachePosition, DynamicKVCache, GetFuture, Gpu, HostTensor,
+///     KVCache, LayerView, Result, Stats, TensorView,
+/// };
+///
+/// struct Counted<C> {
+///     inner: C,
+///     tokens: usize,
+/// }
+///
+/// impl<C: Cache> Cache for Counted<C> {
+///     fn reset(&mut self) {
+///         self.inner.reset();
+///     }
+///     fn crop(&mut self, max_length: usize) {
+///         self.inner.crop(max_length);
+///     }
+///     fn truncate(&mut self, length: usize) {
+///         self.inner.truncate(length);
+///     }
+///     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
+///         self.inner.prepare_batch(change)
+///     }
+///     fn batch_select_indices(&mut self, pass: &mut ComputePass<'_>, indices: &[u32]) -> Result<()> {
+///         self.inner.batch_select_indices(pass, indices)
+///     }
+///     fn batch_repeat_interleave(&mut self, pass: &mut ComputePass<'_>, repeats: usize) -> Result<()> {
+///         self.inner.batch_repeat_interleave(pass, repeats)
+///     }
+///     fn get_max_cache_shape(&self) -> Option<usize> {
+///         self.inner.get_max_cache_shape()
+///     }
+///     fn stats(&self) -> Stats {
+///         self.inner.stats()
+///     }
+/// }
+///
+/// impl<C: KVCache> KVCache for Counted<C> {
+///     fn update(
+///         &mut self,
+///         pass: &mut ComputePass<'_>,
+///         key: &TensorView<'_>,
+///         value: &TensorView<'_>,
+///         layer_idx: usize,
+///         cache_position: CachePosition<'_>,
+///     ) -> Result<LayerView> {
+///         let view = self.inner.update(pass, key, value, layer_idx, cache_position)?;
+///         self.tokens += key.shape()[2];
+///         Ok(view)
+///     }
+///     fn view(&self, layer_idx: usize) -> Result<Option<LayerView>> {
+///         self.inner.view(layer_idx)
+///     }
+///     fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
+///         self.inner.get(layer_idx)
+///     }
+///     fn get_async(&self, layer_idx: usize) -> GetFuture<'_> {
+///         self.inner.get_async(layer_idx)
+///     }
+///     fn get_seq_length(&self, layer_idx: usize) -> Result<usize> {
+///         self.inner.get_seq_length(layer_idx)
+///     }
+/// }
+///
+/// # fn main() -> Result<()> {
+/// let gpu = Gpu::headless()?;
+/// let mut cache = Counted { inner: DynamicKVCache::new(&gpu), tokens: 0 };
+/// let key = gpu.upload(&[0.0_f32; 12], &[1, 1, 3, 4])?;
+/// gpu.submit_pass("prompt", |pass| {
+///     cache.update(pass, &key.view(), &key.view(), 0, CachePosition::Append).map(|_| ())
+/// })?;
+/// assert_eq!((cache.tokens, cache.get_seq_length(0)?), (3, 3));
+/// # Ok(())
+/// # }
+/// ```
 pub trait KVCache: Cache {
     /// Writes T new tokens of layer `layer_idx` and returns the layer's view.
     ///
@@ -252,6 +351,20 @@ pub trait KVCache: Cache {
     ///
     /// As for [`view`](KVCache::view).
     fn get_seq_length(&self, layer_idx: usize) -> Result<usize>;
+
+    /// The absolute position of the next token that is appended, as rotary embeddings need it: live tokens, and
+    /// those before them that [`crop`](Cache::crop) has dropped since the last reset. Without a crop it is
+    /// [`get_seq_length`](KVCache::get_seq_length). Tokens that were rolled back do not count. 0 for a layer
+    /// never written.
+    ///
+    /// # Errors
+    ///
+    /// As for [`view`](KVCache::view). A cache of one's own that does not have this method answers
+    /// [`Error::NotSupported`](crate::Error::NotSupported).
+    fn get_next_position(&self, layer_idx: usize) -> Result<usize> {
+        let _ = layer_idx;
+        Err(crate::Error::NotSupported { what: "get_next_position()" })
+    }
 }
 
 /// What [`KVCache::get_async`] returns.

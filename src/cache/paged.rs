@@ -1,7 +1,8 @@
 //! The kind whose rows share pages.
 
 use crate::cache::kind::implement_cache;
-use crate::error::{Error, Result};
+use crate::cache::options::CacheOptions;
+use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::storage::layers::Layers;
 use crate::storage::paging::{Paged, Paging};
@@ -49,51 +50,24 @@ pub struct PagedKVCache {
     layers: Layers<Paged>,
 }
 
-/// What a [`PagedKVCache`] is made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PagedOptions {
-    /// Tokens of a page: a power of two. Small pages share more, large ones have shorter tables.
-    pub page_tokens: usize,
-    /// The most pages of a layer. Its pool is then made at once, at the first update, as large as that or as
-    /// the device can bind, and its buffers stay the same while the layer's shape does, after a reset as before
-    /// it. `None` for a pool that grows, doubling.
-    pub max_pages: Option<usize>,
-    /// The most tokens of a row; `None` where only pages and the device bound it.
-    pub max_tokens: Option<usize>,
-    /// The number of layers; `None` for as many as are written.
-    pub num_layers: Option<usize>,
-}
-
-impl Default for PagedOptions {
-    /// Pages of 16 tokens, and no bounds.
-    fn default() -> Self {
-        Self { page_tokens: 16, max_pages: None, max_tokens: None, num_layers: None }
-    }
-}
-
 impl PagedKVCache {
     /// An empty cache with pages of 16 tokens and a pool that grows.
     pub fn new(gpu: &Gpu) -> Self {
-        Self::made(gpu, PagedOptions::default())
+        Self { layers: Layers::new(gpu, Paging::new(16, None, None), None) }
     }
 
-    /// An empty cache.
+    /// An empty cache. Takes `num_layers`, `max_cache_len`, `page_tokens` and `max_pages`.
     ///
     /// # Errors
     ///
-    /// [`Error::PageSize`] where `page_tokens` is no power of two, or more than 2^31.
-    pub fn with_options(gpu: &Gpu, options: PagedOptions) -> Result<Self> {
-        let page_tokens = options.page_tokens;
-        if !page_tokens.is_power_of_two() || u32::try_from(page_tokens).is_err() {
-            return Err(Error::PageSize { page_tokens });
-        }
-        Ok(Self::made(gpu, options))
-    }
-
-    fn made(gpu: &Gpu, options: PagedOptions) -> Self {
-        let PagedOptions { page_tokens, max_pages, max_tokens, num_layers } = options;
-        let paging = Paging::new(page_tokens, max_pages, max_tokens);
-        Self { layers: Layers::new(gpu, paging, num_layers) }
+    /// [`Error::PageSize`](crate::Error::PageSize) if `page_tokens` is no power of two, or more than 2^31;
+    /// [`Error::UnusedOption`](crate::Error::UnusedOption) for any other option.
+    pub fn with_options(gpu: &Gpu, options: CacheOptions) -> Result<Self> {
+        let used = ["max_cache_len", "page_tokens", "max_pages"];
+        let options = options.check("PagedKVCache", &used)?;
+        let (pages, tokens) = (options.max_pages(), options.max_cache_len());
+        let paging = Paging::new(options.page_tokens()?, pages, tokens);
+        Ok(Self { layers: Layers::new(gpu, paging, options.num_layers()) })
     }
 }
 

@@ -1,45 +1,55 @@
 //! One call of a cache or of attention: its dispatches, recorded together and noted once.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::error::{Error, Result};
 use crate::gpu::arena::Lease;
 use crate::gpu::kernels::Dispatch;
 use crate::gpu::ledger::Ledger;
 
-/// One call's dispatches on their way into a pass.
-#[derive(Debug)]
-pub(crate) struct Call<'a, 'pass> {
-    pass: &'a mut wgpu::ComputePass<'pass>,
+/// What a call will record.
+#[derive(Debug, Default)]
+pub(crate) struct Call {
     leases: Vec<Lease>,
-    /// The latest dispatch, held back because the last one is recorded as such.
-    latest: Option<Dispatch>,
+    dispatches: Vec<Dispatch>,
 }
 
-impl<'a, 'pass> Call<'a, 'pass> {
-    pub(crate) fn new(pass: &'a mut wgpu::ComputePass<'pass>) -> Self {
-        Self { pass, leases: Vec::new(), latest: None }
-    }
-
+impl Call {
     /// Keeps these in place until the pass has run.
     pub(crate) fn hold(&mut self, leases: Vec<Lease>) {
         self.leases.extend(leases);
     }
 
     pub(crate) fn add(&mut self, dispatch: Dispatch) {
-        if let Some(dispatch) = self.latest.replace(dispatch) {
-            dispatch.record(self.pass, None, &mut self.leases);
-        }
+        self.dispatches.push(dispatch);
     }
 
-    /// Records what is left. A call that has nothing to record and nothing to hold goes unnoted.
-    pub(crate) fn finish(mut self, ledger: &Ledger) {
-        if let Some(dispatch) = self.latest.take() {
-            let witness = ledger.witness();
-            dispatch.record(self.pass, witness, &mut self.leases);
-            if witness.is_some() {
-                ledger.expect();
-            }
-        } else if self.leases.is_empty() {
-            return;
+    /// Records everything, the last dispatch as such. A call that has nothing to record and nothing to hold goes
+    /// unnoted.
+    ///
+    /// A pass does not tell which device it is of. wgpu panics if it is of another instance, because there the
+    /// numbers of the pipelines and bind groups are nobody's. That is an error here, and the cache has not moved
+    /// on yet.
+    pub(crate) fn record(self, pass: &mut wgpu::ComputePass<'_>, ledger: &Ledger) -> Result<()> {
+        let Self { mut leases, dispatches } = self;
+        let count = dispatches.len();
+        if count == 0 && leases.is_empty() {
+            return Ok(());
         }
-        ledger.record(self.pass, self.leases);
+        let witness = ledger.witness().filter(|_| count > 0);
+        let recorded = catch_unwind(AssertUnwindSafe(|| {
+            for (at, dispatch) in dispatches.into_iter().enumerate() {
+                let witness = witness.filter(|_| at + 1 == count);
+                dispatch.record(pass, witness, &mut leases);
+            }
+            ledger.record(pass, leases);
+        }));
+        if recorded.is_err() {
+            return Err(Error::OtherDevice { what: "the pass" });
+        }
+        if witness.is_some() {
+            ledger.expect();
+        }
+        Ok(())
     }
 }

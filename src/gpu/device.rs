@@ -5,6 +5,8 @@ use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+#[cfg(not(target_arch = "wasm32"))]
+use std::sync::{Mutex, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
@@ -32,26 +34,16 @@ pub(crate) struct DeviceHandle {
 }
 
 impl DeviceHandle {
-    pub(crate) fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+    /// Shares the register of own buffers with all that were made of the same device.
+    pub(crate) fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Arc<Self>> {
         let info = device.adapter_info();
-        let make = |usage| {
-            device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("kvcache probe"),
-                size: 4,
-                usage,
-                mapped_at_creation: false,
-            })
-        };
-        if cfg!(not(target_arch = "wasm32")) {
-            // A lost device makes buffers without a word, but not such that can be written to.
-            let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
-            queue.write_buffer(&make(wgpu::BufferUsages::COPY_DST), 0, &[]);
-            if answer_now(scope.pop()).is_some() {
-                return Err(Error::DeviceLost);
-            }
-        }
-        let probe = make(wgpu::BufferUsages::STORAGE);
-        let handle = Self {
+        let probe = device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("kvcache probe"),
+            size: 4,
+            usage: wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: false,
+        });
+        let mut handle = Self {
             limits: device.limits(),
             is_cpu: info.device_type == wgpu::DeviceType::Cpu,
             runs_kernels: info.backend != wgpu::Backend::Noop,
@@ -62,8 +54,41 @@ impl DeviceHandle {
             is_lost: AtomicBool::new(false),
             last_pass: AtomicU64::new(0),
         };
-        handle.check_alive()?;
-        Ok(handle)
+        handle.check_queue()?;
+        Ok(register(|others| {
+            let same = others.iter().find(|other| handle.is_device_of(other));
+            if let Some(other) = same {
+                handle.own_buffers = other.own_buffers.clone();
+            }
+            Arc::new(handle)
+        }))
+    }
+
+    /// Refuses a queue that is not the device's own.
+    fn check_queue(&self) -> Result<()> {
+        if cfg!(target_arch = "wasm32") {
+            return Ok(());
+        }
+        // A mistake that is the device's alone: a lost device makes it without a word.
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let _ = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("kvcache probe"),
+            size: 4,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: false,
+        });
+        if answer_now(scope.pop()).is_none() {
+            return Err(Error::DeviceLost);
+        }
+        // The same by way of the queue. That of another device has its errors elsewhere; that of another instance
+        // does not know the buffer, for which wgpu panics.
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let made = catch_unwind(AssertUnwindSafe(|| self.make_an_error()));
+        let is_own = answer_now(scope.pop()).is_some();
+        if made.is_err() || !is_own {
+            return Err(Error::OtherDevice { what: "the queue" });
+        }
+        Ok(())
     }
 
     /// Refuses to go on with a device that is lost.
@@ -88,10 +113,9 @@ impl DeviceHandle {
     /// As `check_alive`, once for each pass, so that recording stays cheap: the first call in a pass notices,
     /// and what is recorded into a pass that was opened before the loss goes nowhere.
     pub(crate) fn check_alive_for(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
-        let mut number = Number(0);
-        pass.hash(&mut number);
-        let last = self.last_pass.swap(number.0, Ordering::AcqRel);
-        if last == number.0 { self.check_known() } else { self.check_alive() }
+        let number = pass_number(pass);
+        let last = self.last_pass.swap(number, Ordering::AcqRel);
+        if last == number { self.check_known() } else { self.check_alive() }
     }
 
     /// Refuses to go on with a device that was found to be lost before. Free.
@@ -104,8 +128,8 @@ impl DeviceHandle {
     /// wgpu numbers the devices of each instance from the start, so that those of two instances compare equal.
     /// What tells them apart is where their errors go: an error that is sure to happen to the other device
     /// is caught here only if it is this one.
-    pub(crate) fn is_device_of(self: &Arc<Self>, other: &Arc<Self>) -> bool {
-        if Arc::ptr_eq(self, other) {
+    pub(crate) fn is_device_of(&self, other: &Self) -> bool {
+        if std::ptr::eq(self, other) {
             return true;
         }
         if self.device != other.device || cfg!(target_arch = "wasm32") {
@@ -194,7 +218,7 @@ impl DeviceHandle {
         })?;
         bound.map_err(|_| Error::Device {
             label: label.to_owned(),
-            reason: "a buffer belongs to another wgpu instance".to_owned(),
+            reason: "a buffer belongs to another wgpu instance".into(),
         })
     }
 
@@ -223,11 +247,36 @@ impl DeviceHandle {
         }
         match refused.into_iter().flatten().next() {
             Some(error) => {
-                Err(Error::Device { label: label.to_owned(), reason: error.to_string() })
+                Err(Error::Device { label: label.to_owned(), reason: error.to_string().into() })
             }
             None => Ok(made),
         }
     }
+}
+
+/// A pass's number, which no other pass of the process has.
+pub(crate) fn pass_number(pass: &wgpu::ComputePass<'_>) -> u64 {
+    let mut number = Number(0);
+    pass.hash(&mut number);
+    number.0
+}
+
+/// Runs `make` with the handles of all devices in use, and adds what it makes to them.
+#[cfg(not(target_arch = "wasm32"))]
+fn register(make: impl FnOnce(&[Arc<DeviceHandle>]) -> Arc<DeviceHandle>) -> Arc<DeviceHandle> {
+    static ALL: Mutex<Vec<Weak<DeviceHandle>>> = Mutex::new(Vec::new());
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    all.retain(|handle| handle.strong_count() > 0);
+    let others: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
+    let handle = make(&others);
+    all.push(Arc::downgrade(&handle));
+    handle
+}
+
+/// In a browser handles do not leave their thread, and each knows its own buffers alone.
+#[cfg(target_arch = "wasm32")]
+fn register(make: impl FnOnce(&[Arc<DeviceHandle>]) -> Arc<DeviceHandle>) -> Arc<DeviceHandle> {
+    make(&[])
 }
 
 /// What a pass hashes: its number, which no other pass of the process has.

@@ -1,10 +1,11 @@
 //! Keeps count of recorded calls: which have run, and which were lost with their pass.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::error::{Error, Result};
 use crate::gpu::arena::Lease;
+use crate::gpu::device::pass_number;
 use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
 
@@ -28,8 +29,35 @@ struct Counts {
     failed: AtomicU64,
     /// Calls that the witness is to see.
     due: AtomicU64,
+    passes: Mutex<Passes>,
     /// Of a cache without a recorded call, or on a device that runs no kernel, there is none.
     witness: OnceLock<Witness>,
+}
+
+/// The passes that calls were recorded into and that have neither run nor been dropped, in order of the first
+/// call, each by its number.
+#[derive(Debug, Default)]
+struct Passes(Vec<(u64, Weak<()>)>);
+
+impl Passes {
+    fn is_before_the_latest(&self, number: u64) -> bool {
+        let mut earlier = self.0.iter().rev().skip(1);
+        let is_latest = self.0.last().is_some_and(|(latest, _)| *latest == number);
+        !is_latest && earlier.any(|(other, mark)| *other == number && mark.strong_count() > 0)
+    }
+
+    /// A mark that lives as long as the calls in a pass do.
+    fn mark(&mut self, number: u64) -> Arc<()> {
+        if let Some(mark) = self.0.last().filter(|(latest, _)| *latest == number) {
+            if let Some(mark) = mark.1.upgrade() {
+                return mark;
+            }
+        }
+        self.0.retain(|(_, mark)| mark.strong_count() > 0);
+        let mark = Arc::new(());
+        self.0.push((number, Arc::downgrade(&mark)));
+        mark
+    }
 }
 
 /// The counts as a read-back begins.
@@ -68,13 +96,27 @@ impl Ledger {
     /// Notes one recorded call, and holds `leases` until the GPU has run it.
     pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, leases: Vec<Lease>) {
         self.0.recorded.fetch_add(1, Ordering::Relaxed);
-        let ticket = Ticket { ledger: self.clone(), is_done: false, leases };
+        let mark = self.passes().mark(pass_number(pass));
+        let ticket = Ticket { ledger: self.clone(), is_done: false, leases, _pass: mark };
         pass.on_submitted_work_done(move || ticket.finish());
     }
 
     /// Notes that the witness is to see one more call.
     pub(crate) fn expect(&self) {
         self.0.due.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Refuses a pass that is not the latest: passes run one after the other, so what is recorded into an earlier
+    /// one now would run before what was recorded last.
+    pub(crate) fn check_pass(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
+        match self.passes().is_before_the_latest(pass_number(pass)) {
+            true => Err(Error::EarlierPass),
+            false => Ok(()),
+        }
+    }
+
+    fn passes(&self) -> MutexGuard<'_, Passes> {
+        self.0.passes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Refuses to go on after a pass was lost.
@@ -98,7 +140,9 @@ impl Ledger {
     /// the witness's count, of 32 bits, as the read-back found it.
     pub(crate) fn verdict(&self, before: Snapshot, ran: Option<u32>) -> Result<Verdict> {
         self.check()?;
-        let missing = ran.map_or(0, |ran| low_word(before.due).wrapping_sub(ran));
+        // Negative if a foreign pass has counted in this cache's word: its content cannot be trusted either.
+        let missing = ran.map_or(0, |ran| low_word(before.due).wrapping_sub(ran).cast_signed());
+        let missing = missing.unsigned_abs();
         let waiting = before.recorded.saturating_sub(self.0.done.load(Ordering::Acquire));
         // A browser calls back in an order of its own, so there the witness alone decides.
         if waiting > 0 && !(cfg!(target_arch = "wasm32") && missing == 0) {
@@ -126,6 +170,8 @@ struct Ticket {
     ledger: Ledger,
     is_done: bool,
     leases: Vec<Lease>,
+    /// Keeps the pass among those that may still run.
+    _pass: Arc<()>,
 }
 
 impl Ticket {

@@ -16,8 +16,9 @@ use std::sync::Arc;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::gpu::device::DeviceHandle;
-use crate::gpu::kernels::Kernels;
+use crate::gpu::kernels::{CompileScope, Kernels, LayerShape};
 use crate::gpu::uploads::Uploads;
+use crate::layout::Layout;
 use crate::tensor::{Tensor, checked_shape};
 
 /// A device, its queue, and the compiled kernels of this crate. Cheap to clone: clones share all three.
@@ -44,13 +45,11 @@ struct Inner {
 
 /// What [`Gpu::headless_with`] looks for.
 #[derive(Clone, Debug)]
+#[must_use = "options do nothing until a device is made with them"]
 pub struct HeadlessOptions {
-    /// Backends to look through.
-    pub backends: wgpu::Backends,
-    /// Features to enable where the adapter has them; the crate needs none.
-    pub features: wgpu::Features,
-    /// Limits to ask for; `None` for all that the adapter offers.
-    pub limits: Option<wgpu::Limits>,
+    backends: wgpu::Backends,
+    features: wgpu::Features,
+    limits: Option<wgpu::Limits>,
 }
 
 impl Default for HeadlessOptions {
@@ -62,6 +61,23 @@ impl Default for HeadlessOptions {
             features: wgpu::Features::IMMEDIATES,
             limits: None,
         }
+    }
+}
+
+impl HeadlessOptions {
+    /// Backends to look through.
+    pub fn with_backends(self, backends: wgpu::Backends) -> Self {
+        Self { backends, ..self }
+    }
+
+    /// Features to enable if the adapter has them; the crate needs none.
+    pub fn with_features(self, features: wgpu::Features) -> Self {
+        Self { features, ..self }
+    }
+
+    /// Limits to ask for; `None` for all that the adapter offers.
+    pub fn with_limits(self, limits: impl Into<Option<wgpu::Limits>>) -> Self {
+        Self { limits: limits.into(), ..self }
     }
 }
 
@@ -81,7 +97,7 @@ impl Gpu {
     /// [`Error::Device`] where it cannot make three buffers of 64 KiB.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         crate::gpu::kernels::check_limits(&device.limits())?;
-        let device = Arc::new(DeviceHandle::new(device, queue)?);
+        let device = DeviceHandle::new(device, queue)?;
         let uploads = Arc::new(Uploads::new(device)?);
         let kernels = Kernels::new(Arc::clone(&uploads))?;
         Ok(Self(Arc::new(Inner { uploads, kernels })))
@@ -127,9 +143,43 @@ impl Gpu {
             .await
             .map_err(|error| Error::NoDevice {
                 adapter: adapter.get_info().name,
-                reason: error.to_string(),
+                reason: error.to_string().into(),
             })?;
         Self::new(device, queue)
+    }
+
+    /// Compiles the kernels that caches will need ahead of the first step, on several threads: those of layers of
+    /// these shapes whose views have one of these layouts, for one new token and for many. What they need in rare
+    /// forms (positions as a list, inputs that are not aligned to 16 bytes, q and output in one buffer) is compiled
+    /// when it is first used.
+    ///
+    /// Blocks until all of it is compiled. Some drivers, llvmpipe among them, leave a part of the work to a kernel's
+    /// first dispatch.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{CompileScope, DType, Gpu, LayerShape, Layout};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// let layer = LayerShape { dtype: DType::F16, heads: 8, key_dim: 128, value_dim: 128 };
+    /// gpu.compile(&[layer], &[Layout::Paged], CompileScope::CachesAndAttention)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DeviceLost`]; [`Error::Device`] for a kernel that does not compile; [`Error::SizeOverflow`] for a
+    /// shape that cannot be counted.
+    pub fn compile(
+        &self,
+        layers: &[LayerShape],
+        layouts: &[Layout],
+        scope: CompileScope,
+    ) -> Result<()> {
+        self.kernels().compile(layers, layouts, scope)
     }
 
     /// The device.
@@ -254,5 +304,5 @@ async fn find_adapter(backends: wgpu::Backends) -> Result<wgpu::Adapter> {
             Err(error) => reason = error.to_string(),
         }
     }
-    Err(Error::NoAdapter { reason })
+    Err(Error::NoAdapter { reason: reason.into() })
 }

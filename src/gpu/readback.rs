@@ -109,7 +109,7 @@ impl Readback {
         let arrivals = Arrivals::of(&buffers);
         // On a device that is lost every one of these fails, some without a word.
         if let Some(error) = answer_now(scope.pop()) {
-            return Err(Error::Readback { layer, reason: error.to_string() });
+            return Err(Error::Readback { layer, reason: error.to_string().into() });
         }
         Ok(Self {
             layer,
@@ -260,7 +260,7 @@ impl Readback {
     }
 
     fn failed(&self, reason: &str) -> Error {
-        Error::Readback { layer: self.layer, reason: reason.to_owned() }
+        Error::Readback { layer: self.layer, reason: reason.into() }
     }
 }
 
@@ -359,9 +359,9 @@ fn copy_pages(
             let descriptor =
                 wgpu::ComputePassDescriptor { label: Some("kvcache get"), timestamp_writes: None };
             let mut pass = encoder.begin_compute_pass(&descriptor);
-            let mut call = Call::new(&mut pass);
+            let mut call = Call::default();
             call.add(collect);
-            call.finish(&Ledger::default());
+            call.record(&mut pass, &Ledger::default())?;
             drop(pass);
             for ((from, to), bytes) in straight.iter().zip(tensors).zip(row_bytes) {
                 let at = (first - start) as u64 * bytes;

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 
 /// A change of the batch, as [`Cache::prepare_batch`](crate::Cache::prepare_batch) is told of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BatchChange<'a> {
     /// As [`Cache::batch_select_indices`](crate::Cache::batch_select_indices).
     Select(&'a [u32]),

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 /// as zero. Where one call names a position twice, the later token (the one with the higher index
 /// in T) stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CachePosition<'a> {
     /// Behind the last live token.
     #[default]
@@ -174,7 +175,7 @@ pub(crate) fn check(
     // The highest 32-bit value is a marker, and slots are counted from start on, up to twice a capacity.
     if end > (u32::MAX / 2) as usize {
         let limit = u64::from(u32::MAX / 2);
-        return Err(Error::overflow("length of a row", format!("{end} tokens"), limit));
+        return Err(Error::overflow("length of a row", length_asked(end), limit));
     }
     Ok(len.max(end))
 }
@@ -307,6 +308,13 @@ fn named(positions: &[u32]) -> Vec<[u32; 2]> {
 /// `check` has made sure that every position and count fits.
 fn narrow(value: usize) -> u32 {
     u32::try_from(value).expect("positions are checked to fit 32 bits")
+}
+
+fn length_asked(end: usize) -> String {
+    match end {
+        usize::MAX => format!("more than {} tokens", usize::MAX - 1),
+        _ => format!("{end} tokens"),
+    }
 }
 
 #[cfg(test)]

@@ -157,6 +157,8 @@ pub(crate) struct Layer<L> {
     store: Option<Store>,
     /// `None` until the first update, and after a reset.
     held: Option<L>,
+    /// Tokens before the live ones that crops have dropped since the last reset.
+    cropped: usize,
 }
 
 /// A change that is ready to happen.
@@ -164,6 +166,8 @@ pub(crate) struct Layer<L> {
 #[must_use = "nothing happens until the change is committed"]
 pub(crate) struct Staged<L> {
     pub(crate) dispatches: Vec<Dispatch>,
+    /// Dispatches that were handed over.
+    pub(crate) recorded: u64,
     /// Memory that takes the place of the layer's own.
     pub(crate) store: Option<Store>,
     pub(crate) held: L,
@@ -183,7 +187,16 @@ pub(crate) struct Effect {
 impl<L> Staged<L> {
     /// A change that moves nothing.
     pub(crate) fn unmoved(held: L) -> Self {
-        Self { dispatches: Vec::new(), store: None, held, moved: 0, leases: Vec::new() }
+        let (dispatches, leases) = (Vec::new(), Vec::new());
+        Self { dispatches, recorded: 0, store: None, held, moved: 0, leases }
+    }
+
+    /// Hands over what is to be recorded.
+    pub(crate) fn hand_over(&mut self, call: &mut Call) {
+        // A change without a dispatch is lost with its pass as well.
+        call.hold(std::mem::take(&mut self.leases));
+        self.recorded = self.dispatches.len() as u64;
+        self.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
     }
 
     /// Bytes of new memory.
@@ -194,12 +207,17 @@ impl<L> Staged<L> {
 
 impl<L: Held> Layer<L> {
     pub(crate) fn new(index: usize) -> Self {
-        Self { index, store: None, held: None }
+        Self { index, store: None, held: None, cropped: 0 }
     }
 
     /// Live tokens.
     pub(crate) fn len(&self) -> usize {
         self.held.as_ref().map_or(0, L::len)
+    }
+
+    /// Tokens before the live ones that crops have dropped.
+    pub(crate) fn cropped(&self) -> usize {
+        self.cropped
     }
 
     /// Batch rows, or `None` for a layer never written.
@@ -225,7 +243,7 @@ impl<L: Held> Layer<L> {
     }
 
     pub(crate) fn reset(&mut self) {
-        self.held = None;
+        (self.held, self.cropped) = (None, 0);
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
             store.bind_groups.clear();
@@ -241,6 +259,8 @@ impl<L: Held> Layer<L> {
 
     pub(crate) fn crop(&mut self, policy: &mut L::Policy, max_length: usize) {
         if let Some(held) = self.held.as_mut().filter(|held| held.len() > max_length) {
+            // Each of them was appended in a call of its own or with others: no count of them overflows soon.
+            self.cropped = self.cropped.saturating_add(held.len() - max_length);
             held.crop(policy, max_length);
         }
     }
@@ -292,6 +312,7 @@ impl<L: Held> Layer<L> {
         room.dispatches.push(append);
         Ok(Staged {
             dispatches: room.dispatches,
+            recorded: 0,
             store: room.store,
             held: room.held,
             moved: room.moved + written.iter().sum::<u64>(),
@@ -332,12 +353,9 @@ impl<L: Held> Layer<L> {
         held.stage_batch(gpu, self.index, store, policy, map).map(Some)
     }
 
-    /// Makes a staged change happen. Cannot fail.
-    pub(crate) fn commit(&mut self, staged: Staged<L>, call: &mut Call<'_, '_>) -> Effect {
-        let effect = Effect { dispatches: staged.dispatches.len() as u64, moved: staged.moved };
-        // A change without a dispatch is lost with its pass as well.
-        call.hold(staged.leases);
-        staged.dispatches.into_iter().for_each(|dispatch| call.add(dispatch));
+    /// Makes a staged change happen whose work was recorded. Cannot fail.
+    pub(crate) fn commit(&mut self, staged: Staged<L>) -> Effect {
+        let effect = Effect { dispatches: staged.recorded, moved: staged.moved };
         if let Some(store) = staged.store {
             self.store = Some(store);
         }

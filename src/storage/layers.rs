@@ -88,6 +88,14 @@ impl<L: Held> Layers<L> {
         self.layers.values_mut().for_each(|layer| layer.truncate(&mut self.policy, length));
     }
 
+    pub(crate) fn drop_latest(&mut self, tokens: usize) {
+        self.prepared = None;
+        for layer in self.layers.values_mut() {
+            let length = layer.len().saturating_sub(tokens);
+            layer.truncate(&mut self.policy, length);
+        }
+    }
+
     pub(crate) fn update(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
@@ -98,7 +106,7 @@ impl<L: Held> Layers<L> {
     ) -> Result<LayerView> {
         self.prepared = None;
         self.check_layer(layer_idx)?;
-        self.gpu.handle().check_alive_for(pass)?;
+        self.check_pass(pass)?;
         self.check_writable()?;
         self.check_first_batch(layer_idx, key, value)?;
         // A layer that was never written is only kept where it is written now.
@@ -107,16 +115,17 @@ impl<L: Held> Layers<L> {
             Some(layer) => layer,
             None => fresh.insert(Layer::new(layer_idx)),
         };
-        let staged = layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
+        let mut staged = layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
+        let mut call = Call::default();
+        staged.hand_over(&mut call);
+        call.record(pass, &self.ledger)?;
         self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));
         let allocated = staged.allocated();
         if allocated > 0 {
             self.note_peak(allocated);
         }
         let layer = self.layers.get_mut(&layer_idx).expect("the layer was staged just now");
-        let mut call = Call::new(pass);
-        let effect = layer.commit(staged, &mut call);
-        call.finish(&self.ledger);
+        let effect = layer.commit(staged);
         self.dispatches += effect.dispatches;
         self.bytes_moved += effect.moved;
         self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
@@ -175,11 +184,12 @@ impl<L: Held> Layers<L> {
         pass: &mut wgpu::ComputePass<'_>,
         change: BatchChange<'_>,
     ) -> Result<()> {
-        self.gpu.handle().check_alive_for(pass)?;
+        self.check_pass(pass)?;
         self.ready_batch(change)?;
         let staged = self.prepared.take().map(|prepared| prepared.staged).unwrap_or_default();
-        self.is_batch_changed |= staged.iter().any(Option::is_some);
-        self.commit_all(pass, staged);
+        let is_changed = staged.iter().any(Option::is_some);
+        self.commit_all(pass, staged)?;
+        self.is_batch_changed |= is_changed;
         Ok(())
     }
 
@@ -190,27 +200,32 @@ impl<L: Held> Layers<L> {
         tokens: usize,
     ) -> Result<()> {
         self.prepared = None;
-        self.gpu.handle().check_alive_for(pass)?;
+        self.check_pass(pass)?;
         self.check_writable()?;
         let mut staged = Vec::with_capacity(self.layers.len());
         for layer in self.layers.values_mut() {
             staged.push(layer.stage_reserve(&self.gpu, &mut self.policy, tokens)?);
         }
-        self.commit_all(pass, staged);
-        Ok(())
+        self.commit_all(pass, staged)
     }
 
     /// Makes changes of all layers happen, one for each; `None` where a layer stays as it is.
-    fn commit_all(&mut self, pass: &mut wgpu::ComputePass<'_>, staged: Vec<Option<Staged<L>>>) {
+    fn commit_all(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        mut staged: Vec<Option<Staged<L>>>,
+    ) -> Result<()> {
+        let mut call = Call::default();
+        staged.iter_mut().flatten().for_each(|staged| staged.hand_over(&mut call));
+        call.record(pass, &self.ledger)?;
         self.note_peak(staged.iter().flatten().map(Staged::allocated).sum());
-        let mut call = Call::new(pass);
         for (layer, staged) in self.layers.values_mut().zip(staged) {
             let Some(staged) = staged else { continue };
-            let Effect { dispatches, moved } = layer.commit(staged, &mut call);
+            let Effect { dispatches, moved } = layer.commit(staged);
             self.dispatches += dispatches;
             self.bytes_moved += moved;
         }
-        call.finish(&self.ledger);
+        Ok(())
     }
 
     pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView>> {
@@ -223,6 +238,11 @@ impl<L: Held> Layers<L> {
 
     pub(crate) fn seq_length(&self, layer_idx: usize) -> Result<usize> {
         Ok(self.view(layer_idx)?.map_or(0, |view| view.len()))
+    }
+
+    pub(crate) fn next_position(&self, layer_idx: usize) -> Result<usize> {
+        let live = self.seq_length(layer_idx)?;
+        Ok(self.layers.get(&layer_idx).map_or(0, Layer::cropped) + live)
     }
 
     #[cfg(not(target_arch = "wasm32"))]
@@ -243,7 +263,7 @@ impl<L: Held> Layers<L> {
             None => Ok(None),
             Some(_) => Err(Error::Readback {
                 layer: layer_idx,
-                reason: "get() cannot wait in a browser; await get_async()".to_owned(),
+                reason: "get() cannot wait in a browser; await get_async()".into(),
             }),
         }
     }
@@ -310,6 +330,12 @@ impl<L: Held> Layers<L> {
     fn check_writable(&self) -> Result<()> {
         self.ledger.check()?;
         self.ledger.prepare(self.gpu.uploads())
+    }
+
+    /// Refuses a pass of a device that is lost, and one that would run before what was recorded last.
+    fn check_pass(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
+        self.gpu.handle().check_alive_for(pass)?;
+        self.ledger.check_pass(pass)
     }
 
     fn check_layer(&self, layer: usize) -> Result<()> {

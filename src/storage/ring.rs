@@ -154,7 +154,7 @@ impl Held for Ring {
             moved = shape.bytes(moves.written, self.len)?.iter().sum();
         }
         let held = Self { shape, ..*self };
-        Ok(Staged { dispatches, store: None, held, moved, leases: Vec::new() })
+        Ok(Staged { dispatches, moved, ..Staged::unmoved(held) })
     }
 }
 
@@ -231,7 +231,7 @@ impl Ring {
         }
         let moved = shape.bytes(shape.batch, self.len)?.iter().sum();
         let held = Self { shape, rows: shape.batch, capacity, start: 0, len: self.len };
-        Ok(Staged { dispatches, store: Some(new), held, moved, leases: Vec::new() })
+        Ok(Staged { dispatches, store: Some(new), moved, ..Staged::unmoved(held) })
     }
 
     /// The capacity of new memory for a change of the batch.

@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 use wgpu_kvcache::{
-    Attention, AttentionOptions, CachePosition, DType, DynamicKVCache, Gpu, KVCache, Layout,
-    PagedKVCache, PagedOptions, StaticKVCache, Tensor, TensorView,
+    Attention, AttentionOptions, CacheOptions, CachePosition, DType, DynamicKVCache, Gpu, KVCache,
+    Layout, PagedKVCache, StaticKVCache, Tensor, TensorView,
 };
 
 use crate::rig::{plain_gpu, read_buffer};
@@ -101,6 +101,11 @@ impl Case {
         let heads = self.heads * self.group;
         [self.dim, self.value_dim].map(|dim| [self.batch, heads, self.tokens, dim])
     }
+
+    pub(crate) fn options(&self) -> AttentionOptions<'static> {
+        let options = AttentionOptions::default().with_scale(self.scale);
+        if self.is_causal { options.causal() } else { options.unmasked() }
+    }
 }
 
 /// A [B, H, T, D] tensor of f32, in any form.
@@ -173,6 +178,7 @@ pub(crate) fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -
         DType::BF16 => {
             gpu.upload(&values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>(), shape)
         }
+        other => panic!("no case is of {other}"),
     };
     tensor.unwrap_or_else(|error| panic!("{error}"))
 }
@@ -202,9 +208,15 @@ pub(crate) fn filled(gpu: &Gpu, case: &Case, key: &[f32], value: &[f32]) -> Box<
     let dead = len % 3;
     let mut cache: Box<dyn KVCache> = match lie {
         Lie::Contiguous => Box::new(DynamicKVCache::new(gpu)),
-        Lie::Wrapped => Box::new(StaticKVCache::new(gpu, len + dead, 1)),
+        Lie::Wrapped => Box::new(
+            StaticKVCache::with_options(
+                gpu,
+                CacheOptions::default().with_max_cache_len(len + dead).with_num_layers(1),
+            )
+            .expect("both options"),
+        ),
         Lie::Paged(page_tokens) => {
-            let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+            let options = CacheOptions::default().with_page_tokens(page_tokens);
             Box::new(PagedKVCache::with_options(gpu, options).expect("a power of two"))
         }
     };
@@ -304,7 +316,7 @@ pub(crate) fn attend(
     let query = Placed::new(gpu, case.forms[0], query, q);
     let output = Placed::new(gpu, case.forms[1], output, &nan);
     let view = cache.view(0).expect("it exists").expect("it was written");
-    let options = AttentionOptions { scale: case.scale, is_causal: case.is_causal };
+    let options = case.options();
     gpu.submit_pass("attention", |pass| {
         attention.record(pass, &query.view(), &view, &output.view(), options)
     })

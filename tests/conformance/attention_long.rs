@@ -2,7 +2,7 @@
 
 use half::f16;
 use wgpu_kvcache::{
-    Attention, CachePosition, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, PagedOptions,
+    Attention, CacheOptions, CachePosition, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache,
     TensorView,
 };
 
@@ -58,7 +58,7 @@ fn a_million_tokens_of_small_heads() {
 fn heads_that_threads_share() {
     let gpu = gpu();
     check(&gpu, &mut DynamicKVCache::new(&gpu), DType::F16, 130_000, 130);
-    let options = PagedOptions { page_tokens: 64, ..PagedOptions::default() };
+    let options = CacheOptions::default().with_page_tokens(64);
     let mut paged = PagedKVCache::with_options(&gpu, options).expect("a power of two");
     check(&gpu, &mut paged, DType::F16, 130_000, 130);
 }

@@ -2,8 +2,8 @@
 
 use wgpu_kvcache::wgpu::{Buffer, BufferUsages};
 use wgpu_kvcache::{
-    Attention, AttentionOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache,
-    PagedKVCache, StaticKVCache, TensorView,
+    Attention, AttentionOptions, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu,
+    KVCache, PagedKVCache, StaticKVCache, TensorView,
 };
 
 use crate::attention::{Case, Form, Lie, Placed, Random, filled, lies_and_dtypes};
@@ -163,7 +163,7 @@ fn refused(
     query: &TensorView<'_>,
     cache: &dyn KVCache,
     output: &TensorView<'_>,
-    options: AttentionOptions,
+    options: AttentionOptions<'_>,
 ) -> Error {
     let view = cache.view(0).expect("it exists").expect("it was written");
     let mut attention = Attention::new(gpu);
@@ -238,7 +238,13 @@ fn an_output_in_a_buffer_of_any_cache() {
     let content = gpu.upload(&vec![5.0_f32; 2 * 64 * 8], &[1, 2, 64, 8]).expect("it fits");
     let others: [Box<dyn KVCache>; 3] = [
         Box::new(DynamicKVCache::new(&gpu)),
-        Box::new(StaticKVCache::new(&gpu, 64, 4)),
+        Box::new(
+            StaticKVCache::with_options(
+                &gpu,
+                CacheOptions::default().with_max_cache_len(64).with_num_layers(4),
+            )
+            .expect("both options"),
+        ),
         Box::new(PagedKVCache::new(&gpu)),
     ];
     for mut other in others {
@@ -277,7 +283,7 @@ fn a_scale_that_is_no_number() {
     let values = vec![-7.0; shape.iter().product()];
     let [query, output] = [0, 1].map(|_| Placed::new(&gpu, Form::HeadsFirst, shape, &values));
     for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let options = AttentionOptions { scale: Some(scale), is_causal: true };
+        let options = AttentionOptions::default().with_scale(scale);
         let error = refused(&gpu, &query.view(), cache.as_ref(), &output.view(), options);
         assert!(matches!(error, Error::AttentionScale { .. }), "{error:?}");
         assert!(error.to_string().contains(&scale.to_string()), "{error}");

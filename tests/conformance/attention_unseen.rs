@@ -1,6 +1,6 @@
 //! Attention over tokens that a query must not see or that weigh nothing, whatever bits they hold.
 
-use wgpu_kvcache::{Attention, AttentionOptions, DType, Gpu, KVCache};
+use wgpu_kvcache::{Attention, DType, Gpu, KVCache};
 
 use crate::attention::{
     BOUND, Case, Form, Lie, Placed, Random, distance, filled, forms, lies_and_dtypes,
@@ -21,7 +21,7 @@ fn attend(
     let query = Placed::new(gpu, case.forms[0], query, q);
     let output = Placed::new(gpu, case.forms[1], output, &unwritten);
     let view = cache.view(0).expect("it exists").expect("it was written");
-    let options = AttentionOptions { scale: case.scale, is_causal: case.is_causal };
+    let options = case.options();
     gpu.submit_pass("attention", |pass| {
         attention.record(pass, &query.view(), &view, &output.view(), options)
     })

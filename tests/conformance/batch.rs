@@ -1,7 +1,7 @@
 //! Changes of the batch: selections, reorders, repeats, on layers of different shapes, and what all of
 //! it costs by the cache's own count.
 
-use wgpu_kvcache::{BatchChange, CachePosition, DType, DynamicKVCache, Error};
+use wgpu_kvcache::{BatchChange, CacheOptions, CachePosition, DType, DynamicKVCache, Error};
 
 use crate::gpu;
 use crate::model::{Block, Model};
@@ -191,6 +191,7 @@ fn a_layer_that_is_written_after_the_batch_was_changed() {
             match change {
                 Select(indices) => rig.select(indices),
                 Repeat(repeats) => rig.repeat_interleave(repeats),
+                _ => unreachable!("no other change is tried"),
             }
             let before = rig.cache.stats();
             for layer in [1, 2] {
@@ -244,7 +245,10 @@ fn a_layer_that_is_written_after_layers_of_different_batches_were_changed() {
 #[test]
 fn what_updates_cost() {
     let gpu = gpu();
-    let cache = Box::new(DynamicKVCache::with_capacity(&gpu, 64));
+    let cache = Box::new(
+        DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(64))
+            .expect("a capacity"),
+    );
     let mut rig = Rig::new(&gpu, cache, Model::dynamic());
     let token = 3 * 2 * (4 + 6) * 4;
     assert_eq!(rig.cache.stats(), Default::default());
@@ -352,6 +356,7 @@ fn what_a_growing_batch_costs() {
                 match change {
                     Select(indices) => rig.select(indices),
                     Repeat(repeats) => rig.repeat_interleave(repeats),
+                    _ => unreachable!("no other change is tried"),
                 }
                 let row: usize = (0..3).map(|layer| rig.model.row_bytes(layer)).sum();
                 let dispatches = if written > 0 && !is_paged { 3 } else { 0 };

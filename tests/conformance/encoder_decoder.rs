@@ -2,16 +2,16 @@
 //! one side refuses changes neither.
 
 use wgpu_kvcache::{
-    BatchChange, Cache, CachePosition, DType, DynamicKVCache, EncoderDecoderCache, Error, Gpu,
-    KVCache, StaticKVCache, Stats,
+    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, EncoderDecoderCache,
+    Error, Gpu, KVCache, Side, StaticKVCache, Stats,
 };
 
 use crate::gpu;
 use crate::model::{Block, Model};
-use crate::rig::{compare, plain_gpu, read_back, upload};
+use crate::rig::{compare, plain_gpu, read_back, upload, with_read_back};
 
 /// Self-attention side, cross-attention side.
-const SIDES: [bool; 2] = [false, true];
+const SIDES: [Side; 2] = [Side::SelfAttention, Side::CrossAttention];
 
 struct Pair<S, C> {
     gpu: Gpu,
@@ -26,7 +26,7 @@ impl<S: KVCache, C: KVCache> Pair<S, C> {
         Self { gpu: gpu.clone(), cache, models, seed: 0 }
     }
 
-    fn update(&mut self, is_cross: bool, layer: usize, shape: [usize; 4]) {
+    fn update(&mut self, side: Side, layer: usize, shape: [usize; 4]) {
         self.seed += 2;
         let key = Block::noise(shape, 4, self.seed);
         let value = Block::noise(shape, 4, self.seed + 1);
@@ -35,10 +35,10 @@ impl<S: KVCache, C: KVCache> Pair<S, C> {
         self.gpu
             .submit_pass("update", |pass| {
                 let views = (k.view(), v.view());
-                self.cache.update(pass, &views.0, &views.1, layer, append, is_cross).map(|_| ())
+                self.cache.update(pass, &views.0, &views.1, layer, append, side).map(|_| ())
             })
             .unwrap_or_else(|error| panic!("{error}"));
-        let model = &mut self.models[usize::from(is_cross)];
+        let model = &mut self.models[side as usize];
         model.update(layer, &key, &value, append).expect("the model takes it too");
     }
 
@@ -51,18 +51,18 @@ impl<S: KVCache, C: KVCache> Pair<S, C> {
     }
 
     fn check(&self, context: &str) {
-        for (is_cross, model) in SIDES.into_iter().zip(&self.models) {
+        for (side, model) in SIDES.into_iter().zip(&self.models) {
             for layer in 0..2 {
-                let context = format!("{context}, cross: {is_cross}, layer {layer}");
-                let length = self.cache.get_seq_length(layer, is_cross);
+                let context = format!("{context}, {side:?}, layer {layer}");
+                let length = self.cache.get_seq_length(layer, side);
                 assert_eq!(length, Ok(model.len(layer)), "{context}");
-                let view = self.cache.view(layer, is_cross).expect("the layer exists");
+                let view = self.cache.view(layer, side).expect("the layer exists");
                 let shapes = view.map(|view| (view.key_shape(), view.value_shape()));
                 let expected = model.get(layer);
                 let right = expected.as_ref().map(|(key, value)| (key.shape, value.shape));
                 assert_eq!(shapes, right, "{context}");
                 // Of the pair's statistics, so that a read of one side does not count for the other.
-                let get = || self.cache.get(layer, is_cross);
+                let get = || self.cache.get(layer, side);
                 let got = read_back(|| self.cache.stats(), get, &context).expect("submitted");
                 compare(got, expected, &context);
             }
@@ -71,7 +71,7 @@ impl<S: KVCache, C: KVCache> Pair<S, C> {
 
     /// The statistics, but for what `check` itself adds to.
     fn stats(&self) -> Stats {
-        Stats { bytes_read_back: 0, ..self.cache.stats() }
+        with_read_back(self.cache.stats(), 0)
     }
 }
 
@@ -85,8 +85,8 @@ fn dynamic() -> Pair<DynamicKVCache, DynamicKVCache> {
 fn the_encoder_side_is_not_cut() {
     let mut pair = dynamic();
     for layer in 0..2 {
-        pair.update(true, layer, [2, 2, 9, 4]);
-        pair.update(false, layer, [2, 2, 6, 4]);
+        pair.update(Side::CrossAttention, layer, [2, 2, 9, 4]);
+        pair.update(Side::SelfAttention, layer, [2, 2, 6, 4]);
     }
     pair.check("filled");
     pair.cache.crop(5);
@@ -95,16 +95,16 @@ fn the_encoder_side_is_not_cut() {
     pair.cache.truncate(3);
     pair.models[0].truncate(3);
     pair.check("truncated");
-    pair.update(false, 0, [2, 2, 2, 4]);
+    pair.update(Side::SelfAttention, 0, [2, 2, 2, 4]);
     pair.check("written on");
 }
 
 #[test]
 fn batch_operations_concern_both_sides() {
     let mut pair = dynamic();
-    pair.update(true, 0, [3, 2, 9, 4]);
-    pair.update(false, 0, [3, 1, 6, 2]);
-    pair.update(false, 1, [3, 1, 4, 2]);
+    pair.update(Side::CrossAttention, 0, [3, 2, 9, 4]);
+    pair.update(Side::SelfAttention, 0, [3, 1, 6, 2]);
+    pair.update(Side::SelfAttention, 1, [3, 1, 4, 2]);
     for indices in [&[2, 0, 1][..], &[1, 1], &[0, 1, 1, 0]] {
         pair.select(indices).expect("both have these rows");
         pair.models.iter_mut().for_each(|model| model.select(indices).expect("the same"));
@@ -122,8 +122,8 @@ fn batch_operations_concern_both_sides() {
 fn an_index_that_is_bad_for_one_side_changes_neither() {
     for cross_rows in [2, 4] {
         let mut pair = dynamic();
-        pair.update(true, 0, [cross_rows, 2, 9, 4]);
-        pair.update(false, 0, [6 - cross_rows, 1, 6, 2]);
+        pair.update(Side::CrossAttention, 0, [cross_rows, 2, 9, 4]);
+        pair.update(Side::SelfAttention, 0, [6 - cross_rows, 1, 6, 2]);
         let before = pair.stats();
         for indices in [&[1, 3][..], &[1, 0, 2, 1, 0, 1], &[9], &[]] {
             let refused = pair.select(indices).expect_err("one side has two rows");
@@ -154,8 +154,8 @@ fn no_room_on_one_side_changes_neither() {
     for (self_tokens, cross_tokens) in [(10, 600), (600, 10)] {
         let [decoder, encoder] = [0, 1].map(|_| DynamicKVCache::new(&gpu));
         let mut pair = Pair::new(&gpu, decoder, encoder, [Model::dynamic(), Model::dynamic()]);
-        pair.update(false, 0, [2, 2, self_tokens, 64]);
-        pair.update(true, 0, [2, 2, cross_tokens, 64]);
+        pair.update(Side::SelfAttention, 0, [2, 2, self_tokens, 64]);
+        pair.update(Side::CrossAttention, 0, [2, 2, cross_tokens, 64]);
         let before = pair.stats();
         let refused = pair.repeat_interleave(2).expect_err("more than a binding");
         assert!(matches!(refused, Error::LayerTooLarge { tokens: 600, .. }), "{refused}");
@@ -174,14 +174,16 @@ fn no_room_on_one_side_changes_neither() {
 fn the_encoder_memory_is_known_to_be_there() {
     let mut pair = dynamic();
     assert!(!pair.cache.is_updated(0) && !pair.cache.is_updated(7));
-    pair.update(false, 0, [1, 1, 2, 2]);
+    pair.update(Side::SelfAttention, 0, [1, 1, 2, 2]);
     assert!(!pair.cache.is_updated(0), "the decoder's side does not count");
-    pair.update(true, 1, [1, 1, 2, 2]);
+    pair.update(Side::CrossAttention, 1, [1, 1, 2, 2]);
     assert!(!pair.cache.is_updated(0) && pair.cache.is_updated(1) && !pair.cache.is_updated(2));
     let wrong = upload(&pair.gpu, DType::F32, &Block::noise([1, 1, 1, 2], 4, 1));
     let two = CachePosition::PerToken(&[0, 1]);
     let refused = pair.gpu.submit_pass("refused", |pass| {
-        pair.cache.update(pass, &wrong.view(), &wrong.view(), 0, two, true).map(|_| ())
+        pair.cache
+            .update(pass, &wrong.view(), &wrong.view(), 0, two, Side::CrossAttention)
+            .map(|_| ())
     });
     assert!(refused.is_err() && !pair.cache.is_updated(0), "a refused call does not count");
     pair.cache.crop(1);
@@ -191,7 +193,7 @@ fn the_encoder_memory_is_known_to_be_there() {
     assert!(!pair.cache.is_updated(1));
     pair.models.iter_mut().for_each(Model::reset);
     pair.check("reset");
-    pair.update(true, 1, [2, 1, 2, 4]);
+    pair.update(Side::CrossAttention, 1, [2, 1, 2, 4]);
     assert!(pair.cache.is_updated(1));
     pair.check("another shape");
 }
@@ -200,14 +202,18 @@ fn the_encoder_memory_is_known_to_be_there() {
 fn sides_of_different_kinds() {
     let gpu = gpu();
     let models = [Model::dynamic(), Model::fixed(6, 2)];
-    let fixed = StaticKVCache::new(&gpu, 6, 2);
+    let fixed = StaticKVCache::with_options(
+        &gpu,
+        CacheOptions::default().with_max_cache_len(6).with_num_layers(2),
+    )
+    .expect("both options");
     let mut pair = Pair::new(&gpu, DynamicKVCache::new(&gpu), fixed, models);
     assert_eq!(pair.cache.get_max_cache_shape(), None);
-    pair.update(true, 0, [2, 1, 6, 2]);
-    pair.update(false, 0, [2, 1, 60, 2]);
+    pair.update(Side::CrossAttention, 0, [2, 1, 6, 2]);
+    pair.update(Side::SelfAttention, 0, [2, 1, 60, 2]);
     pair.check("dynamic and static");
-    assert!(matches!(pair.cache.get(2, true), Err(Error::LayerOutOfRange { .. })));
-    assert_eq!(pair.cache.get(2, false), Ok(None));
+    assert!(matches!(pair.cache.get(2, Side::CrossAttention), Err(Error::LayerOutOfRange { .. })));
+    assert_eq!(pair.cache.get(2, Side::SelfAttention), Ok(None));
     pair.cache.self_attention_cache_mut().crop(2);
     pair.models[0].crop(2);
     pair.cache.cross_attention_cache_mut().crop(3);
@@ -215,7 +221,13 @@ fn sides_of_different_kinds() {
     pair.check("cut side by side");
     let mut shared: Box<dyn Cache> = Box::new(pair.cache);
     gpu.submit_pass("by trait", |pass| shared.reorder_cache(pass, &[1])).expect("two rows");
-    let bounded: EncoderDecoderCache<_, DynamicKVCache> =
-        EncoderDecoderCache::new(StaticKVCache::new(&gpu, 5, 1), DynamicKVCache::new(&gpu));
+    let bounded: EncoderDecoderCache<_, DynamicKVCache> = EncoderDecoderCache::new(
+        StaticKVCache::with_options(
+            &gpu,
+            CacheOptions::default().with_max_cache_len(5).with_num_layers(1),
+        )
+        .expect("both options"),
+        DynamicKVCache::new(&gpu),
+    );
     assert_eq!(bounded.get_max_cache_shape(), Some(5));
 }

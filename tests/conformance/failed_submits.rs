@@ -9,7 +9,7 @@ use wgpu_kvcache::wgpu::{
 };
 use wgpu_kvcache::{
     Attention, BatchChange, CachePosition, DType, DynamicKVCache, EncoderDecoderCache, Error, Gpu,
-    KVCache, TensorView,
+    KVCache, Side, TensorView,
 };
 
 use crate::model::Block;
@@ -295,7 +295,7 @@ fn the_encoder_memory_is_not_there_after_its_pass_was_lost() {
         let memory = upload(&gpu, DType::F32, &Block::noise([1, 2, 6, 4], 4, 3));
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let mut pass = encoder.begin_compute_pass(&Default::default());
-        pair.update(&mut pass, &memory.view(), &memory.view(), 0, APPEND, true)
+        pair.update(&mut pass, &memory.view(), &memory.view(), 0, APPEND, Side::CrossAttention)
             .map(|_| ())
             .expect("a valid update");
         drop(pass);
@@ -305,21 +305,28 @@ fn the_encoder_memory_is_not_there_after_its_pass_was_lost() {
         } else {
             mistake(&gpu, &mut encoder);
             gpu.queue().submit([encoder.finish()]);
-            assert_eq!(pair.get(0, true).err(), Some(Error::PassDropped { calls: 1 }));
+            assert_eq!(
+                pair.get(0, Side::CrossAttention).err(),
+                Some(Error::PassDropped { calls: 1 })
+            );
         }
         let due = Error::PassDropped { calls: 1 };
         assert!(!pair.is_updated(0), "dropped: {is_dropped}");
-        assert_eq!(pair.view(0, true).err(), Some(due.clone()));
-        assert_eq!(pair.get_seq_length(0, true), Err(due.clone()));
-        assert_eq!(pair.get(0, true).err(), Some(due));
+        assert_eq!(pair.view(0, Side::CrossAttention).err(), Some(due.clone()));
+        assert_eq!(pair.get_seq_length(0, Side::CrossAttention), Err(due.clone()));
+        assert_eq!(pair.get(0, Side::CrossAttention).err(), Some(due));
         wgpu_kvcache::Cache::reset(&mut pair);
         assert!(!pair.is_updated(0));
         gpu.submit_pass("memory", |pass| {
-            pair.update(pass, &memory.view(), &memory.view(), 0, APPEND, true).map(|_| ())
+            pair.update(pass, &memory.view(), &memory.view(), 0, APPEND, Side::CrossAttention)
+                .map(|_| ())
         })
         .expect("a valid update");
         assert!(pair.is_updated(0));
-        assert_eq!(pair.get(0, true).expect("submitted").expect("written").0.shape(), [1, 2, 6, 4]);
+        assert_eq!(
+            pair.get(0, Side::CrossAttention).expect("submitted").expect("written").0.shape(),
+            [1, 2, 6, 4]
+        );
     }
 }
 

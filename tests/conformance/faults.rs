@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use wgpu_kvcache::{
-    Attention, BatchChange, CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache,
-    PagedKVCache, StaticKVCache, TensorView, wgpu,
+    Attention, BatchChange, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu,
+    HostTensor, KVCache, PagedKVCache, StaticKVCache, TensorView, wgpu,
 };
 
 use crate::open;
@@ -32,7 +32,15 @@ fn a_device_destroyed_between_two_calls() {
     type Make = fn(&Gpu) -> Box<dyn KVCache>;
     let make: [Make; 3] = [
         |gpu| Box::new(DynamicKVCache::new(gpu)),
-        |gpu| Box::new(StaticKVCache::new(gpu, 8, 4)),
+        |gpu| {
+            Box::new(
+                StaticKVCache::with_options(
+                    gpu,
+                    CacheOptions::default().with_max_cache_len(8).with_num_layers(4),
+                )
+                .expect("both options"),
+            )
+        },
         |gpu| Box::new(PagedKVCache::new(gpu)),
     ];
     for make in make {
@@ -79,7 +87,13 @@ fn a_destroyed_device_takes_no_work() {
                 }
                 let mut cache: Box<dyn KVCache> = match kind {
                     0 => Box::new(DynamicKVCache::new(&gpu)),
-                    1 => Box::new(StaticKVCache::new(&gpu, 8, 4)),
+                    1 => Box::new(
+                        StaticKVCache::with_options(
+                            &gpu,
+                            CacheOptions::default().with_max_cache_len(8).with_num_layers(4),
+                        )
+                        .expect("both options"),
+                    ),
                     _ => Box::new(PagedKVCache::new(&gpu)),
                 };
                 let token = gpu.upload(&[1.0_f32; 4], &[2, 1, 1, 2]).expect("a live device");
@@ -204,7 +218,13 @@ const MANY: usize = 4096;
 /// A cache of either kind with two rows in layer 0, every element of which is 1 + the row.
 fn filled(gpu: &Gpu, is_static: bool) -> Box<dyn KVCache> {
     let mut cache: Box<dyn KVCache> = if is_static {
-        Box::new(StaticKVCache::new(gpu, MANY + 1, 1))
+        Box::new(
+            StaticKVCache::with_options(
+                gpu,
+                CacheOptions::default().with_max_cache_len(MANY + 1).with_num_layers(1),
+            )
+            .expect("both options"),
+        )
     } else {
         Box::new(DynamicKVCache::new(gpu))
     };

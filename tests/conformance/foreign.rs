@@ -6,7 +6,7 @@ use wgpu_kvcache::wgpu::{
     PollType, RequestAdapterOptions,
 };
 use wgpu_kvcache::{
-    Attention, CachePosition, DType, Error, Gpu, KVCache, StaticKVCache, TensorView,
+    Attention, CacheOptions, CachePosition, DType, Error, Gpu, KVCache, StaticKVCache, TensorView,
 };
 
 use crate::kernels_run;
@@ -150,7 +150,11 @@ fn tensors_and_views_of_another_device_are_refused() {
             assert!(refused.expect_err("another device").to_string().contains("device"));
         }
         rig.check("foreign tensors");
-        let mut theirs = StaticKVCache::new(other, 8, 1);
+        let mut theirs = StaticKVCache::with_options(
+            other,
+            CacheOptions::default().with_max_cache_len(8).with_num_layers(1),
+        )
+        .expect("both options");
         let view = other.submit_pass("fill", |pass| {
             theirs.update(pass, &foreign.view(), &foreign.view(), 0, APPEND).map(|_| ())
         });

@@ -5,7 +5,7 @@
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use wgpu_kvcache::{CachePosition, DType, Error, Gpu, PagedOptions, TensorView};
+use wgpu_kvcache::{CachePosition, DType, Error, Gpu, TensorView};
 
 use crate::gpu;
 use crate::model::{Block, Model, Refused};
@@ -351,8 +351,7 @@ fn run(gpu: &Gpu, history: &History) {
         Kind::PagedStatic(size) => Rig::paged_fixed(gpu, size, BOUND, LAYERS),
         Kind::Pool(size, tokens) => {
             let max_pages = Some(tokens / size);
-            let options = PagedOptions { page_tokens: size, max_pages, ..PagedOptions::default() };
-            Rig::in_pages(gpu, options, Model::dynamic())
+            Rig::in_pages(gpu, size, max_pages, Model::dynamic())
         }
     };
     for (number, call) in history.calls.iter().enumerate() {

@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 
 use wgpu_kvcache::wgpu::{Buffer, BufferUsages};
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache, TensorView,
+    CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache,
+    TensorView,
 };
 
 use crate::gpu;
@@ -103,7 +104,11 @@ fn tokens_before_heads() {
                 let key = TensorView::bthd(&k, dtype, &[b, t, h, d]).expect("rank 4");
                 let value = TensorView::bthd(&v, dtype, &[b, t, h, d + 2]).expect("rank 4");
                 assert_eq!(key.shape(), [b, h, t, d]);
-                let mut cache = StaticKVCache::new(&gpu, t + 2, 1);
+                let mut cache = StaticKVCache::with_options(
+                    &gpu,
+                    CacheOptions::default().with_max_cache_len(t + 2).with_num_layers(1),
+                )
+                .expect("both options");
                 gpu.submit_pass("update", |pass| {
                     cache.update(pass, &key, &value, 0, CachePosition::Append).map(|_| ())
                 })

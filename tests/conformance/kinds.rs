@@ -2,7 +2,8 @@
 
 use wgpu_kvcache::wgpu::Buffer;
 use wgpu_kvcache::{
-    Cache, CachePosition, DType, DynamicKVCache, Error, KVCache, PagedKVCache, StaticKVCache,
+    Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, KVCache, PagedKVCache,
+    StaticKVCache,
 };
 
 use crate::gpu;
@@ -74,7 +75,10 @@ fn growth_copies_at_most_twice_what_lies_there_in_the_end() {
 #[test]
 fn a_capacity_given_in_advance_is_never_outgrown() {
     let gpu = gpu();
-    let cache = Box::new(DynamicKVCache::with_capacity(&gpu, 100));
+    let cache = Box::new(
+        DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(100))
+            .expect("a capacity"),
+    );
     let mut rig = Rig::new(&gpu, cache, Model::dynamic());
     assert_eq!(rig.cache.stats().bytes_allocated, 0);
     rig.update(0, [2, 2, 1, 4], 6, APPEND);
@@ -324,7 +328,16 @@ fn caches_behind_one_trait() -> Result<(), Error> {
     let gpu = gpu();
     let caches: Vec<(Box<dyn KVCache>, Model)> = vec![
         (Box::new(DynamicKVCache::new(&gpu)), Model::dynamic()),
-        (Box::new(StaticKVCache::new(&gpu, 8, 1)), Model::fixed(8, 1)),
+        (
+            Box::new(
+                StaticKVCache::with_options(
+                    &gpu,
+                    CacheOptions::default().with_max_cache_len(8).with_num_layers(1),
+                )
+                .expect("both options"),
+            ),
+            Model::fixed(8, 1),
+        ),
         (Box::new(PagedKVCache::new(&gpu)), Model::dynamic().in_pages(16)),
     ];
     for (cache, model) in caches {

@@ -65,8 +65,11 @@ impl Reader {
             compilation_options: Default::default(),
             cache: None,
         });
-        let uniform = buffer(gpu, 32, BufferUsages::UNIFORM | BufferUsages::COPY_DST);
-        gpu.queue().write_buffer(&uniform, 0, bytemuck::cast_slice(&view.layout_words()));
+        let words = view.layout_words();
+        let bytes: &[u8] = bytemuck::cast_slice(&words);
+        let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
+        let uniform = buffer(gpu, bytes.len() as u64, usage);
+        gpu.queue().write_buffer(&uniform, 0, bytes);
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
         let none = buffer(gpu, 4, usage);
         let read = [view.key_shape(), view.value_shape()]

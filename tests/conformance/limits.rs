@@ -2,7 +2,9 @@
 //! what only takes a longer way they do.
 
 use wgpu_kvcache::wgpu::{Features, Limits};
-use wgpu_kvcache::{Attention, AttentionOptions, CachePosition, DynamicKVCache, Gpu, KVCache};
+use wgpu_kvcache::{
+    Attention, AttentionOptions, CacheOptions, CachePosition, DynamicKVCache, Gpu, KVCache,
+};
 
 use crate::attention::read;
 use crate::rig::{Rig, plain_gpu, same_bits};
@@ -11,7 +13,7 @@ use crate::{gpu, try_open};
 /// A limit, what lowers it (or raises it, where a lower one is the better), to what, and what is needed.
 type Low = (&'static str, fn(&mut Limits), u64, u64);
 
-const LOW: [Low; 13] = [
+const LOW: [Low; 14] = [
     (
         "max_storage_buffers_per_shader_stage",
         |limits| limits.max_storage_buffers_per_shader_stage = 5,
@@ -31,13 +33,14 @@ const LOW: [Low; 13] = [
         65_536,
     ),
     ("max_buffer_size", |it| it.max_buffer_size = 32_768, 32_768, 65_536),
-    ("max_uniform_buffer_binding_size", |it| it.max_uniform_buffer_binding_size = 64, 64, 128),
+    ("max_uniform_buffer_binding_size", |it| it.max_uniform_buffer_binding_size = 64, 64, 256),
     (
         "max_compute_invocations_per_workgroup",
         |it| it.max_compute_invocations_per_workgroup = 128,
         128,
         256,
     ),
+    ("max_compute_workgroup_size_z", |it| it.max_compute_workgroup_size_z = 0, 0, 1),
     ("max_compute_workgroup_size_x", |it| it.max_compute_workgroup_size_x = 128, 128, 256),
     ("max_compute_workgroup_size_y", |it| it.max_compute_workgroup_size_y = 64, 64, 256),
     (
@@ -82,7 +85,7 @@ fn a_device_with_just_what_the_kernels_need() {
         limits.max_storage_buffers_per_shader_stage = 6;
         limits.max_storage_buffer_binding_size = 64 << 10;
         limits.max_buffer_size = 64 << 10;
-        limits.max_uniform_buffer_binding_size = 128;
+        limits.max_uniform_buffer_binding_size = 256;
         limits.max_compute_invocations_per_workgroup = 256;
         limits.max_compute_workgroup_size_x = 256;
         limits.max_compute_workgroup_size_y = 256;
@@ -124,7 +127,8 @@ fn more_query_rows_than_a_side_of_the_grid() {
 }
 
 fn attended(gpu: &Gpu, len: usize, tokens: usize) -> Vec<f32> {
-    let mut cache = DynamicKVCache::with_capacity(gpu, len);
+    let mut cache = DynamicKVCache::with_options(gpu, CacheOptions::default().with_capacity(len))
+        .expect("a capacity");
     let tensor = |seed: usize, tokens: usize| {
         let number = |i: usize| u8::try_from((i * 37 + seed * 101) % 199).expect("below 199");
         let numbers: Vec<f32> =

@@ -19,6 +19,7 @@ mod layouts;
 mod limits;
 mod messages;
 mod model;
+mod others;
 mod pages;
 mod passes;
 mod readbacks;
@@ -29,6 +30,7 @@ mod reserve;
 mod rig;
 mod room;
 mod shapes;
+mod surface;
 mod tables;
 mod threads;
 mod traces;
@@ -78,7 +80,7 @@ fn open(features: Features, limits: Option<Limits>) -> Gpu {
 
 fn try_open(features: Features, limits: Option<Limits>) -> Result<Gpu, Error> {
     if kernels_run() {
-        Gpu::headless_with(&HeadlessOptions { features, limits, ..HeadlessOptions::default() })
+        Gpu::headless_with(&HeadlessOptions::default().with_features(features).with_limits(limits))
     } else {
         let (device, queue) = Device::noop(&DeviceDescriptor {
             required_features: features,

@@ -2,8 +2,8 @@
 
 use wgpu_kvcache::wgpu::BufferUsages;
 use wgpu_kvcache::{
-    BatchChange, Cache, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, PagedKVCache,
-    PagedOptions, StaticKVCache, TensorView,
+    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache,
+    PagedKVCache, StaticKVCache, TensorView,
 };
 
 use crate::gpu;
@@ -56,7 +56,7 @@ fn calls_are_counted_not_dispatches() {
     };
     for is_paged in [false, true] {
         for way in 0..3 {
-            let options = PagedOptions { page_tokens: 4, ..PagedOptions::default() };
+            let options = CacheOptions::default().with_page_tokens(4);
             let mut cache: Box<dyn KVCache> = match is_paged {
                 false => Box::new(DynamicKVCache::new(&gpu)),
                 true => Box::new(PagedKVCache::with_options(&gpu, options).expect("four")),
@@ -164,11 +164,11 @@ fn a_gap_is_not_blamed_on_rows() {
 #[test]
 fn a_page_size_that_is_a_power_of_two_and_too_large() {
     for page_tokens in [1 << 32, 1 << 40] {
-        let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+        let options = CacheOptions::default().with_page_tokens(page_tokens);
         let error = PagedKVCache::with_options(&gpu(), options).expect_err("too large");
         says(&error, &[&page_tokens.to_string(), "power of two", "at most 2147483648"], &[]);
     }
-    let options = PagedOptions { page_tokens: 1 << 31, ..PagedOptions::default() };
+    let options = CacheOptions::default().with_page_tokens(1 << 31);
     PagedKVCache::with_options(&gpu(), options).expect("the largest");
 }
 
@@ -187,14 +187,26 @@ fn a_slice_of_another_type() {
 #[test]
 fn a_cache_that_is_made_for_nothing() {
     let gpu = gpu();
-    let mut cache = StaticKVCache::new(&gpu, 4, 0);
+    let mut cache = StaticKVCache::with_options(
+        &gpu,
+        CacheOptions::default().with_max_cache_len(4).with_num_layers(0),
+    )
+    .expect("both options");
     let error = update(&gpu, &mut cache, (DType::F32, [1, 1, 1, 1]), APPEND).expect_err("none");
     says(&error, &["layer 0", "0 layers (none)", "make it for more"], &["0 to 0"]);
-    let mut cache = StaticKVCache::new(&gpu, 0, 1);
+    let mut cache = StaticKVCache::with_options(
+        &gpu,
+        CacheOptions::default().with_max_cache_len(0).with_num_layers(1),
+    )
+    .expect("both options");
     let at = CachePosition::At(0);
     let error = update(&gpu, &mut cache, (DType::F32, [1, 1, 1, 1]), at).expect_err("none");
     says(&error, &["position 0", "0 tokens (none)"], &["0 to 0"]);
-    let mut cache = StaticKVCache::new(&gpu, 1, 1);
+    let mut cache = StaticKVCache::with_options(
+        &gpu,
+        CacheOptions::default().with_max_cache_len(1).with_num_layers(1),
+    )
+    .expect("both options");
     let at = CachePosition::At(1);
     let error = update(&gpu, &mut cache, (DType::F32, [1, 1, 1, 1]), at).expect_err("one");
     says(&error, &["position 1", "1 tokens (0 alone)"], &["0 to 0"]);
@@ -210,7 +222,15 @@ fn a_layer_of_a_16_bit_type_is_not_told_to_use_one() {
         let mut cache = DynamicKVCache::new(&gpu);
         let error = update(&gpu, &mut cache, (dtype, [1, 1, 100_000, 64]), APPEND);
         let error = error.expect_err("more than a binding");
-        says(&error, &["100000 tokens", dtype.name(), "Shorten the sequence or the batch"], &[]);
+        says(
+            &error,
+            &[
+                "100000 tokens",
+                dtype.name(),
+                "Use fewer tokens (of the sequence, or as the capacity",
+            ],
+            &[],
+        );
         assert_eq!(error.to_string().contains("use a 16-bit type"), is_told, "{error}");
     }
 }
@@ -219,7 +239,7 @@ fn a_layer_of_a_16_bit_type_is_not_told_to_use_one() {
 fn what_cannot_be_counted_is_named_with_its_limit() {
     let gpu = gpu();
     let error = gpu.upload(&[0.0_f32; 4], &[usize::MAX, 2, 2, 2]).expect_err("too many");
-    says(&error, &["18446744073709551615, 2, 2, 2", &usize::MAX.to_string(), "pieces"], &[]);
+    says(&error, &["18446744073709551615, 2, 2, 2", &usize::MAX.to_string(), "fewer tokens"], &[]);
     let mut cache = DynamicKVCache::new(&gpu);
     let far = CachePosition::At(u32::MAX);
     let error = update(&gpu, &mut cache, (DType::F32, [1, 1, 1, 1]), far).expect_err("far");

@@ -196,7 +196,7 @@ impl Pages {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Model {
     /// Tokens a row and layers, of a static cache.
-    bounds: Option<(usize, usize)>,
+    pub(crate) bounds: Option<(usize, usize)>,
     /// K and V of the layers that hold something.
     layers: BTreeMap<usize, [Side; 2]>,
     /// Tokens of a page, of a paged cache, and the pages of each layer.
@@ -381,6 +381,7 @@ fn spelled_out(
         CachePosition::At(position) => vec![wide(&[position]); batch],
         CachePosition::PerToken(list) => vec![wide(list); batch],
         CachePosition::PerRow(rows) => rows.iter().map(|list| wide(list)).collect(),
+        other => unreachable!("no history has {other:?}"),
     };
     if rows.len() != batch || rows.iter().any(|row| row.len() != tokens) {
         return Err(Refused::PositionCount);

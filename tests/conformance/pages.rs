@@ -1,13 +1,11 @@
 //! What only pages promise: rows share them, a change of the batch moves nothing, and what is given back
 //! is used again.
 
-use wgpu_kvcache::{
-    CachePosition, DType, Error, Layout, PagedKVCache, PagedOptions, Stats, Tensor,
-};
+use wgpu_kvcache::{CacheOptions, CachePosition, DType, Error, Layout, PagedKVCache, Tensor};
 
 use crate::gpu;
 use crate::model::{Block, Model};
-use crate::rig::{Rig, upload};
+use crate::rig::{Rig, upload, with_read_back};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -17,9 +15,7 @@ fn pages_used(rig: &Rig) -> u64 {
 
 /// An empty cache of at most `pages` pages of four tokens.
 pub(crate) fn bounded(pages: usize) -> Rig {
-    let options =
-        PagedOptions { page_tokens: 4, max_pages: Some(pages), ..PagedOptions::default() };
-    Rig::in_pages(&gpu(), options, Model::dynamic())
+    Rig::in_pages(&gpu(), 4, Some(pages), Model::dynamic())
 }
 
 /// The error of an update that needs more pages than there are.
@@ -193,7 +189,7 @@ fn a_bounded_pool() {
         }
         let error = refused(&mut rig, 0, [&k, &v], CachePosition::At(1 << 30));
         assert!(matches!(error, Error::OutOfPages { limit: 7, .. }), "{error:?}");
-        let now = Stats { bytes_read_back: before.bytes_read_back, ..rig.cache.stats() };
+        let now = with_read_back(rig.cache.stats(), before.bytes_read_back);
         assert_eq!(now, before);
         rig.check("after what was refused");
     }
@@ -252,14 +248,13 @@ fn a_bound_counts_copies() {
 #[test]
 fn a_page_is_a_power_of_two() {
     for page_tokens in [0, 3, 12, usize::MAX] {
-        let options = PagedOptions { page_tokens, ..PagedOptions::default() };
+        let options = CacheOptions::default().with_page_tokens(page_tokens);
         let error = PagedKVCache::with_options(&gpu(), options).expect_err("no power of two");
         assert_eq!(error, Error::PageSize { page_tokens });
         assert!(error.to_string().contains("power of two"), "{error}");
     }
     for page_tokens in [1, 2, 64, 1 << 20] {
-        let options = PagedOptions { page_tokens, ..PagedOptions::default() };
-        let mut rig = Rig::in_pages(&gpu(), options, Model::dynamic());
+        let mut rig = Rig::in_pages(&gpu(), page_tokens, None, Model::dynamic());
         rig.update(0, [1, 1, 3, 2], 2, APPEND);
         rig.check(&format!("pages of {page_tokens}"));
         let view = rig.cache.view(0).expect("it exists").expect("it was written");

@@ -9,7 +9,7 @@ use wgpu_kvcache::{
 
 use crate::gpu;
 use crate::model::Block;
-use crate::rig::{Rig, upload};
+use crate::rig::{Rig, upload, with_read_back};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const BOUND: usize = 12;
@@ -50,7 +50,7 @@ impl Shown {
 /// All that may be seen of a cache from outside, the counts of pages included, but for what only `get`
 /// shows: the contents, and with them the page numbers that a table holds.
 fn seen(rig: &Rig) -> (Stats, Vec<Option<Shown>>) {
-    let stats = Stats { bytes_read_back: 0, ..rig.cache.stats() };
+    let stats = with_read_back(rig.cache.stats(), 0);
     let shown = |layer| {
         let view = rig.cache.view(layer).expect("the layer exists");
         view.as_ref().map(Shown::new)

@@ -2,8 +2,8 @@
 
 use wgpu_kvcache::wgpu::{Buffer, BufferUsages, ComputePass};
 use wgpu_kvcache::{
-    BatchChange, Cache, CachePosition, DType, DynamicKVCache, EncoderDecoderCache, Error, KVCache,
-    PagedKVCache, PagedOptions, StaticKVCache, Stats, TensorView,
+    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, EncoderDecoderCache,
+    Error, KVCache, PagedKVCache, Side, StaticKVCache, Stats, TensorView,
 };
 
 use crate::gpu;
@@ -52,11 +52,7 @@ fn rigs() -> Vec<(&'static str, Rig)> {
         ("static", Rig::fixed(&gpu, 300, LAYERS)),
         ("pages of 1", Rig::paged(&gpu, 1)),
         ("pages of 16", Rig::paged(&gpu, 16)),
-        ("a pool", {
-            let options =
-                PagedOptions { page_tokens: 4, max_pages: Some(300), ..Default::default() };
-            Rig::in_pages(&gpu, options, Model::dynamic())
-        }),
+        ("a pool", { Rig::in_pages(&gpu, 4, Some(300), Model::dynamic()) }),
     ]
 }
 
@@ -97,9 +93,8 @@ fn copies_of_shared_pages_are_reserved_as_well() {
     for (tokens, rows, pages) in [(6, 3, 4), (8, 3, 5), (5, 4, 5)] {
         // Six tokens are two pages of four, the second of which two of three rows need a copy of.
         let make = |pages: usize| {
-            let options =
-                PagedOptions { page_tokens: 4, max_pages: Some(pages), ..Default::default() };
-            let mut rig = filled(Rig::in_pages(&gpu(), options, Model::dynamic()), 1, tokens);
+            let mut rig =
+                filled(Rig::in_pages(&gpu(), 4, Some(pages), Model::dynamic()), 1, tokens);
             rig.repeat_interleave(rows);
             rig
         };
@@ -188,21 +183,27 @@ fn reserve_among_other_calls() {
     // Of a pair it is the decoder's side.
     let source = buffer(&gpu, 4096, BufferUsages::STORAGE);
     let view = TensorView::new(&source, DType::F32, &[1, 1, 60, 4]).expect("four extents");
-    let mut pair =
-        EncoderDecoderCache::new(PagedKVCache::new(&gpu), StaticKVCache::new(&gpu, 60, 1));
+    let mut pair = EncoderDecoderCache::new(
+        PagedKVCache::new(&gpu),
+        StaticKVCache::with_options(
+            &gpu,
+            CacheOptions::default().with_max_cache_len(60).with_num_layers(1),
+        )
+        .expect("both options"),
+    );
     gpu.submit_pass("pair", |pass| {
-        for is_cross in [false, true] {
-            pair.update(pass, &view, &view, 0, APPEND, is_cross).map(|_| ())?;
+        for side in [Side::SelfAttention, Side::CrossAttention] {
+            pair.update(pass, &view, &view, 0, APPEND, side).map(|_| ())?;
         }
         pair.reserve(pass, 500)
     })
     .expect("the encoder's side is full, and stays so");
-    let made = pair.view(0, false).unwrap().unwrap().key().clone();
+    let made = pair.view(0, Side::SelfAttention).unwrap().unwrap().key().clone();
     for _ in 0..8 {
         gpu.submit_pass("pair", |pass| {
-            pair.update(pass, &view, &view, 0, APPEND, false).map(|_| ())
+            pair.update(pass, &view, &view, 0, APPEND, Side::SelfAttention).map(|_| ())
         })
         .expect("room");
     }
-    assert_eq!(*pair.view(0, false).unwrap().unwrap().key(), made);
+    assert_eq!(*pair.view(0, Side::SelfAttention).unwrap().unwrap().key(), made);
 }

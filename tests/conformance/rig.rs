@@ -5,8 +5,8 @@ use wgpu_kvcache::wgpu::{
     Buffer, BufferDescriptor, BufferUsages, Features, Limits, MapMode, PollType,
 };
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache, PagedKVCache,
-    PagedOptions, StaticKVCache, Stats, Tensor,
+    CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache,
+    PagedKVCache, StaticKVCache, Stats, Tensor,
 };
 
 use crate::model::{Block, Model};
@@ -44,6 +44,7 @@ pub(crate) fn upload(gpu: &Gpu, dtype: DType, block: &Block) -> Tensor {
         DType::F32 => gpu.upload(&cast::<u8, f32>(&block.bytes), &block.shape),
         DType::F16 => gpu.upload(&cast::<u8, f16>(&block.bytes), &block.shape),
         DType::BF16 => gpu.upload(&cast::<u8, bf16>(&block.bytes), &block.shape),
+        other => unreachable!("no block is of {other}"),
     };
     tensor.unwrap_or_else(|error| panic!("{error}"))
 }
@@ -109,13 +110,25 @@ pub(crate) fn read_back(
         Ok(None) | Err(_) => 0,
     };
     let bytes_read_back = before.bytes_read_back + bytes as u64;
-    assert_eq!(stats(), Stats { bytes_read_back, ..before }, "{context}: {bytes} bytes were read");
+    assert_eq!(
+        stats(),
+        with_read_back(before, bytes_read_back),
+        "{context}: {bytes} bytes were read"
+    );
     got
 }
 
 /// What cutting tokens off, or a reset, leaves as it is.
+/// The same, with so many bytes read back.
+pub(crate) fn with_read_back(mut stats: Stats, bytes: u64) -> Stats {
+    stats.bytes_read_back = bytes;
+    stats
+}
+
 pub(crate) fn but_pages(stats: Stats) -> Stats {
-    Stats { pages_used: 0, pages_shared: 0, pages_free: 0, ..stats }
+    let mut stats = stats;
+    (stats.pages_used, stats.pages_shared, stats.pages_free) = (0, 0, 0);
+    stats
 }
 
 /// A cache and its model.
@@ -136,27 +149,32 @@ impl Rig {
     }
 
     pub(crate) fn fixed(gpu: &Gpu, bound: usize, layers: usize) -> Self {
-        let cache = StaticKVCache::new(gpu, bound, layers);
+        let cache = StaticKVCache::with_options(
+            gpu,
+            CacheOptions::default().with_max_cache_len(bound).with_num_layers(layers),
+        )
+        .expect("both options");
         Self::new(gpu, Box::new(cache), Model::fixed(bound, layers))
     }
 
     /// Pages of `size` tokens, in a pool that grows.
     pub(crate) fn paged(gpu: &Gpu, size: usize) -> Self {
-        let options = PagedOptions { page_tokens: size, ..PagedOptions::default() };
-        Self::in_pages(gpu, options, Model::dynamic())
+        Self::in_pages(gpu, size, None, Model::dynamic())
     }
 
     /// Pages of `size` tokens, for `layers` layers of at most `bound` tokens.
     pub(crate) fn paged_fixed(gpu: &Gpu, size: usize, bound: usize, layers: usize) -> Self {
-        let (max_tokens, num_layers) = (Some(bound), Some(layers));
-        let options = PagedOptions { page_tokens: size, max_pages: None, max_tokens, num_layers };
-        Self::in_pages(gpu, options, Model::fixed(bound, layers))
+        Self::in_pages(gpu, size, None, Model::fixed(bound, layers))
     }
 
-    pub(crate) fn in_pages(gpu: &Gpu, options: PagedOptions, model: Model) -> Self {
+    /// Pages of `size` tokens, at most `max_pages` of them, for what `model` is bounded to.
+    pub(crate) fn in_pages(gpu: &Gpu, size: usize, max_pages: Option<usize>, model: Model) -> Self {
+        let (max_cache_len, num_layers) = model.bounds.unzip();
+        let options = CacheOptions::default().with_page_tokens(size).with_max_pages(max_pages);
+        let options = options.with_max_cache_len(max_cache_len).with_num_layers(num_layers);
         let cache = PagedKVCache::with_options(gpu, options);
         let cache = cache.unwrap_or_else(|error| panic!("{error}"));
-        let model = model.in_pages(options.page_tokens).of_at_most(options.max_pages);
+        let model = model.in_pages(size).of_at_most(max_pages);
         Self::new(gpu, Box::new(cache), model)
     }
 

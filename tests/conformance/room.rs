@@ -3,7 +3,8 @@
 
 use wgpu_kvcache::wgpu::BufferUsages;
 use wgpu_kvcache::{
-    Cache, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache, TensorView,
+    Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache,
+    TensorView,
 };
 
 use crate::model::Model;
@@ -56,11 +57,14 @@ fn fitting(result: Result<usize, Error>, asked: usize) -> usize {
     assert!(needed > limit);
     let text = error.to_string();
     for word in [
-        format!("needs {needed} bytes"),
+        match needed {
+            u64::MAX => "needs more than 2^64 bytes".to_owned(),
+            _ => format!("needs {needed} bytes"),
+        },
         format!("{asked} tokens"),
         format!("{limit} bytes"),
         format!("{fits} tokens would fit"),
-        "Shorten the sequence or the batch".into(),
+        "or batch rows".into(),
         "max_storage_buffer_binding_size".into(),
     ] {
         assert!(text.contains(&word), "'{word}' is not in '{text}'");
@@ -208,14 +212,27 @@ fn where_a_batch_grows() {
 fn static_caches() {
     let gpu = small_gpu();
     for bound in [FITS + 1, 3 * FITS, usize::MAX / 2] {
-        let mut cache = StaticKVCache::new(&gpu, bound, 1);
+        let mut cache = StaticKVCache::with_options(
+            &gpu,
+            CacheOptions::default().with_max_cache_len(bound).with_num_layers(1),
+        )
+        .expect("both options");
         let result = update(&gpu, &mut cache, (1, DIM), 1, APPEND);
         assert_eq!(fitting(result, bound), FITS);
         assert_eq!(cache.stats(), Default::default());
         assert_eq!((cache.get_seq_length(0), cache.get(0)), (Ok(0), Ok(None)));
     }
-    let mut rig =
-        Rig::new(&gpu, Box::new(StaticKVCache::new(&gpu, FITS, 1)), Model::fixed(FITS, 1));
+    let mut rig = Rig::new(
+        &gpu,
+        Box::new(
+            StaticKVCache::with_options(
+                &gpu,
+                CacheOptions::default().with_max_cache_len(FITS).with_num_layers(1),
+            )
+            .expect("both options"),
+        ),
+        Model::fixed(FITS, 1),
+    );
     rig.update(0, [1, HEADS, 600, DIM], 3, APPEND);
     rig.update(0, [1, HEADS, 1, DIM], 3, CachePosition::At(FITS_U32 - 1));
     rig.check("exactly what fits");
@@ -272,8 +289,20 @@ fn a_capacity_that_was_asked_for_after_a_reset() {
     let shapes = [[1, 1, 1, 4], [2, 1, 1, 4], [1, 1, 1, 16], [1, 3, 1, 2], [7, 1, 1, 1]];
     for (first, second) in shapes.into_iter().flat_map(|first| shapes.map(|second| (first, second)))
     {
-        let dynamic = Box::new(DynamicKVCache::with_capacity(&gpu, 100)) as Box<dyn KVCache>;
-        for cache in [dynamic, Box::new(StaticKVCache::new(&gpu, 100, 1))] {
+        let dynamic = Box::new(
+            DynamicKVCache::with_options(&gpu, CacheOptions::default().with_capacity(100))
+                .expect("a capacity"),
+        ) as Box<dyn KVCache>;
+        for cache in [
+            dynamic,
+            Box::new(
+                StaticKVCache::with_options(
+                    &gpu,
+                    CacheOptions::default().with_max_cache_len(100).with_num_layers(1),
+                )
+                .expect("both options"),
+            ),
+        ] {
             let bound = cache.get_max_cache_shape();
             let model = bound.map_or_else(Model::dynamic, |bound| Model::fixed(bound, 1));
             let mut rig = Rig::new(&gpu, cache, model);

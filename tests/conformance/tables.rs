@@ -3,7 +3,7 @@
 
 use wgpu_kvcache::wgpu::PollType;
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, PagedOptions,
+    CacheOptions, CachePosition, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache,
 };
 
 use crate::gpu;
@@ -14,8 +14,8 @@ use crate::rig::{Rig, same_bits, upload};
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
 /// Pages of one token, so that a table is large: 80 rows of 200 tokens fill a buffer of small data.
-fn options() -> PagedOptions {
-    PagedOptions { page_tokens: 1, ..PagedOptions::default() }
+fn options() -> CacheOptions {
+    CacheOptions::default().with_page_tokens(1)
 }
 
 /// Six updates with as large a table each, recorded in one pass, which is submitted after `first`.

@@ -1,8 +1,8 @@
 //! The types go from thread to thread, and two caches of one device are used from two at once.
 
 use wgpu_kvcache::{
-    Attention, CachePosition, DynamicKVCache, EncoderDecoderCache, Error, Gpu, HostTensor, KVCache,
-    LayerView, PagedKVCache, StaticKVCache, Tensor, TensorView,
+    Attention, CacheOptions, CachePosition, DynamicKVCache, EncoderDecoderCache, Error, Gpu,
+    HostTensor, KVCache, LayerView, PagedKVCache, StaticKVCache, Tensor, TensorView,
 };
 
 use crate::gpu;
@@ -57,7 +57,19 @@ fn two_caches_of_one_device_serve_two_threads() {
     let gpu = gpu();
     std::thread::scope(|scope| {
         scope.spawn(|| decode(&gpu, Box::new(DynamicKVCache::new(&gpu)), 0));
-        scope.spawn(|| decode(&gpu, Box::new(StaticKVCache::new(&gpu, 300, 1)), 30_000));
+        scope.spawn(|| {
+            decode(
+                &gpu,
+                Box::new(
+                    StaticKVCache::with_options(
+                        &gpu,
+                        CacheOptions::default().with_max_cache_len(300).with_num_layers(1),
+                    )
+                    .expect("both options"),
+                ),
+                30_000,
+            )
+        });
         scope.spawn(|| decode(&gpu, Box::new(PagedKVCache::new(&gpu)), 60_000));
     });
 }

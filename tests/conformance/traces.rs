@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use serde::Deserialize;
 use wgpu_kvcache::{
-    CachePosition, DynamicKVCache, Element, Error, Gpu, KVCache, PagedKVCache, PagedOptions,
+    CacheOptions, CachePosition, DynamicKVCache, Element, Error, Gpu, KVCache, PagedKVCache,
     StaticKVCache,
 };
 
@@ -170,12 +170,23 @@ fn caches(gpu: &Gpu, trace: &Trace, name: &str) -> Vec<Box<dyn KVCache>> {
     let bound = trace.cache.max_cache_len;
     let recorded: Box<dyn KVCache> = match (trace.cache.kind.as_str(), trace.cache.max_cache_len) {
         ("dynamic", None) => Box::new(DynamicKVCache::new(gpu)),
-        ("static", Some(bound)) => Box::new(StaticKVCache::new(gpu, bound, trace.cache.num_layers)),
+        ("static", Some(bound)) => Box::new(
+            StaticKVCache::with_options(
+                gpu,
+                CacheOptions::default()
+                    .with_max_cache_len(bound)
+                    .with_num_layers(trace.cache.num_layers),
+            )
+            .expect("both options"),
+        ),
         (kind, bound) => panic!("{name}: no cache of kind {kind} with bound {bound:?}"),
     };
     let paged = [1, 4, 16].map(|page_tokens| {
         let num_layers = bound.map(|_| trace.cache.num_layers);
-        let options = PagedOptions { page_tokens, max_pages: None, max_tokens: bound, num_layers };
+        let options = CacheOptions::default()
+            .with_page_tokens(page_tokens)
+            .with_max_cache_len(bound)
+            .with_num_layers(num_layers);
         let cache = PagedKVCache::with_options(gpu, options).expect("a power of two");
         Box::new(cache) as Box<dyn KVCache>
     });

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use wgpu_kvcache::{
-    CachePosition, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache, Tensor,
-    TensorView, wgpu,
+    CacheOptions, CachePosition, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache,
+    Tensor, TensorView, wgpu,
 };
 
 #[path = "../../../benches/support/concat.rs"]
@@ -25,14 +25,33 @@ pub(crate) const KINDS: &[Kind] = &[
         name: "DynamicKVCache",
         colour: (0, 114, 178),
         make: |gpu, shape, room| {
-            Ours::boxed(gpu, shape, Box::new(DynamicKVCache::with_capacity(gpu, room)))
+            Ours::boxed(
+                gpu,
+                shape,
+                Box::new(
+                    DynamicKVCache::with_options(gpu, CacheOptions::default().with_capacity(room))
+                        .expect("a capacity"),
+                ),
+            )
         },
     },
     Kind {
         name: "StaticKVCache",
         colour: (0, 158, 115),
         make: |gpu, shape, room| {
-            Ours::boxed(gpu, shape, Box::new(StaticKVCache::new(gpu, room, shape.layers)))
+            Ours::boxed(
+                gpu,
+                shape,
+                Box::new(
+                    StaticKVCache::with_options(
+                        gpu,
+                        CacheOptions::default()
+                            .with_max_cache_len(room)
+                            .with_num_layers(shape.layers),
+                    )
+                    .expect("both options"),
+                ),
+            )
         },
     },
     Kind {

@@ -241,6 +241,7 @@ impl Kernels {
                 DType::F32 => 0.0,
                 DType::F16 => 1.0,
                 DType::BF16 => 2.0,
+                other => anyhow::bail!("the engine does not store K and V as {other}"),
             },
         );
         let norm = include_str!("../shaders/rms_norm.wgsl");

@@ -16,7 +16,9 @@ use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache};
+use wgpu_kvcache::{
+    CacheOptions, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache,
+};
 
 use decode_engine::{
     Config, Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer, beam_search,
@@ -127,7 +129,15 @@ fn run(arguments: &Arguments) -> Result<()> {
     let make_cache = || -> Box<dyn KVCache> {
         match arguments.cache {
             CacheKind::Dynamic => Box::new(DynamicKVCache::new(&gpu)),
-            CacheKind::Static => Box::new(StaticKVCache::new(&gpu, max_tokens, config.layers)),
+            CacheKind::Static => Box::new(
+                StaticKVCache::with_options(
+                    &gpu,
+                    CacheOptions::default()
+                        .with_max_cache_len(max_tokens)
+                        .with_num_layers(config.layers),
+                )
+                .expect("both options"),
+            ),
             CacheKind::Paged => Box::new(PagedKVCache::new(&gpu)),
         }
     };

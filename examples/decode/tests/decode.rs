@@ -9,7 +9,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::Deserialize;
 use wgpu_kvcache::{
-    DType, DynamicKVCache, Gpu, HeadlessOptions, KVCache, PagedKVCache, StaticKVCache, wgpu,
+    CacheOptions, DType, DynamicKVCache, Gpu, HeadlessOptions, KVCache, PagedKVCache,
+    StaticKVCache, wgpu,
 };
 
 use decode_engine::{
@@ -99,9 +100,15 @@ impl Loaded {
     fn cache(&self, kind: Kind, max_tokens: usize) -> Box<dyn KVCache> {
         match kind {
             Kind::Dynamic => Box::new(DynamicKVCache::new(&self.gpu)),
-            Kind::Static => {
-                Box::new(StaticKVCache::new(&self.gpu, max_tokens, self.model.config.layers))
-            }
+            Kind::Static => Box::new(
+                StaticKVCache::with_options(
+                    &self.gpu,
+                    CacheOptions::default()
+                        .with_max_cache_len(max_tokens)
+                        .with_num_layers(self.model.config.layers),
+                )
+                .expect("both options"),
+            ),
             Kind::Paged => Box::new(PagedKVCache::new(&self.gpu)),
         }
     }
@@ -144,7 +151,7 @@ fn weights_take_what_the_file_takes() {
 fn a_matrix_beyond_one_texture_is_bound_in_parts() {
     let adapter_limits = loaded().gpu.device().limits();
     let limits = wgpu::Limits { max_texture_dimension_2d: 512, ..adapter_limits };
-    let options = HeadlessOptions { limits: Some(limits), ..HeadlessOptions::default() };
+    let options = HeadlessOptions::default().with_limits(limits);
     let gpu = Gpu::headless_with(&options).unwrap_or_else(|error| panic!("{error}"));
     let mut file = GgufFile::open(&model_path()).expect("the model opens");
     let model = Model::load(&gpu, &mut file, &mut |_| ()).expect("the weights load");

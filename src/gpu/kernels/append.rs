@@ -1,7 +1,7 @@
 //! `shaders/append.wgsl`: new tokens into their slots, K and V in one dispatch.
 
 use super::params::{Strided, params};
-use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
+use super::{Dispatch, Kernels, LayerShape, Unit, Variant, WORKGROUP};
 use crate::error::Result;
 use crate::gpu::arena::Placed;
 use crate::layout::{KvLayout, Layout};
@@ -129,16 +129,42 @@ impl Kernels {
             list_at,
             list_stride,
         };
-        let layout = if view.pages.is_some() { Layout::Paged } else { Layout::Wrapped };
         let has_list = matches!(shape.positions, Positions::List { .. });
-        let [is_bthd, has_list, is_single] = [tile.is_bthd, has_list, entries == 1].map(u32::from);
-        let variant = Variant {
-            unit,
-            layout: Some(layout),
-            constants: [tile.units, tile.threads, tile.height, is_bthd, has_list, is_single],
-            ..Variant::default()
-        };
+        let variant = variant(unit, view.layout(), tile, has_list, entries);
         self.append.prepare_sides(variant, bindings, shape.lists.cloned(), &params, sides)
+    }
+}
+
+impl Kernels {
+    /// The variants for a decode step, a few tokens and a prompt, (B, H, T, D) or (B, T, H, D).
+    pub(super) fn append_ahead(
+        &self,
+        layer: &LayerShape,
+        unit: Unit,
+        row_bytes: [u64; 2],
+        layout: Layout,
+    ) -> Result<[Variant; 6]> {
+        let units = unit.count(row_bytes[0].max(row_bytes[1]))?;
+        let heads = super::narrow(layer.heads)?;
+        let forms = [1, UNITS_PER_THREAD, UNITS_PER_THREAD + 1].map(|entries| {
+            [1, heads].map(|near| {
+                let tile = Tile::new(units, near, entries, false);
+                variant(unit, layout, tile, false, entries)
+            })
+        });
+        let [[a, b], [c, d], [e, f]] = forms;
+        Ok([a, b, c, d, e, f])
+    }
+}
+
+fn variant(unit: Unit, layout: Layout, tile: Tile, has_list: bool, entries: u32) -> Variant {
+    let layout = if layout == Layout::Paged { Layout::Paged } else { Layout::Wrapped };
+    let [is_bthd, has_list, is_single] = [tile.is_bthd, has_list, entries == 1].map(u32::from);
+    Variant {
+        unit,
+        layout: Some(layout),
+        constants: [tile.units, tile.threads, tile.height, is_bthd, has_list, is_single],
+        ..Variant::default()
     }
 }
 

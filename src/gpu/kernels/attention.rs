@@ -1,7 +1,7 @@
 //! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
 
 use super::params::{Strided, params};
-use super::{Dispatch, Kernels, Unit, Variant};
+use super::{Dispatch, Kernels, LayerShape, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::layout::{KvLayout, Layout};
@@ -97,11 +97,18 @@ impl Spread {
 const MOST_ROUNDS: usize = 60_000;
 
 impl Spread {
-    /// Of a view.
-    fn of(view: &LayerView, is_cpu: bool) -> Self {
-        let most = view.key_dim.max(view.value_dim).min(MOST_DIM);
+    /// Of heads of these many elements, of K and of V.
+    fn of(dims: [usize; 2], is_cpu: bool) -> Self {
+        let most = dims[0].max(dims[1]).min(MOST_DIM);
         let quads = u32::try_from(most.div_ceil(4)).expect("a head is small");
-        Self::new(quads, unit_of(view), is_cpu)
+        Self::new(quads, unit_of(dims), is_cpu)
+    }
+
+    /// The pipeline constants.
+    fn constants(self, masking: Masking, key_dim: u32, is_pooled: bool) -> [u32; 6] {
+        let has_rest = 16 * self.fours * self.slices > key_dim;
+        let [is_alone, has_rest, is_pooled] = [self.is_alone, has_rest, is_pooled].map(u32::from);
+        [self.threads, self.fours, is_alone, masking as u32, has_rest, is_pooled]
     }
 
     /// Tokens of a split that a workgroup can go through.
@@ -116,15 +123,15 @@ impl Spread {
     }
 }
 
-/// What K and V of a view are read in.
-fn unit_of(view: &LayerView) -> Unit {
-    let is_whole = [view.key_dim, view.value_dim].iter().all(|dim| dim % 4 == 0);
+/// What K and V of heads of these many elements are read in.
+fn unit_of(dims: [usize; 2]) -> Unit {
+    let is_whole = dims.iter().all(|dim| dim % 4 == 0);
     if is_whole { Unit::Vector } else { Unit::Word }
 }
 
 /// Splits of a view's tokens that there are at least.
 pub(crate) fn least_splits(view: &LayerView, is_cpu: bool) -> usize {
-    view.len.div_ceil(Spread::of(view, is_cpu).most_tokens())
+    view.len.div_ceil(Spread::of([view.key_dim, view.value_dim], is_cpu).most_tokens())
 }
 
 /// Elements a head at most: what leaves four lanes or more for each part of a sum.
@@ -176,12 +183,12 @@ impl Kernels {
         shape: &AttentionShape<'_>,
     ) -> Result<Dispatch> {
         let view = shape.view;
-        let unit = unit_of(view);
+        let unit = unit_of([view.key_dim, view.value_dim]);
         let unit_bytes = match unit {
             Unit::Vector => 4 * view.dtype.size(),
             Unit::Word => 4,
         };
-        let spread = Spread::of(view, shape.is_cpu);
+        let spread = Spread::of([view.key_dim, view.value_dim], shape.is_cpu);
         let units = |dim: usize| super::narrow(dim * view.dtype.size() / unit_bytes);
         let params = Params {
             kv: view.kv_layout(),
@@ -198,18 +205,12 @@ impl Kernels {
             scale: shape.scale,
             is_causal: u32::from(shape.is_causal),
         };
+        let masking = masking(shape.is_cpu, shape.is_causal && shape.tokens > 1);
         let variant = Variant {
             unit,
             layout: Some(view.layout()),
             dtype: Some(view.dtype),
-            constants: [
-                spread.threads,
-                spread.fours,
-                u32::from(spread.is_alone),
-                masking(shape) as u32,
-                u32::from(16 * spread.fours * spread.slices > params.kv.key_dim),
-                u32::from(shape.is_pooled),
-            ],
+            constants: spread.constants(masking, params.kv.key_dim, shape.is_pooled),
         };
         let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
         // Of a long prompt there are more tiles than a side may have: then they go on along the third.
@@ -252,11 +253,31 @@ enum Masking {
     EveryRound = 2,
 }
 
-fn masking(shape: &AttentionShape<'_>) -> Masking {
-    match (shape.is_cpu, shape.is_causal && shape.tokens > 1) {
+fn masking(is_cpu: bool, has_unseen: bool) -> Masking {
+    match (is_cpu, has_unseen) {
         (false, _) => Masking::SomeRounds,
         (true, true) => Masking::EveryRound,
         (true, false) => Masking::AllRows,
+    }
+}
+
+impl Kernels {
+    /// The variants for one new token and for several; none for heads that the kernel does not support.
+    pub(super) fn attention_ahead(&self, layer: &LayerShape, layout: Layout) -> Vec<Variant> {
+        let dims = [layer.key_dim, layer.value_dim];
+        let Some(key_dim) = u32::try_from(layer.key_dim).ok() else { return Vec::new() };
+        if dims.iter().any(|&dim| dim > MOST_DIM) {
+            return Vec::new();
+        }
+        let is_cpu = self.uploads.device().is_cpu;
+        let spread = Spread::of(dims, is_cpu);
+        let variants = [false, true].map(|has_unseen| Variant {
+            unit: unit_of(dims),
+            layout: Some(layout),
+            dtype: Some(layer.dtype),
+            constants: spread.constants(masking(is_cpu, has_unseen), key_dim, false),
+        });
+        variants.into()
     }
 }
 

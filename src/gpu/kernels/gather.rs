@@ -76,17 +76,11 @@ impl Kernels {
             cycles_at: super::narrow(shape.cycles_at)?,
             list_end: super::narrow(shape.moves.len())?,
         };
-        let variant = |has_copies: bool, has_cycles: bool| Variant {
-            unit,
-            constants: [u32::from(has_copies), u32::from(has_cycles), 0, 0, 0, 0],
-            ..Variant::default()
-        };
-        let has_cycles = shape.cycles_at < shape.moves.len();
-        let wanted = variant(shape.cycles_at > 0, has_cycles);
+        let wanted = variant(unit, [shape.cycles_at > 0, shape.cycles_at < shape.moves.len()]);
         if !self.gather.is_compiled(&wanted) {
             // All three at once: a beam search should not compile one in its midst.
-            for (has_copies, has_cycles) in [(true, false), (false, true), (true, true)] {
-                self.gather.pipeline(variant(has_copies, has_cycles))?;
+            for form in FORMS {
+                self.gather.pipeline(variant(unit, form))?;
             }
         }
         self.gather.prepare(
@@ -97,6 +91,14 @@ impl Kernels {
             u64::from(tiles) * shape.heads as u64,
         )
     }
+}
+
+/// Whether a list of moves has copies, and whether it has cycles.
+pub(super) const FORMS: [[bool; 2]; 3] = [[true, false], [false, true], [true, true]];
+
+pub(super) fn variant(unit: Unit, form: [bool; 2]) -> Variant {
+    let [has_copies, has_cycles] = form.map(u32::from);
+    Variant { unit, constants: [has_copies, has_cycles, 0, 0, 0, 0], ..Variant::default() }
 }
 
 /// Workgroups for the live tokens of a head, for kernels whose threads take four units.

@@ -10,7 +10,7 @@ pub(super) const WORKGROUP_BYTES: u32 = 8 << 10;
 /// Refuses a device that was made with less than the kernels need, naming the limit.
 pub(crate) fn check_limits(limits: &wgpu::Limits) -> Result<()> {
     let (workgroup, params) = (u64::from(WORKGROUP), u64::from(PARAMS_BYTES));
-    let needed: [(&str, u64, u64); 14] = [
+    let needed: [(&str, u64, u64); 15] = [
         // K and V, read and written, a list and a witness.
         (
             "max_storage_buffers_per_shader_stage",
@@ -36,6 +36,7 @@ pub(crate) fn check_limits(limits: &wgpu::Limits) -> Result<()> {
         ),
         ("max_compute_workgroup_size_x", limits.max_compute_workgroup_size_x.into(), workgroup),
         ("max_compute_workgroup_size_y", limits.max_compute_workgroup_size_y.into(), workgroup),
+        ("max_compute_workgroup_size_z", limits.max_compute_workgroup_size_z.into(), 1),
         (
             "max_compute_workgroup_storage_size",
             limits.max_compute_workgroup_storage_size.into(),

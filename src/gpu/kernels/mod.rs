@@ -1,5 +1,6 @@
 //! The kernels, a file each, and what they share: variants, parameters, and a dispatch ready to record.
 
+mod ahead;
 mod append;
 mod attention;
 mod collect;
@@ -10,9 +11,9 @@ mod repeat_interleave;
 mod variant;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use ahead::{CompileScope, LayerShape};
 pub(crate) use append::{AppendShape, Positions};
 pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS, least_splits};
 pub(crate) use gather::GatherShape;
@@ -161,13 +162,13 @@ impl Kernel {
 
     /// The pipeline of a variant, compiled where it is not yet. One that does not compile is not kept.
     fn pipeline(&self, variant: Variant) -> Result<wgpu::ComputePipeline> {
-        match self.pipelines().entry(variant) {
-            Entry::Occupied(compiled) => Ok(compiled.get().clone()),
-            Entry::Vacant(place) => {
-                let make = |device: &wgpu::Device| self.compile(device, variant);
-                Ok(place.insert(self.uploads.device().checked(self.source.label, 0, make)?).clone())
-            }
+        if let Some(compiled) = self.pipelines().get(&variant) {
+            return Ok(compiled.clone());
         }
+        // Other variants may be compiled meanwhile, and this one by another thread, too: the first one stays.
+        let make = |device: &wgpu::Device| self.compile(device, variant);
+        let compiled = self.uploads.device().checked(self.source.label, 0, make)?;
+        Ok(self.pipelines().entry(variant).or_insert(compiled).clone())
     }
 
     fn compile(&self, device: &wgpu::Device, variant: Variant) -> wgpu::ComputePipeline {

@@ -1,6 +1,10 @@
 //! What can go wrong. Every error says what was asked, what the limit is, and what to do; the call that
 //! returned it has changed nothing, on the host or the GPU.
 
+mod kind;
+
+pub use kind::{ErrorKind, Reason};
+
 use crate::dtype::DType;
 
 /// The result of a call on a cache.
@@ -213,7 +217,7 @@ pub enum Error {
     },
 
     /// A position past the end of a cache that is made for so many tokens.
-    #[error("position {position} is past the end of a cache made for {bound} tokens ({range}); crop() or truncate() first, or make the cache longer", range = range(*bound))]
+    #[error("position {position} is past the end of a cache made for {bound} tokens ({range}); use lower positions (they count from the oldest live token, so crop() lowers them), or make the cache longer", range = range(*bound))]
     PositionOutOfBounds {
         /// The highest position named.
         position: usize,
@@ -223,7 +227,8 @@ pub enum Error {
 
     /// An append past the end of a cache that is made for so many tokens.
     #[error(
-        "{new_tokens} new tokens behind {len} live ones exceed a cache made for {bound} tokens; crop() to make room, or make the cache longer"
+        "{new_tokens} new tokens behind {len} live ones exceed a cache made for {bound} tokens; {}make the cache longer",
+        if new_tokens > bound { "write fewer tokens, or " } else { "crop() to make room, or " }
     )]
     SequenceTooLong {
         /// Live tokens.
@@ -268,7 +273,8 @@ pub enum Error {
 
     /// A layer would need a larger buffer than the device makes or binds.
     #[error(
-        "layer {layer} needs {needed} bytes for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {dtype}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Shorten the sequence or the batch{or_type}, or request a device with higher max_storage_buffer_binding_size and max_buffer_size",
+        "layer {layer} needs {bytes} for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {dtype}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Use fewer tokens (of the sequence, or as the capacity or length that the cache is made with) or batch rows{or_type}, or request a device with higher max_storage_buffer_binding_size and max_buffer_size",
+        bytes = byte_count(*needed),
         or_type = if dtype.size() > 2 { ", use a 16-bit type" } else { "" }
     )]
     LayerTooLarge {
@@ -315,7 +321,8 @@ pub enum Error {
 
     /// A bounded pool has no page left.
     #[error(
-        "{wanted} more pages of {page_tokens} tokens are wanted, beside {used} in use ({shared} of them shared by several rows), but the cache was made for {limit}; truncate(), crop() or select fewer rows to give pages back, or make the cache larger"
+        "{wanted} more pages of {page_tokens} tokens are wanted, beside {used} in use ({shared} of them shared by several rows), but the cache was made for {limit}; {}make the cache larger",
+        if *used == 0 { "write fewer tokens at once, or " } else { "truncate(), crop() or select fewer rows to give pages back, or " }
     )]
     OutOfPages {
         /// Pages in use.
@@ -416,7 +423,7 @@ pub enum Error {
 
     /// A product of sizes does not fit the types that carry it.
     #[error(
-        "the {what} would be {asked}, more than can be counted, which is {limit}; split the work into smaller pieces"
+        "the {what} would be {asked}, more than can be counted, which is {limit}; use fewer tokens, heads or batch rows, and lower positions"
     )]
     SizeOverflow {
         /// What was being counted.
@@ -472,7 +479,8 @@ pub enum Error {
         /// What was being made.
         label: String,
         /// What the device said.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
 
     /// A read-back did not arrive.
@@ -483,12 +491,13 @@ pub enum Error {
         /// The layer.
         layer: usize,
         /// What the device said.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
 
     /// `get` was called while recorded work had not been submitted.
     #[error(
-        "{calls} calls on this cache are recorded in a pass that has not been submitted, so what they write cannot be read back yet; finish the encoder and queue.submit() it before get()"
+        "{calls} calls on this cache are recorded in a pass that has not been submitted, so what they write cannot be read back yet; finish the encoder and queue.submit() it before get(). If it was submitted, it was a pass of another device than the cache's"
     )]
     NotSubmitted {
         /// Recorded calls that have not been submitted.
@@ -503,6 +512,12 @@ pub enum Error {
         /// Recorded calls that never ran.
         calls: u64,
     },
+
+    /// A call into a pass although the cache has recorded into a later one since.
+    #[error(
+        "this cache has recorded into another pass since it recorded into this one, and passes run one after the other; record into one pass at a time, and into a new one afterwards"
+    )]
+    EarlierPass,
 
     /// The device is lost: destroyed, or given up by the system.
     #[error("the device is lost, and with it all that it held; make a new device and a new cache")]
@@ -530,6 +545,28 @@ pub enum Error {
         what: &'static str,
     },
 
+    /// A kind of cache cannot be made without this option.
+    #[error(
+        "a {kind} cannot be made without the option {option}; set it with CacheOptions::with_{option}()"
+    )]
+    MissingOption {
+        /// The option.
+        option: &'static str,
+        /// The kind of cache.
+        kind: &'static str,
+    },
+
+    /// An option that this kind of cache has no use for.
+    #[error(
+        "a {kind} has no use for the option {option}; leave it out, or make a cache of a kind that takes it"
+    )]
+    UnusedOption {
+        /// The option.
+        option: &'static str,
+        /// The kind of cache.
+        kind: &'static str,
+    },
+
     /// A kind of cache that does not have what was asked of it.
     #[error("this kind of cache has no {what}; it is up to those who made it to add one")]
     NotSupported {
@@ -543,7 +580,8 @@ pub enum Error {
     )]
     NoAdapter {
         /// What wgpu said.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
 
     /// The adapter gave no device.
@@ -552,7 +590,8 @@ pub enum Error {
         /// Name of the adapter.
         adapter: String,
         /// What wgpu said.
-        reason: String,
+        #[source]
+        reason: Reason,
     },
 }
 
@@ -565,6 +604,14 @@ impl Error {
     /// A count past 32 bits.
     pub(crate) fn too_many(what: &'static str, asked: u64) -> Self {
         Self::overflow(what, asked.to_string(), u64::from(u32::MAX))
+    }
+}
+
+/// A number of bytes, which may have been too large to count.
+fn byte_count(bytes: u64) -> String {
+    match bytes {
+        u64::MAX => "more than 2^64 bytes".to_owned(),
+        _ => format!("{bytes} bytes"),
     }
 }
 

@@ -1,0 +1,102 @@
+//! What an engine can do about an error.
+
+use super::Error;
+
+/// What wgpu, or the device below it, said of a failure: the [`source`](std::error::Error::source) of an [`Error`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Reason(String);
+
+impl From<String> for Reason {
+    fn from(said: String) -> Self {
+        Self(said)
+    }
+}
+
+impl From<&str> for Reason {
+    fn from(said: &str) -> Self {
+        Self(said.to_owned())
+    }
+}
+
+/// What an engine can do about an [`Error`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The call was wrong: a shape, type, stride, buffer, index, option or layer. Repeating it fails again.
+    Input,
+    /// There is no room. Evict something ([`crop`](crate::Cache::crop), [`truncate`](crate::Cache::truncate),
+    /// fewer batch rows), then repeat the call.
+    NoRoom,
+    /// A pass was dropped, its submit failed, or it has not been submitted yet.
+    PassOrder,
+    /// The device is lost, refused something, or lacks what the kernels need. Repeating the call on this device
+    /// is no use.
+    Device,
+}
+
+impl Error {
+    /// What can be done about it.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{Error, ErrorKind};
+    ///
+    /// let full = Error::SequenceTooLong { len: 8, new_tokens: 1, bound: 8 };
+    /// assert_eq!(full.kind(), ErrorKind::NoRoom);
+    /// ```
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::WrongRank { .. }
+            | Self::ZeroExtent { .. }
+            | Self::KeyValueShape { .. }
+            | Self::WrongDType { .. }
+            | Self::SliceType { .. }
+            | Self::BatchChanged { .. }
+            | Self::LayerShape { .. }
+            | Self::OddHeadDim { .. }
+            | Self::InnerStride { .. }
+            | Self::Misaligned { .. }
+            | Self::BufferTooShort { .. }
+            | Self::MissingUsage { .. }
+            | Self::SourceTooLarge { .. }
+            | Self::SourceIsCache { .. }
+            | Self::SliceLength { .. }
+            | Self::PositionCount { .. }
+            | Self::PositionOutOfBounds { .. }
+            | Self::IndexOutOfRange { .. }
+            | Self::NoIndices
+            | Self::ZeroRepeats
+            | Self::LayerOutOfRange { .. }
+            | Self::PageSize { .. }
+            | Self::AttentionShape { .. }
+            | Self::AttentionScale { .. }
+            | Self::AttentionTooLarge { .. }
+            | Self::OutputIsRead { .. }
+            | Self::OutputOverlapsQuery { .. }
+            | Self::SizeOverflow { .. }
+            | Self::TooManyWorkgroups { .. }
+            | Self::OtherDevice { .. }
+            | Self::MissingOption { .. }
+            | Self::UnusedOption { .. }
+            | Self::NotSupported { .. } => ErrorKind::Input,
+            Self::LayerTooLarge { .. }
+            | Self::OutOfPages { .. }
+            | Self::PoolTooLarge { .. }
+            | Self::ListTooLarge { .. }
+            | Self::OutOfMemory { .. }
+            | Self::SequenceTooLong { .. }
+            | Self::BufferTooLarge { .. } => ErrorKind::NoRoom,
+            Self::EarlierPass | Self::NotSubmitted { .. } | Self::PassDropped { .. } => {
+                ErrorKind::PassOrder
+            }
+            Self::Device { .. }
+            | Self::DeviceLost
+            | Self::DeviceLimit { .. }
+            | Self::NoAdapter { .. }
+            | Self::NoDevice { .. }
+            | Self::Readback { .. } => ErrorKind::Device,
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Compiling ahead of the first step.
+
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use super::{Kernel, Kernels, Unit, Variant};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::layout::Layout;
+
+/// A layer, as far as its kernels depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LayerShape {
+    /// Type of an element of K and V.
+    pub dtype: DType,
+    /// K/V heads.
+    pub heads: usize,
+    /// Elements a head of K.
+    pub key_dim: usize,
+    /// Elements a head of V.
+    pub value_dim: usize,
+}
+
+/// Which kernels [`Gpu::compile`](crate::Gpu::compile) compiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CompileScope {
+    /// Those of caches.
+    Caches,
+    /// These, and those of [`Attention`](crate::Attention).
+    CachesAndAttention,
+}
+
+impl Kernels {
+    /// Compiles what layers of these shapes need if their views have one of these layouts.
+    pub(crate) fn compile(
+        &self,
+        layers: &[LayerShape],
+        layouts: &[Layout],
+        scope: CompileScope,
+    ) -> Result<()> {
+        let mut wanted: HashSet<(usize, Variant)> = HashSet::new();
+        let kernels = [
+            &self.append,
+            &self.gather,
+            &self.repeat_interleave,
+            &self.collect,
+            &self.attention,
+            &self.attention_combine,
+        ];
+        for layer in layers {
+            let row_bytes = [layer.key_dim, layer.value_dim]
+                .map(|dim| (dim as u64).saturating_mul(layer.dtype.size() as u64));
+            let unit = Unit::for_rows(row_bytes);
+            for &layout in layouts {
+                wanted.extend(self.append_ahead(layer, unit, row_bytes, layout)?.map(|it| (0, it)));
+                let moves = super::gather::FORMS.map(|form| super::gather::variant(unit, form));
+                wanted.extend(moves.map(|it| (1, it)));
+                wanted.insert((2, Variant { unit, ..Variant::default() }));
+                if layout == Layout::Paged {
+                    let layout = Some(Layout::Paged);
+                    wanted.insert((3, Variant { unit, layout, ..Variant::default() }));
+                }
+                if scope == CompileScope::CachesAndAttention {
+                    let attention = self.attention_ahead(layer, layout);
+                    wanted.extend(attention.into_iter().map(|it| (4, it)));
+                    wanted.insert((5, Variant::default()));
+                }
+            }
+        }
+        let wanted = wanted.into_iter().map(|(kernel, variant)| (kernels[kernel], variant));
+        compile_all(wanted.collect())
+    }
+}
+
+/// Compiles on as many threads as there are processors. The first failure is returned.
+#[cfg(not(target_arch = "wasm32"))]
+fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(wanted.len());
+    let wanted = Mutex::new(wanted);
+    let next = || wanted.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let work = || {
+        while let Some((kernel, variant)) = next() {
+            kernel.pipeline(variant)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let own = work();
+        threads.into_iter().fold(own, |all, thread| match thread.join() {
+            Ok(result) => all.and(result),
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })
+}
+
+/// A browser compiles elsewhere by itself.
+#[cfg(target_arch = "wasm32")]
+fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
+    wanted.into_iter().try_for_each(|(kernel, variant)| kernel.pipeline(variant).map(|_| ()))
+}
