@@ -1,24 +1,24 @@
 // Attention of new tokens over a layer's cache, read where it lies: softmax(q Kᵀ scale) V.
 //
-// A workgroup takes four query rows that share a K/V head, and one split of the live tokens. Its threads
-// lie side by side along the head (slices) and along the tokens (lanes): a thread holds four quads of
-// elements of each of the four rows, or several fours, and meets its lane's share of the tokens. Each lane
-// keeps a softmax of its own, relative to the highest score so far (Milakov and Gimelshein, 2018); at the
-// end the lanes are put together, and the splits by attention_combine.wgsl (flash-decoding: Dao et al.,
-// 2023).
+// A workgroup computes four query rows of one K/V head over one split of the live tokens. A quad is four
+// consecutive elements of a head. The invocations form a grid: `slices` along the head, `lanes` along the
+// tokens. Each invocation holds 4 x 4 quads (four rows, four quads of each), or `fours` times as many, and
+// reads every lanes-th token. Each lane keeps a running softmax, relative to its highest score so far
+// (Milakov and Gimelshein, 2018). At the end the lanes are merged here, and the splits in
+// attention_combine.wgsl (flash-decoding: Dao et al., 2023).
 //
-// Texts are joined: of `layout/` (where a token lies) and of `element/` (what its words mean).
+// The text is joined with one of `layout/` (the slot of a token) and one of `element/` (the type of K and V).
 //
-// A token that a row does not see must not change the row's result, whatever bits it holds: its weight is
-// zero, but zero times an infinity or a NaN is a NaN. So its score and its V are replaced by zeros, selected
-// rather than multiplied away, and so are elements past head_dim.
+// A token that a row does not see must not change the row's result, whatever bits it holds. Its weight is
+// zero, but zero times an infinity or a NaN is NaN. So its score and its V are replaced by zeros with
+// `select`, and so are elements past head_dim.
 //
 // group 0, binding 0: query          q, any strides over (B, Hq, Tq); not read if the output's buffer holds it
 // group 0, binding 1: key_cache      [slot, D of K], slots as the layout numbers them
 // group 0, binding 2: value_cache    [slot, D of V]
-// group 0, binding 3: result         the output, any strides over (B, Hq, Tq); or, of several splits,
-//                                    [split, row, D of V + 2]: sums, highest score, total weight.
-//                                    Holds q as well if `is_pooled`
+// group 0, binding 3: result         the output, any strides over (B, Hq, Tq); with several splits the
+//                                    partial results [split, row, D of V + 2]: sums, highest score, total
+//                                    weight. Holds q as well if `is_pooled`
 // group 1, binding 0: lists          the table of pages
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
@@ -34,16 +34,16 @@ struct Params {
     // In elements.
     query: Rows,
     output: Rows,
-    // Units of a head, and quads of elements of V's.
+    // Units of a head of K and of V; quads of a head of V.
     key_units: u32,
     value_units: u32,
     value_quads: u32,
-    // Query heads of a K/V head; new tokens of a batch row.
+    // Query heads a K/V head; new tokens a batch row.
     group: u32,
     tokens: u32,
-    // Threads along a head: a power of two.
+    // Invocations along a head: a power of two.
     slices: u32,
-    // Tokens of a split, and how many there are.
+    // Tokens a split; number of splits.
     split: u32,
     splits: u32,
     scale: f32,
@@ -57,21 +57,21 @@ struct Params {
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
-// Threads of a workgroup.
+// Invocations a workgroup.
 override threads: u32 = 128u;
-// Fours of quads that a thread holds. A GPU has registers for one; a software adapter keeps registers in
-// memory, and has as many as it likes.
+// Groups of four quads that an invocation holds. A GPU has registers for one; a software adapter keeps
+// registers in memory, so it can hold more.
 override fours: u32 = 1u;
-// Whether a thread holds whole heads, so that lanes tell each other nothing on their way (a software
-// adapter pays dearly for a barrier in a loop), and a lane's tokens follow one another: neighbours on a
-// GPU should read neighbours, while a CPU runs their loads one by one and fetches ahead of each.
+// Whether an invocation holds whole heads. Then the loop needs no barrier, which is slow on a software
+// adapter, and each lane reads consecutive tokens. On a GPU neighbouring lanes should read neighbouring
+// tokens instead, so that loads are coalesced.
 override is_alone: bool = false;
-// How V of a token that a row does not see is kept out of the row's sums.
-// 0: every row sees the same tokens, so V of others is replaced by zeros as it is loaded.
-// 1: per row, but only in rounds with a token that some row does not see: a branch, which a GPU skips.
+// How V of a token that a row does not see is masked.
+// 0: all rows see the same tokens, so V of the others becomes zero when it is loaded.
+// 1: per row, behind a branch that is taken only in rounds with such a token.
 // 2: per row in every round, for a software adapter, which runs both sides of a branch.
 override masking: u32 = 1u;
-// Whether the threads of a lane hold more elements than a head of K has.
+// Whether the invocations of a lane hold more elements than a head of K has.
 override has_rest: bool = true;
 // Whether q is read from the buffer of the output: one buffer cannot be bound for reading and for writing.
 override is_pooled: bool = false;
@@ -80,10 +80,10 @@ const ROWS: u32 = 4u;
 // Below all scores, and far enough from the end of f32 that no difference is infinite.
 const LOWEST: f32 = -1.0e38;
 
-// What threads tell each other: four vectors each, of 128 threads at most.
-var<workgroup> told: array<vec4<f32>, 512>;
+// Workgroup memory: four vectors an invocation, for 128 invocations at most.
+var<workgroup> shared_vectors: array<vec4<f32>, 512>;
 
-// Four quads of elements of the four rows; of each a matrix, a row a column.
+// Four quads of each of the four rows. A matrix holds one quad: column r is row r's.
 struct Quads {
     x: mat4x4<f32>,
     y: mat4x4<f32>,
@@ -91,7 +91,7 @@ struct Quads {
     w: mat4x4<f32>,
 }
 
-// Which of four tokens each of the four rows sees.
+// x to w: tokens; each component: whether row r sees the token.
 struct Seen {
     x: vec4<bool>,
     y: vec4<bool>,
@@ -105,8 +105,8 @@ fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) workgroups: vec3<u32>,
 ) {
-    // Four rows' number, the K/V row, and the split. Where there are too many fours for a side of the grid
-    // they go on along the third.
+    // x: which four query rows; y: batch row and K/V head; z: split. If x exceeds one dimension of the grid,
+    // it continues along z.
     let group = vec3(
         workgroup.x + workgroups.x * (workgroup.z / params.splits),
         workgroup.y,
@@ -115,20 +115,20 @@ fn main(
     let b = group.y / params.kv.heads;
     let h = group.y % params.kv.heads;
     let rows = params.group * params.tokens;
-    // Past the last row it comes again, and is not written.
+    // Rows past the last one are clamped to it, and not written.
     let row = min(group.x * ROWS + vec4(0u, 1u, 2u, 3u), vec4(rows - 1u));
     let slices = params.slices;
     let lanes = threads / slices;
     let slice = local % slices;
     let lane = local / slices;
 
-    // How many tokens each row sees: a new token sees those before it and itself.
+    // How many tokens each row sees. Causal: those up to the row's own token.
     let unseen = select(vec4(0u), params.tokens - 1u - row / params.group, params.is_causal != 0u);
     let seen = kv_len(params.kv, b) - unseen;
     let begin = group.z * params.split;
     let end = min(begin + params.split, max(max(seen.x, seen.y), max(seen.z, seen.w)));
 
-    // A quad of the four rows is a matrix: a quad of K times it is four scores at once.
+    // One quad of the four rows is a matrix; a quad of K times this matrix gives four partial scores.
     let quad0 = slice + vec4(0u, 1u, 2u, 3u) * slices;
     let quad1 = quad0 + 4u * slices;
     let quad2 = quad0 + 8u * slices;
@@ -153,16 +153,15 @@ fn main(
     var sum1 = Quads();
     var sum2 = Quads();
     var sum3 = Quads();
-    // A round is four tokens of a lane. Alone it is one: what a CPU runs and holds for more does not fit into
-    // its nearest cache.
+    // A round is four tokens a lane, or one if `is_alone`: the state for more would not fit a CPU's L1 cache.
     var first = begin + lane;
     var step = 4u * lanes;
-    // A split that no row sees is gone through once, and weighs nothing.
+    // A split that no row sees runs one round, in which all weights are zero.
     var rounds = max((max(end, begin) - begin + step - 1u) / step, 1u);
     if is_alone {
         step = 1u;
         rounds = max((max(end, begin) - begin + lanes - 1u) / lanes, 1u);
-        // Long runs have an odd length, so that they do not all begin in the same set of a CPU's cache.
+        // An odd length keeps the lanes' runs from starting in the same set of a CPU's cache.
         rounds |= u32(rounds >= 16u);
         first = begin + lane * rounds;
     }
@@ -170,7 +169,7 @@ fn main(
         let before = highest;
         if is_alone {
             let slot = kv_slot(params.kv, b, h, min(first, end - 1u));
-            // A row that does not see the token gives it no weight, not a weight of e to the zero.
+            // Unseen tokens: select zero, since exp(LOWEST - highest) is 1 while highest is LOWEST.
             let is_seen = vec4(first) < min(seen, vec4(end));
             let score = select(vec4(LOWEST), score_of(slot, quad0, q0, q1, q2, q3), is_seen);
             highest = max(highest, score);
@@ -215,7 +214,7 @@ fn main(
             let s3 = select(vec4(LOWEST), scores[3], vec4(token.w) < ends);
             highest = max(max(highest, max(s0, s1)), max(s2, s3));
             let fade = exp(before - highest);
-            // As above: no weight where a row does not see a token.
+            // As above: weight zero for unseen tokens.
             let w0 = select(vec4(0.0), exp(s0 - highest), vec4(token.x) < ends);
             let w1 = select(vec4(0.0), exp(s1 - highest), vec4(token.y) < ends);
             let w2 = select(vec4(0.0), exp(s2 - highest), vec4(token.z) < ends);
@@ -240,7 +239,7 @@ fn main(
         }
     }
 
-    // The lanes put together, relative to the highest score of all.
+    // Merge the lanes, relative to the highest score of all.
     let all_highest = over_lanes(local, highest, true);
     let fade = exp(highest - all_highest);
     let all_total = over_lanes(local, total * fade, false);
@@ -278,7 +277,7 @@ fn query_rows(b: u32, h: u32, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
 }
 
 fn query_quad(b: u32, h: u32, row: u32, quad: u32) -> vec4<f32> {
-    let at = place(params.query, b, h, row);
+    let at = row_start(params.query, b, h, row);
     let d = 4u * quad + vec4(0u, 1u, 2u, 3u);
     let i = at + min(d, vec4(params.kv.key_dim - 1u));
     var elements: vec4<f32>;
@@ -290,13 +289,13 @@ fn query_quad(b: u32, h: u32, row: u32, quad: u32) -> vec4<f32> {
     return params.scale * select(vec4(0.0), elements, d < vec4(params.kv.key_dim));
 }
 
-// Where a query row begins: rows of a K/V head count its query heads first, then the new tokens.
-fn place(lie: Rows, b: u32, h: u32, row: u32) -> u32 {
+// The first element of a query row. Rows of a K/V head are numbered query head first, then new token.
+fn row_start(strides: Rows, b: u32, h: u32, row: u32) -> u32 {
     let head = h * params.group + row % params.group;
-    return lie.offset + b * lie.stride_b + head * lie.stride_h + (row / params.group) * lie.stride_t;
+    return strides.offset + b * strides.stride_b + head * strides.stride_h + (row / params.group) * strides.stride_t;
 }
 
-// A thread's part of a token's scores, read as it lies in memory; rows as they lie in q.
+// An invocation's part of a token's four scores.
 fn score_of(slot: u32, quad: vec4<u32>, q0: Quads, q1: Quads, q2: Quads, q3: Quads) -> vec4<f32> {
     var sum = score(slot, quad, q0);
     if fours > 1u {
@@ -316,19 +315,19 @@ fn score(slot: u32, quad: vec4<u32>, q: Quads) -> vec4<f32> {
         + (key_quad(slot, quad.z) * q.z + key_quad(slot, quad.w) * q.w);
 }
 
-// The scores of a lane's tokens: all of its slices add up the same numbers in the same order.
+// The scores of a lane's tokens. All slices add the same numbers in the same order, so they agree bit for bit.
 fn over_slices(local: u32, part: mat4x4<f32>) -> mat4x4<f32> {
     workgroupBarrier();
-    told[local] = part[0];
-    told[local + threads] = part[1];
-    told[local + 2u * threads] = part[2];
-    told[local + 3u * threads] = part[3];
+    shared_vectors[local] = part[0];
+    shared_vectors[local + threads] = part[1];
+    shared_vectors[local + 2u * threads] = part[2];
+    shared_vectors[local + 3u * threads] = part[3];
     workgroupBarrier();
     var sums = mat4x4<f32>();
     var i = local - local % params.slices;
     let end = i + params.slices;
     loop {
-        sums += mat4x4(told[i], told[i + threads], told[i + 2u * threads], told[i + 3u * threads]);
+        sums += mat4x4(shared_vectors[i], shared_vectors[i + threads], shared_vectors[i + 2u * threads], shared_vectors[i + 3u * threads]);
         i++;
         if i == end {
             break;
@@ -337,7 +336,7 @@ fn over_slices(local: u32, part: mat4x4<f32>) -> mat4x4<f32> {
     return sums;
 }
 
-// Sums so far, faded, and four quads of V of four tokens by their weights.
+// sums * fade + V of four tokens * weights, for four quads.
 fn with_values(
     sums: Quads,
     fade: vec4<f32>,
@@ -346,7 +345,7 @@ fn with_values(
     weights: mat4x4<f32>,
     is_seen: Seen,
 ) -> Quads {
-    // Quads past the head are clamped to its last one, and their sums are not written.
+    // Quads past head_dim are clamped to the last one; their sums are not written.
     let at = min(quad, vec4(params.value_quads - 1u));
     return Quads(
         scaled(sums.x, fade) + weighed(values(slot, at.x, is_seen), weights, is_seen),
@@ -356,7 +355,7 @@ fn with_values(
     );
 }
 
-// Sums so far, faded, and four quads of V of one token by its weights.
+// sums * fade + V of one token * weight, for four quads.
 fn with_value(
     sums: Quads,
     fade: vec4<f32>,
@@ -374,7 +373,7 @@ fn with_value(
     );
 }
 
-// A quad, once for each row that sees it, by its weight.
+// One quad of V times each row's weight; zero for rows that do not see the token.
 fn outer(quad: vec4<f32>, weight: vec4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
     if masking == 0u {
         let seen = select(vec4(0.0), quad, is_seen.x);
@@ -388,7 +387,7 @@ fn outer(quad: vec4<f32>, weight: vec4<f32>, is_seen: vec4<bool>) -> mat4x4<f32>
     );
 }
 
-// The same quad of four tokens' V; a token a column.
+// The same quad of V of four tokens: column t is token t's.
 fn values(slot: vec4<u32>, quad: u32, is_seen: Seen) -> mat4x4<f32> {
     let x = value_quad(slot.x, quad);
     let y = value_quad(slot.y, quad);
@@ -400,7 +399,7 @@ fn values(slot: vec4<u32>, quad: u32, is_seen: Seen) -> mat4x4<f32> {
     return mat4x4(x, y, z, w);
 }
 
-// Four tokens' V by each row's weights: a token a column becomes a row of q a column.
+// V of four tokens (column t: token t) times the rows' weights; column r of the result is row r's.
 fn weighed(values: mat4x4<f32>, weights: mat4x4<f32>, is_seen: Seen) -> mat4x4<f32> {
     if masking == 2u || (masking == 1u && !all(is_seen.x & is_seen.y & is_seen.z & is_seen.w)) {
         return mat4x4(
@@ -413,7 +412,7 @@ fn weighed(values: mat4x4<f32>, weights: mat4x4<f32>, is_seen: Seen) -> mat4x4<f
     return values * weights;
 }
 
-// Zeros in place of the tokens that are not seen.
+// Unseen tokens replaced by zeros.
 fn masked(values: mat4x4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
     return mat4x4(
         select(vec4(0.0), values[0], is_seen.x),
@@ -423,48 +422,48 @@ fn masked(values: mat4x4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
     );
 }
 
-// Each row's column times a factor of its own.
+// Column r times by[r].
 fn scaled(sums: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
     return mat4x4(sums[0] * by.x, sums[1] * by.y, sums[2] * by.z, sums[3] * by.w);
 }
 
-// The maximum, or the sum, over the lanes of what each thread tells. All slices of a lane tell the same.
+// The maximum or the sum of `mine` over the lanes. All slices of a lane pass the same value.
 fn over_lanes(local: u32, mine: vec4<f32>, is_max: bool) -> vec4<f32> {
-    // Others may still be reading what was told before.
+    // Wait until all have read the earlier content.
     workgroupBarrier();
-    told[threads + local] = mine;
+    shared_vectors[threads + local] = mine;
     workgroupBarrier();
     for (var stride = threads / 2u; stride >= params.slices; stride /= 2u) {
         if local < stride {
-            let near = told[threads + local];
-            let far = told[threads + local + stride];
-            told[threads + local] = select(near + far, max(near, far), is_max);
+            let near = shared_vectors[threads + local];
+            let far = shared_vectors[threads + local + stride];
+            shared_vectors[threads + local] = select(near + far, max(near, far), is_max);
         }
         workgroupBarrier();
     }
-    return told[threads];
+    return shared_vectors[threads];
 }
 
-// What all sums of a workgroup are written with.
+// What write_fours needs beside the sums.
 struct Sums {
     group: vec3<u32>,
     row: vec4<u32>,
-    // What brings a thread's sums to the highest score of all.
+    // The factor that makes an invocation's sums relative to the highest score of all.
     fade: vec4<f32>,
     highest: vec4<f32>,
     total: vec4<f32>,
 }
 
-// Adds up four quads of all lanes, the i-th of each thread and on, and writes them.
+// Adds up quads i to i + 3 of each invocation over all lanes, and writes them.
 fn write_fours(local: u32, sums: Sums, i: u32, quads: Quads) {
     if threads <= 32u {
-        // Few threads have room to tell all four at once.
+        // With few invocations, workgroup memory holds all four at once.
         workgroupBarrier();
-        tell(local, 0u, quads.x, sums.fade);
-        tell(local, 1u, quads.y, sums.fade);
-        tell(local, 2u, quads.z, sums.fade);
-        tell(local, 3u, quads.w, sums.fade);
-        write_told(local, sums, i, 4u);
+        share(local, 0u, quads.x, sums.fade);
+        share(local, 1u, quads.y, sums.fade);
+        share(local, 2u, quads.z, sums.fade);
+        share(local, 3u, quads.w, sums.fade);
+        write_shared(local, sums, i, 4u);
         return;
     }
     write_quads(local, sums, i, quads.x);
@@ -473,57 +472,57 @@ fn write_fours(local: u32, sums: Sums, i: u32, quads: Quads) {
     write_quads(local, sums, i + 3u, quads.w);
 }
 
-// Adds up the i-th quads of all lanes, and writes them, if there are any.
+// Adds up quad i over all lanes, and writes it, if it lies within the head.
 fn write_quads(local: u32, sums: Sums, i: u32, quads: mat4x4<f32>) {
     if i * params.slices < params.value_quads {
         workgroupBarrier();
-        tell(local, 0u, quads, sums.fade);
-        write_told(local, sums, i, 1u);
+        share(local, 0u, quads, sums.fade);
+        write_shared(local, sums, i, 1u);
     }
 }
 
-fn tell(local: u32, k: u32, quads: mat4x4<f32>, fade: vec4<f32>) {
+fn share(local: u32, k: u32, quads: mat4x4<f32>, fade: vec4<f32>) {
     let faded = scaled(quads, fade);
     let at = local + k * ROWS * threads;
-    told[at] = faded[0];
-    told[at + threads] = faded[1];
-    told[at + 2u * threads] = faded[2];
-    told[at + 3u * threads] = faded[3];
+    shared_vectors[at] = faded[0];
+    shared_vectors[at + threads] = faded[1];
+    shared_vectors[at + 2u * threads] = faded[2];
+    shared_vectors[at + 3u * threads] = faded[3];
 }
 
-// Adds up the `count` quads that all lanes have told, the i-th of each thread and on, and writes them: one
-// for each quad, row and slice.
-fn write_told(local: u32, sums: Sums, i: u32, count: u32) {
+// Adds up `count` quads from workgroup memory over all lanes, quad i of each invocation first, and writes
+// one result for each quad, row and slice.
+fn write_shared(local: u32, sums: Sums, i: u32, count: u32) {
     workgroupBarrier();
     let slices = params.slices;
-    // All threads are busy: where these are fewer quads, the lanes of one are added up in parts.
+    // With fewer results than invocations, several invocations share the lanes of one result.
     let all = count * ROWS * slices;
     let parts = threads / all;
-    var sum = told_by(local / parts, local % parts * (count * ROWS), count * ROWS);
+    var sum = sum_over_lanes(local / parts, local % parts * (count * ROWS), count * ROWS);
     if parts > 1u {
         workgroupBarrier();
-        told[local] = sum;
+        shared_vectors[local] = sum;
         workgroupBarrier();
         sum = vec4(0.0);
         for (var p = 0u; p < parts; p++) {
-            sum += told[min(local, all - 1u) * parts + p];
+            sum += shared_vectors[min(local, all - 1u) * parts + p];
         }
     }
     let r = local / slices % ROWS;
     let quad = (i + local / (slices * ROWS)) * slices + local % slices;
     let rows = params.group * params.tokens;
-    // No thread leaves early: barriers follow, and some compilers want to see that all come to them.
+    // No invocation returns early: barriers follow, and they must be in uniform control flow.
     if local < all && quad < params.value_quads && sums.group.x * ROWS + r < rows {
         write_sum(sums, r, quad, sum);
     }
 }
 
-// Writes one quad of row r: of the output or, of several splits, of this one's part of it.
+// Writes one quad of row r: to the output or, with several splits, to this split's partial result.
 fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
     let b = sums.group.y / params.kv.heads;
     let h = sums.group.y % params.kv.heads;
     if params.splits == 1u {
-        write_elements(place(params.output, b, h, sums.row[r]), quad, sum / sums.total[r]);
+        write_elements(row_start(params.output, b, h, sums.row[r]), quad, sum / sums.total[r]);
     } else {
         let rows = params.group * params.tokens;
         let results = params.kv.batch * params.kv.heads * rows;
@@ -536,14 +535,14 @@ fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
     }
 }
 
-// The sum of one of the told quads (its number counts slices first, then rows) over `count` lanes.
-fn told_by(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
+// The sum of one quad in workgroup memory over `count` lanes; `number` is row * slices + slice.
+fn sum_over_lanes(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
     let slices = params.slices;
     var at = number / slices * threads + number % slices + first_lane * slices;
     let end = at + count * slices;
     var sum = vec4(0.0);
     loop {
-        sum += told[at];
+        sum += shared_vectors[at];
         at += slices;
         if at == end {
             break;

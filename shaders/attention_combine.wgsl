@@ -66,6 +66,6 @@ fn place(row: u32) -> u32 {
     let r = row % rows;
     let b = row / rows / params.heads;
     let head = row / rows % params.heads * params.group + r % params.group;
-    let lie = params.output;
-    return lie.offset + b * lie.stride_b + head * lie.stride_h + (r / params.group) * lie.stride_t;
+    let strides = params.output;
+    return strides.offset + b * strides.stride_b + head * strides.stride_h + (r / params.group) * strides.stride_t;
 }

@@ -23,7 +23,7 @@ fn share(number: u32, local: u32) -> Share {
     return Share(head, tile * TILE + local / RUN * (4u * RUN) + local % RUN);
 }
 
-// Where a thread's columns lie in row 0 of a ring, and which of them are there.
+// The words of an invocation's columns in row 0 of a ring, and which of them exist.
 struct Columns {
     at: vec4<u32>,
     is_live: vec4<bool>,

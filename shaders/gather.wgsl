@@ -24,7 +24,7 @@ struct Params {
     start: u32,
     len: u32,
     capacity: u32,
-    // Where the moves lie in `lists`, and in them where the cycles begin and all of it ends.
+    // Words of `lists`: the first of the moves, the first of the cycles, one past the last.
     list_at: u32,
     cycles_at: u32,
     list_end: u32,

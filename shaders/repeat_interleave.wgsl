@@ -26,7 +26,7 @@ struct Params {
     len: u32,
     old_capacity: u32,
     new_capacity: u32,
-    // Where the copies lie in `lists`, and how long the list is.
+    // First word of the list of copies in `lists`, and its length in words.
     list_at: u32,
     list_end: u32,
 }

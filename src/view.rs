@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::arena::Placed;
+use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::device::DeviceHandle;
 use crate::gpu::ledger::Ledger;
@@ -95,7 +95,7 @@ impl std::fmt::Debug for Owner {
 /// Where the table of a paged view lies.
 #[derive(Clone, Debug)]
 pub(crate) struct PageTable {
-    pub(crate) placed: Placed,
+    pub(crate) allocation: Allocation,
     /// Word of row 0's first page, and from one row to the next.
     pub(crate) at: u32,
     pub(crate) stride: u32,
@@ -278,7 +278,7 @@ impl LayerView {
     /// what was recorded up to the cache's next update has run, also if the cache is reset or dropped before;
     /// take it from a fresh view at every step.
     pub fn page_table(&self) -> Option<&wgpu::Buffer> {
-        self.pages.as_ref().map(|pages| &pages.placed.buffer)
+        self.pages.as_ref().map(|pages| &pages.allocation.buffer)
     }
 }
 

@@ -2,16 +2,16 @@
 //!
 //! `queue.write_buffer` takes effect before *all* commands of the next submit, so bytes that a recorded
 //! dispatch reads must not be rewritten before that dispatch has run, and only the engine knows when it
-//! submits. So a chunk is filled once, front to back. Every recorded call holds a [`Lease`] on its chunk
-//! until the GPU is done with it, and only a chunk without a lease is filled anew. Data that a chunk already
+//! submits. So a chunk is filled once, front to back. Every recorded call holds a [`RegionGuard`] on its chunk
+//! until the GPU is done with it, and only a chunk without a guard is filled anew. Data that a chunk already
 //! holds is found again instead of being written twice: all layers of a step share one copy. A steady decode
 //! loop alternates between two chunks that exist from the start. Long pieces, such as large page tables, have
 //! chunks of their own, which are kept as long as they come again.
 //!
-//! An engine's own passes read page tables, too, and hold no lease. As long as a cache goes on, the call that
+//! An engine's own passes read page tables, too, and hold no guard. As long as a cache goes on, the call that
 //! replaces a table holds it: passes are submitted in order, so what was recorded before that call has run when
 //! it has. After a reset, or without the cache, no such call comes, and a dropped pass proves nothing. Then the
-//! lease is *abandoned*: its chunk is never filled anew, and its memory goes when the engine lets go of it.
+//! guard is *abandoned*: its chunk is never filled anew, and its memory goes when the engine lets go of it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +38,7 @@ pub(crate) const PARAMS_BYTES: u32 = 256;
 
 /// Keeps a chunk's content in place for as long as it lives. Holds nothing of wgpu's: it goes into callbacks,
 /// which must be `Send`, and in a browser nothing of wgpu's is.
-pub(crate) type Lease = Arc<Content>;
+pub(crate) type RegionGuard = Arc<Content>;
 
 /// The content of a chunk.
 #[derive(Debug, Default)]
@@ -114,13 +114,13 @@ fn bind_witness(
 
 /// Where a piece of data has been put.
 #[derive(Clone, Debug)]
-pub(crate) struct Placed {
+pub(crate) struct Allocation {
     /// The chunk.
     pub(crate) buffer: wgpu::Buffer,
     /// Byte offset of the piece in the chunk.
     pub(crate) offset: u32,
     pub(crate) bound: Arc<Bound>,
-    pub(crate) lease: Lease,
+    pub(crate) guard: RegionGuard,
 }
 
 #[derive(Debug)]
@@ -153,7 +153,7 @@ struct Chunk {
     /// First free byte.
     cursor: u32,
     bound: Arc<Bound>,
-    lease: Lease,
+    guard: RegionGuard,
     /// Whether it was made for long pieces.
     is_long: bool,
     /// When it was taken into use, counted in chunks: the latest of its sort is filled.
@@ -176,34 +176,34 @@ impl Chunk {
         let buffer = handle.create_shared_buffer("kvcache parameters", bytes, usage)?;
         let own = handle.own_buffers.add(&buffer);
         let bound = Arc::new(Bound::new(handle, layouts, &buffer, pages)?);
-        let (lease, contents) = (Lease::default(), HashMap::new());
+        let (guard, contents) = (RegionGuard::default(), HashMap::new());
         let (cursor, is_long, used) = (0, false, 0);
-        Ok(Self { buffer, bytes, cursor, bound, lease, is_long, used, contents, _own: own })
+        Ok(Self { buffer, bytes, cursor, bound, guard, is_long, used, contents, _own: own })
     }
 
-    fn is_leased(&self) -> bool {
-        Arc::strong_count(&self.lease) > 1
+    fn is_guarded(&self) -> bool {
+        Arc::strong_count(&self.guard) > 1
     }
 
     /// Fills the next `bytes`, which are free, with `words`.
-    fn put(&mut self, handle: &DeviceHandle, bytes: u32, words: &[u32]) -> Result<Placed> {
+    fn put(&mut self, handle: &DeviceHandle, bytes: u32, words: &[u32]) -> Result<Allocation> {
         let offset = self.cursor;
         handle.write(&self.buffer, u64::from(offset), bytemuck::cast_slice(words))?;
         self.cursor += bytes;
         self.contents.insert(words.into(), offset);
-        Ok(self.placed(offset))
+        Ok(self.allocation(offset))
     }
 
     fn has_room(&self, bytes: u32) -> bool {
         self.bytes - self.cursor >= bytes
     }
 
-    fn placed(&self, offset: u32) -> Placed {
-        Placed {
+    fn allocation(&self, offset: u32) -> Allocation {
+        Allocation {
             buffer: self.buffer.clone(),
             offset,
             bound: Arc::clone(&self.bound),
-            lease: Arc::clone(&self.lease),
+            guard: Arc::clone(&self.guard),
         }
     }
 }
@@ -214,7 +214,7 @@ pub(crate) struct Arena {
     chunks: Vec<Chunk>,
     /// Chunks taken into use.
     clock: u64,
-    /// Abandoned chunks that are still leased.
+    /// Abandoned chunks that are still guarded.
     retired: Vec<Chunk>,
     /// A chunk that nothing is put into.
     unused: Chunk,
@@ -268,9 +268,9 @@ impl Arena {
         handle: &DeviceHandle,
         layouts: &Layouts,
     ) -> Result<()> {
-        self.retired.retain(Chunk::is_leased);
+        self.retired.retain(Chunk::is_guarded);
         for chunk in &mut self.chunks {
-            if chunk.lease.is_abandoned() && !chunk.is_long {
+            if chunk.guard.is_abandoned() && !chunk.is_long {
                 let fresh = Chunk::new(handle, layouts, CHUNK_BYTES, self.witnesses.pages())?;
                 let fresh = Chunk { used: chunk.used, ..fresh };
                 self.retired.push(std::mem::replace(chunk, fresh));
@@ -280,19 +280,19 @@ impl Arena {
     }
 
     /// Puts `words` where a dispatch can read them.
-    pub(crate) fn place(
+    pub(crate) fn upload(
         &mut self,
         handle: &DeviceHandle,
         layouts: &Layouts,
         words: &[u32],
-    ) -> Result<Placed> {
+    ) -> Result<Allocation> {
         let bytes = space(words.len())?;
-        // Only the chunk that is being filled is asked, so that the others run out of leases.
+        // Only the chunk that is being filled is asked, so that the others run out of guards.
         let filled = self.filled(bytes > CHUNK_BYTES).map(|index| &self.chunks[index]);
         if let Some((chunk, &offset)) =
             filled.and_then(|chunk| Some((chunk, chunk.contents.get(words)?)))
         {
-            return Ok(chunk.placed(offset));
+            return Ok(chunk.allocation(offset));
         }
         let index = self.room(handle, layouts, bytes, bytes > CHUNK_BYTES)?;
         self.chunks[index].put(handle, bytes, words)
@@ -306,7 +306,7 @@ impl Arena {
         layouts: &Layouts,
         words: usize,
         spare: usize,
-    ) -> Result<Placed> {
+    ) -> Result<Allocation> {
         let (bytes, spare) = (space(words)?, space(spare)?);
         let both = bytes.checked_add(spare).ok_or_else(|| too_long(words))?;
         let is_long = bytes > SMALL_BYTES || both > CHUNK_BYTES;
@@ -314,33 +314,33 @@ impl Arena {
         let chunk = &mut self.chunks[index];
         let offset = chunk.cursor;
         chunk.cursor += bytes;
-        Ok(chunk.placed(offset))
+        Ok(chunk.allocation(offset))
     }
 
     /// Puts `words` into the chunk of a reserved piece; `None` where that is full, or keeps an ordinary chunk
     /// from being filled anew: then it is time for the piece to move.
-    pub(crate) fn place_beside(
+    pub(crate) fn upload_beside(
         &mut self,
         handle: &DeviceHandle,
-        piece: &Placed,
+        piece: &Allocation,
         words: &[u32],
-    ) -> Result<Option<Placed>> {
+    ) -> Result<Option<Allocation>> {
         if !self.is_in_place(piece) {
             return Ok(None);
         }
         let bytes = space(words.len())?;
-        let is_its = |chunk: &&mut Chunk| Arc::ptr_eq(&chunk.lease, &piece.lease);
+        let is_its = |chunk: &&mut Chunk| Arc::ptr_eq(&chunk.guard, &piece.guard);
         let Some(chunk) = self.chunks.iter_mut().find(is_its) else { return Ok(None) };
         if let Some(&offset) = chunk.contents.get(words) {
-            return Ok(Some(chunk.placed(offset)));
+            return Ok(Some(chunk.allocation(offset)));
         }
         chunk.has_room(bytes).then(|| chunk.put(handle, bytes, words)).transpose()
     }
 
     /// Whether a reserved piece may stay where it is: in a chunk for long ones, or in the ordinary one that is
     /// being filled.
-    pub(crate) fn is_in_place(&self, piece: &Placed) -> bool {
-        let index = self.chunks.iter().position(|chunk| Arc::ptr_eq(&chunk.lease, &piece.lease));
+    pub(crate) fn is_in_place(&self, piece: &Allocation) -> bool {
+        let index = self.chunks.iter().position(|chunk| Arc::ptr_eq(&chunk.guard, &piece.guard));
         index.is_some_and(|at| self.chunks[at].is_long || self.filled(false) == Some(at))
     }
 
@@ -373,7 +373,7 @@ impl Arena {
             });
         }
         let idle = |chunk: &Chunk| {
-            let is_free = !chunk.is_leased() && !chunk.lease.is_abandoned();
+            let is_free = !chunk.is_guarded() && !chunk.guard.is_abandoned();
             chunk.is_long == is_long && is_free && chunk.bytes >= bytes
         };
         let index = match self.chunks.iter().position(idle) {
@@ -393,14 +393,14 @@ impl Arena {
         (chunk.used, chunk.cursor) = (clock, 0);
         chunk.contents.clear();
         // Long pieces should not keep their memory for good, and what was abandoned is not filled anew. A chunk
-        // that is leased may have to be bound with further witnesses.
-        let lease = Arc::clone(&chunk.lease);
-        self.retired.retain(Chunk::is_leased);
+        // that is guarded may have to be bound with further witnesses.
+        let guard = Arc::clone(&chunk.guard);
+        self.retired.retain(Chunk::is_guarded);
         self.chunks.retain(|chunk| {
             let is_kept = !chunk.is_long || chunk.used + KEPT > clock;
-            chunk.is_leased() || (is_kept && !chunk.lease.is_abandoned())
+            chunk.is_guarded() || (is_kept && !chunk.guard.is_abandoned())
         });
-        let index = self.chunks.iter().position(|chunk| Arc::ptr_eq(&chunk.lease, &lease));
+        let index = self.chunks.iter().position(|chunk| Arc::ptr_eq(&chunk.guard, &guard));
         Ok(index.expect("the chunk was taken into use just now"))
     }
 }

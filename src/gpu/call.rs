@@ -3,21 +3,21 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Error, Result};
-use crate::gpu::arena::Lease;
+use crate::gpu::arena::RegionGuard;
 use crate::gpu::kernels::Dispatch;
 use crate::gpu::ledger::Ledger;
 
 /// What a call will record.
 #[derive(Debug, Default)]
 pub(crate) struct Call {
-    leases: Vec<Lease>,
+    guards: Vec<RegionGuard>,
     dispatches: Vec<Dispatch>,
 }
 
 impl Call {
     /// Keeps these in place until the pass has run.
-    pub(crate) fn hold(&mut self, leases: Vec<Lease>) {
-        self.leases.extend(leases);
+    pub(crate) fn hold(&mut self, guards: Vec<RegionGuard>) {
+        self.guards.extend(guards);
     }
 
     pub(crate) fn add(&mut self, dispatch: Dispatch) {
@@ -31,18 +31,18 @@ impl Call {
     /// numbers of the pipelines and bind groups are nobody's. That is an error here, and the cache has not moved
     /// on yet.
     pub(crate) fn record(self, pass: &mut wgpu::ComputePass<'_>, ledger: &Ledger) -> Result<()> {
-        let Self { mut leases, dispatches } = self;
+        let Self { mut guards, dispatches } = self;
         let count = dispatches.len();
-        if count == 0 && leases.is_empty() {
+        if count == 0 && guards.is_empty() {
             return Ok(());
         }
         let witness = ledger.witness().filter(|_| count > 0);
         let recorded = catch_unwind(AssertUnwindSafe(|| {
             for (at, dispatch) in dispatches.into_iter().enumerate() {
                 let witness = witness.filter(|_| at + 1 == count);
-                dispatch.record(pass, witness, &mut leases);
+                dispatch.record(pass, witness, &mut guards);
             }
-            ledger.record(pass, leases);
+            ledger.record(pass, guards);
         }));
         if recorded.is_err() {
             return Err(Error::OtherDevice { what: "the pass" });

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::error::{Error, Result};
-use crate::gpu::arena::Lease;
+use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::pass_number;
 use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
@@ -93,11 +93,11 @@ impl Ledger {
         self.0.witness.get()
     }
 
-    /// Notes one recorded call, and holds `leases` until the GPU has run it.
-    pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, leases: Vec<Lease>) {
+    /// Notes one recorded call, and holds `guards` until the GPU has run it.
+    pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, guards: Vec<RegionGuard>) {
         self.0.recorded.fetch_add(1, Ordering::Relaxed);
         let mark = self.passes().mark(pass_number(pass));
-        let ticket = Ticket { ledger: self.clone(), is_done: false, leases, _pass: mark };
+        let ticket = Ticket { ledger: self.clone(), is_done: false, guards, _pass: mark };
         pass.on_submitted_work_done(move || ticket.finish());
     }
 
@@ -169,7 +169,7 @@ fn low_word(count: u64) -> u32 {
 struct Ticket {
     ledger: Ledger,
     is_done: bool,
-    leases: Vec<Lease>,
+    guards: Vec<RegionGuard>,
     /// Keeps the pass among those that may still run.
     _pass: Arc<()>,
 }
@@ -186,7 +186,7 @@ impl Drop for Ticket {
         if !self.is_done {
             self.ledger.0.dropped.fetch_add(1, Ordering::AcqRel);
             // That this pass is gone says nothing about those that were recorded before it.
-            self.leases.iter().for_each(|lease| lease.abandon());
+            self.guards.iter().for_each(|guard| guard.abandon());
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::arena::{Arena, Bound, Layouts, Placed};
+use super::arena::{Allocation, Arena, Bound, Layouts};
 use super::device::DeviceHandle;
 use super::witness::Witness;
 use crate::error::Result;
@@ -34,27 +34,31 @@ impl Uploads {
     }
 
     /// Puts a list or parameters into a buffer that a dispatch can read.
-    pub(crate) fn place(&self, words: &[u32]) -> Result<Placed> {
-        self.arena().place(&self.device, &self.layouts, words)
+    pub(crate) fn upload(&self, words: &[u32]) -> Result<Allocation> {
+        self.arena().upload(&self.device, &self.layouts, words)
     }
 
     /// Reserves a piece that its owner writes bit by bit, with space beside it for a list of `spare` words.
-    pub(crate) fn reserve(&self, words: usize, spare: usize) -> Result<Placed> {
+    pub(crate) fn reserve(&self, words: usize, spare: usize) -> Result<Allocation> {
         self.arena().reserve(&self.device, &self.layouts, words, spare)
     }
 
     /// Puts `words` into the buffer of a reserved piece; `None` if the piece has to move first.
-    pub(crate) fn place_beside(&self, piece: &Placed, words: &[u32]) -> Result<Option<Placed>> {
-        self.arena().place_beside(&self.device, piece, words)
+    pub(crate) fn upload_beside(
+        &self,
+        piece: &Allocation,
+        words: &[u32],
+    ) -> Result<Option<Allocation>> {
+        self.arena().upload_beside(&self.device, piece, words)
     }
 
     /// Whether a reserved piece may stay in its chunk.
-    pub(crate) fn is_in_place(&self, piece: &Placed) -> bool {
+    pub(crate) fn is_in_place(&self, piece: &Allocation) -> bool {
         self.arena().is_in_place(piece)
     }
 
     /// Writes words of a reserved piece that nothing has read yet, from its word `at` on.
-    pub(crate) fn write_piece(&self, piece: &Placed, at: usize, words: &[u32]) -> Result<()> {
+    pub(crate) fn write_piece(&self, piece: &Allocation, at: usize, words: &[u32]) -> Result<()> {
         let offset = u64::from(piece.offset) + 4 * at as u64;
         self.device.write(&piece.buffer, offset, bytemuck::cast_slice(words))
     }
@@ -74,7 +78,7 @@ impl Uploads {
         self.arena().witness_page(page)
     }
 
-    /// To be called once leases were abandoned.
+    /// To be called once guards were abandoned.
     pub(crate) fn replace_abandoned(&self) {
         // If that fails, the next call that needs a chunk makes it, and reports the error.
         let _ = self.arena().replace_abandoned(&self.device, &self.layouts);

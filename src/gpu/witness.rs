@@ -26,7 +26,7 @@ struct Word {
 }
 
 /// A word of a cache's own: it counts the calls of which the last dispatch has run. Holds nothing of wgpu's,
-/// as a lease does not.
+/// as a guard does not.
 #[derive(Debug)]
 pub(crate) struct Witness {
     word: Word,

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use crate::host::position::Order;
+use crate::host::position::WritePlan;
 use crate::host::words::Words;
 
 /// Words of a row's table that a change of the batch leaves free, so that the next pages need no new table.
@@ -180,15 +180,15 @@ impl PageMap {
         self.copies((0..self.batch).map(|row| self.page(row, self.row_pages - 1)))
     }
 
-    /// What a write of `order` needs, after which `new_len` tokens are live. Changes nothing.
-    pub(crate) fn wanted(&self, order: &Order, tokens: usize, new_len: usize) -> Wanted {
+    /// What a write of `plan` needs, after which `new_len` tokens are live. Changes nothing.
+    pub(crate) fn wanted(&self, plan: &WritePlan, tokens: usize, new_len: usize) -> Wanted {
         let new = self.new_pages(new_len);
-        if self.is_unshared(order, tokens) {
+        if self.is_unshared(plan, tokens) {
             return Wanted { new, copies: 0 };
         }
         let rows = 0..self.batch;
         let touched = rows.flat_map(|row| {
-            let indices = self.touched(order, row, tokens, new_len);
+            let indices = self.touched(plan, row, tokens, new_len);
             indices.into_iter().map(move |index| self.page(row, index))
         });
         Wanted { new, copies: self.copies(touched) }
@@ -213,14 +213,14 @@ impl PageMap {
 
     /// Whether a write surely goes to no page that rows share, as an append to rows that have all been
     /// appended to.
-    fn is_unshared(&self, order: &Order, tokens: usize) -> bool {
+    fn is_unshared(&self, plan: &WritePlan, tokens: usize) -> bool {
         self.shared == 0
-            || match order {
-                Order::Run { first, zeros } => {
+            || match plan {
+                WritePlan::Run { first, zeros } => {
                     let old = self.old_pages(*first as usize, *zeros as usize + tokens);
                     old.is_empty() || (old.start + 1 == self.row_pages && self.has_own_tails)
                 }
-                Order::List(_) => false,
+                WritePlan::List(_) => false,
             }
     }
 
@@ -231,18 +231,18 @@ impl PageMap {
         if positions == 0 { 0..0 } else { from..to.min(self.row_pages) }
     }
 
-    /// Makes room for a write of `order`, after which `new_len` tokens are live: new pages behind each
+    /// Makes room for a write of `plan`, after which `new_len` tokens are live: new pages behind each
     /// row, and for each page that several rows name and one of them writes into, a page of its own.
     /// Where the table has no room for the new pages, it is laid out anew with `stride` words a row.
     pub(crate) fn write(
         &mut self,
-        order: &Order,
+        plan: &WritePlan,
         tokens: usize,
         new_len: usize,
         stride: usize,
     ) -> Written {
         let (old_pages, new_pages) = (self.row_pages, self.pages_of(new_len));
-        let is_unshared = self.is_unshared(order, tokens);
+        let is_unshared = self.is_unshared(plan, tokens);
         let mut written = Written::default();
         if self.first + new_pages > self.stride {
             self.lay_out(stride.max(new_pages));
@@ -254,7 +254,7 @@ impl PageMap {
         }
         for row in 0..self.batch {
             let touched =
-                if is_unshared { Vec::new() } else { self.touched(order, row, tokens, new_len) };
+                if is_unshared { Vec::new() } else { self.touched(plan, row, tokens, new_len) };
             for index in touched {
                 let (word, page) = (self.word(row, index), self.page(row, index));
                 if self.counts.get(page as usize) > 1 {
@@ -274,29 +274,29 @@ impl PageMap {
             }
         }
         self.row_pages = new_pages;
-        self.has_own_tails |= new_pages > old_pages || self.reaches_tails(order, tokens);
+        self.has_own_tails |= new_pages > old_pages || self.reaches_tails(plan, tokens);
         written.copies.sort_unstable();
         written
     }
 
     /// Whether a write goes into the last page of every row.
-    fn reaches_tails(&self, order: &Order, tokens: usize) -> bool {
-        match order {
-            Order::Run { first, zeros } => {
+    fn reaches_tails(&self, plan: &WritePlan, tokens: usize) -> bool {
+        match plan {
+            WritePlan::Run { first, zeros } => {
                 let old = self.old_pages(*first as usize, *zeros as usize + tokens);
                 old.end == self.row_pages && !old.is_empty()
             }
-            Order::List(_) => false,
+            WritePlan::List(_) => false,
         }
     }
 
-    /// The pages of a row, of those that it has, that a write of `order` goes to: in order, each once.
-    fn touched(&self, order: &Order, row: usize, tokens: usize, new_len: usize) -> Vec<usize> {
-        match order {
-            Order::Run { first, zeros } => {
+    /// The pages of a row, of those that it has, that a write of `plan` goes to: in order, each once.
+    fn touched(&self, plan: &WritePlan, row: usize, tokens: usize, new_len: usize) -> Vec<usize> {
+        match plan {
+            WritePlan::Run { first, zeros } => {
                 self.old_pages(*first as usize, *zeros as usize + tokens).collect()
             }
-            Order::List(list) => {
+            WritePlan::List(list) => {
                 let before = list.positions(row).take_while(|&position| position < list.len);
                 let pages = before.map(|position| self.old_pages(position as usize, 1).start);
                 // Of what lies behind, every position is written: with a token or as a gap.

@@ -46,19 +46,19 @@ pub(crate) const SKIP: u32 = u32::MAX;
 
 /// Which token goes to which position.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Order {
+pub(crate) enum WritePlan {
     /// Positions `first..first + zeros` become zero, and the T tokens follow in order.
     Run {
         first: u32,
         zeros: u32,
     },
-    List(List),
+    List(PositionList),
 }
 
 /// Positions in any order, for each batch row its own or the same for all. Every position from the old length
 /// to the new one that a row does not name becomes zero: its gap, which the list only counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct List {
+pub(crate) struct PositionList {
     /// As a kernel reads it. For each list two words, how many of its positions lie before the gap and how
     /// many the gap has, then `named` pairs (position, token), lowest position first.
     pub(crate) words: Vec<u32>,
@@ -71,7 +71,7 @@ pub(crate) struct List {
     pub(crate) per_row: bool,
 }
 
-impl List {
+impl PositionList {
     /// Words from one list to the next.
     pub(crate) fn stride(&self) -> usize {
         2 * (self.named as usize + 1)
@@ -91,7 +91,7 @@ impl List {
     }
 }
 
-impl Order {
+impl WritePlan {
     /// The list, as a kernel reads it.
     pub(crate) fn list(&self) -> Option<&[u32]> {
         match self {
@@ -230,7 +230,7 @@ fn distinct(positions: &[u32]) -> usize {
 
 /// What goes where, for positions that [`check`] has passed: from `len` live tokens to `new_len`. No longer
 /// than the positions that are named, whatever the gap.
-pub(crate) fn order(position: CachePosition<'_>, len: usize, new_len: usize) -> Order {
+pub(crate) fn plan_write(position: CachePosition<'_>, len: usize, new_len: usize) -> WritePlan {
     if let Some(first) = run_of(position) {
         return run(first, len);
     }
@@ -252,7 +252,7 @@ pub(crate) fn order(position: CachePosition<'_>, len: usize, new_len: usize) -> 
         words.extend(list.as_flattened());
         words.extend([SKIP, 0].repeat(longest - list.len()));
     }
-    Order::List(List {
+    WritePlan::List(PositionList {
         words,
         named: narrow(longest),
         gap: narrow(longest_gap),
@@ -277,9 +277,9 @@ fn are_equal(rows: &[Vec<u32>]) -> bool {
 }
 
 /// Consecutive positions from `first` on, with zeros before them where they leave a gap.
-fn run(first: usize, len: usize) -> Order {
+fn run(first: usize, len: usize) -> WritePlan {
     let zeros = first.saturating_sub(len);
-    Order::Run { first: narrow(first - zeros), zeros: narrow(zeros) }
+    WritePlan::Run { first: narrow(first - zeros), zeros: narrow(zeros) }
 }
 
 /// One past the highest of `positions`.

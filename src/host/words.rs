@@ -72,7 +72,7 @@ impl Words {
     /// Replaces the word at `index`, which must be less than the length.
     pub(crate) fn set(&mut self, index: usize, word: u32) {
         debug_assert!(index < self.len);
-        place(&mut self.root, self.height, index, word);
+        insert(&mut self.root, self.height, index, word);
     }
 
     pub(crate) fn push(&mut self, word: u32) {
@@ -80,7 +80,7 @@ impl Words {
             self.root = Arc::new(Node::Branch(vec![Arc::clone(&self.root)]));
             self.height += 1;
         }
-        place(&mut self.root, self.height, self.len, word);
+        insert(&mut self.root, self.height, self.len, word);
         self.len += 1;
     }
 
@@ -105,7 +105,7 @@ fn child(index: usize, height: u32) -> usize {
 }
 
 /// Puts a word into its leaf. Nodes that another vector shares are copied first.
-fn place(node: &mut Arc<Node>, height: u32, index: usize, word: u32) {
+fn insert(node: &mut Arc<Node>, height: u32, index: usize, word: u32) {
     match Arc::make_mut(node) {
         Node::Leaf(words) => words[index % WIDTH] = word,
         Node::Branch(children) => {
@@ -119,7 +119,7 @@ fn place(node: &mut Arc<Node>, height: u32, index: usize, word: u32) {
                 };
                 children.push(Arc::new(node));
             }
-            place(&mut children[at], height - 1, index, word);
+            insert(&mut children[at], height - 1, index, word);
         }
     }
 }

@@ -3,24 +3,24 @@
 //! A change is staged first: everything is checked, allocated and prepared, and nothing is altered. A
 //! staged change cannot fail any more; committing it records its dispatches and moves the layer on.
 //!
-//! How the tokens lie in the memory is what kinds differ in: a [`Held`] of theirs.
+//! Kinds differ in how the tokens lie in the memory: see [`Arrangement`].
 
 use std::fmt::Debug;
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::gpu::arena::{Lease, Placed};
+use crate::gpu::arena::{Allocation, RegionGuard};
 use crate::gpu::bind_groups::Purpose;
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{AppendShape, Dispatch, Positions};
-use crate::host::position::{self, CachePosition, Order};
+use crate::host::position::{self, CachePosition, WritePlan};
 use crate::storage::store::{Shape, Store};
 use crate::tensor::TensorView;
 use crate::view::LayerView;
 
-/// What a written layer holds, and where: a ring or pages.
-pub(crate) trait Held: Debug + Sized {
+/// How the tokens of a written layer lie in its memory: in rings or in pages.
+pub(crate) trait Arrangement: Debug + Sized {
     /// What the kind decides about its layers.
     type Policy: Debug;
 
@@ -39,7 +39,7 @@ pub(crate) trait Held: Debug + Sized {
     fn truncate(&mut self, policy: &mut Self::Policy, length: usize);
 
     /// Where a table lies that views have shown; `None` for a ring.
-    fn table(&self) -> Option<&Lease> {
+    fn table(&self) -> Option<&RegionGuard> {
         None
     }
 
@@ -53,14 +53,14 @@ pub(crate) trait Held: Debug + Sized {
         0
     }
 
-    /// Finds the room for new tokens: in the memory at hand, in what a reset has left, or in new memory
-    /// that the live tokens are copied to.
-    fn stage_room(
-        place: Place<'_, Self>,
+    /// Finds memory for new tokens: the layer's own, what a reset has left, or new memory that the live
+    /// tokens are copied to.
+    fn stage_write(
+        state: LayerState<'_, Self>,
         policy: &mut Self::Policy,
         shape: Shape,
         tokens: NewTokens<'_>,
-    ) -> Result<Room<Self>>;
+    ) -> Result<StagedWrite<Self>>;
 
     /// Refuses a change to `batch` rows that has no room, from counts alone.
     fn check_batch(
@@ -92,16 +92,16 @@ pub(crate) trait Held: Debug + Sized {
     ) -> Result<Option<Staged<Self>>>;
 }
 
-/// A layer as a change finds it.
+/// A layer before a change.
 #[derive(Debug)]
-pub(crate) struct Place<'a, L> {
+pub(crate) struct LayerState<'a, L> {
     pub(crate) gpu: &'a Gpu,
     pub(crate) layer: usize,
     pub(crate) store: Option<&'a Store>,
-    pub(crate) held: Option<&'a L>,
+    pub(crate) arrangement: Option<&'a L>,
 }
 
-/// New tokens on their way into a layer: all but their content. Their positions are checked.
+/// The positions and counts of new tokens, checked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NewTokens<'a> {
     pub(crate) position: CachePosition<'a>,
@@ -113,29 +113,22 @@ pub(crate) struct NewTokens<'a> {
 }
 
 impl NewTokens<'_> {
-    /// Which token goes where. As long as the positions that are named: to be asked once there is room for
-    /// the tokens. Refuses a list that is more than a kernel can read, before it is made.
-    pub(crate) fn order(&self, gpu: &Gpu) -> Result<Order> {
+    /// Which token goes to which position. As long as the positions that the caller names, so it is made after
+    /// all checks that need only counts. Refuses a list that is too long for a kernel before it makes it.
+    pub(crate) fn plan(&self, gpu: &Gpu) -> Result<WritePlan> {
         position::check_list(self.position, binding_limit(gpu.limits()))?;
-        Ok(position::order(self.position, self.len, self.new_len))
+        Ok(position::plan_write(self.position, self.len, self.new_len))
     }
 }
 
-/// Room for new tokens.
+/// Memory for new tokens, and which of them goes where.
 #[derive(Debug)]
-pub(crate) struct Room<L> {
-    /// Memory that takes the place of the layer's own.
-    pub(crate) store: Option<Store>,
-    /// What the layer will hold.
-    pub(crate) held: L,
-    pub(crate) order: Order,
-    /// What must run before the tokens are written.
-    pub(crate) dispatches: Vec<Dispatch>,
-    /// Bytes that these write.
-    pub(crate) moved: u64,
-    /// Where the order's list, and the table of pages, were put; and where the list begins, in words.
-    pub(crate) lists: Option<(Placed, u32)>,
-    pub(crate) leases: Vec<Lease>,
+pub(crate) struct StagedWrite<L> {
+    /// What must run before the tokens are written, and what the layer is afterwards.
+    pub(crate) change: Staged<L>,
+    pub(crate) plan: WritePlan,
+    /// The upload that holds the plan's list and the page table, and the word at which the list begins.
+    pub(crate) lists: Option<(Allocation, u32)>,
 }
 
 /// Pages of a layer.
@@ -156,7 +149,7 @@ pub(crate) struct Layer<L> {
     /// Kept by a reset, for reuse.
     store: Option<Store>,
     /// `None` until the first update, and after a reset.
-    held: Option<L>,
+    arrangement: Option<L>,
     /// Tokens before the live ones that crops have dropped since the last reset.
     cropped: usize,
 }
@@ -168,13 +161,13 @@ pub(crate) struct Staged<L> {
     pub(crate) dispatches: Vec<Dispatch>,
     /// Dispatches that were handed over.
     pub(crate) recorded: u64,
-    /// Memory that takes the place of the layer's own.
+    /// Memory that replaces the layer's own.
     pub(crate) store: Option<Store>,
-    pub(crate) held: L,
+    pub(crate) arrangement: L,
     /// Bytes that the dispatches write.
     pub(crate) moved: u64,
     /// What earlier work and views read, and must find in place until the pass has run.
-    pub(crate) leases: Vec<Lease>,
+    pub(crate) guards: Vec<RegionGuard>,
 }
 
 /// What a committed change did, for the statistics.
@@ -186,15 +179,15 @@ pub(crate) struct Effect {
 
 impl<L> Staged<L> {
     /// A change that moves nothing.
-    pub(crate) fn unmoved(held: L) -> Self {
-        let (dispatches, leases) = (Vec::new(), Vec::new());
-        Self { dispatches, recorded: 0, store: None, held, moved: 0, leases }
+    pub(crate) fn unmoved(arrangement: L) -> Self {
+        let (dispatches, guards) = (Vec::new(), Vec::new());
+        Self { dispatches, recorded: 0, store: None, arrangement, moved: 0, guards }
     }
 
     /// Hands over what is to be recorded.
     pub(crate) fn hand_over(&mut self, call: &mut Call) {
         // A change without a dispatch is lost with its pass as well.
-        call.hold(std::mem::take(&mut self.leases));
+        call.hold(std::mem::take(&mut self.guards));
         self.recorded = self.dispatches.len() as u64;
         self.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
     }
@@ -205,14 +198,14 @@ impl<L> Staged<L> {
     }
 }
 
-impl<L: Held> Layer<L> {
+impl<L: Arrangement> Layer<L> {
     pub(crate) fn new(index: usize) -> Self {
-        Self { index, store: None, held: None, cropped: 0 }
+        Self { index, store: None, arrangement: None, cropped: 0 }
     }
 
     /// Live tokens.
     pub(crate) fn len(&self) -> usize {
-        self.held.as_ref().map_or(0, L::len)
+        self.arrangement.as_ref().map_or(0, L::len)
     }
 
     /// Tokens before the live ones that crops have dropped.
@@ -222,7 +215,7 @@ impl<L: Held> Layer<L> {
 
     /// Batch rows, or `None` for a layer never written.
     pub(crate) fn batch(&self) -> Option<usize> {
-        self.held.as_ref().map(|held| held.shape().batch)
+        self.arrangement.as_ref().map(|arrangement| arrangement.shape().batch)
     }
 
     /// Buffers and bytes that the layer has allocated.
@@ -231,19 +224,19 @@ impl<L: Held> Layer<L> {
     }
 
     pub(crate) fn pages_used(&self) -> u64 {
-        self.held.as_ref().map_or(0, L::pages_used)
+        self.arrangement.as_ref().map_or(0, L::pages_used)
     }
 
     pub(crate) fn pages(&self) -> PageCounts {
-        self.held.as_ref().map_or(PageCounts::default(), L::pages)
+        self.arrangement.as_ref().map_or(PageCounts::default(), L::pages)
     }
 
     pub(crate) fn view(&self) -> Option<LayerView> {
-        Some(self.held.as_ref()?.view(self.store.as_ref()?))
+        Some(self.arrangement.as_ref()?.view(self.store.as_ref()?))
     }
 
     pub(crate) fn reset(&mut self) {
-        (self.held, self.cropped) = (None, 0);
+        (self.arrangement, self.cropped) = (None, 0);
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
             store.bind_groups.clear();
@@ -253,21 +246,25 @@ impl<L: Held> Layer<L> {
     /// Leaves to those who record passes of their own what a view has shown: no call comes that holds it.
     /// Whether there was such.
     pub(crate) fn abandon(&self) -> bool {
-        let table = self.held.as_ref().and_then(L::table);
+        let table = self.arrangement.as_ref().and_then(L::table);
         table.inspect(|table| table.abandon()).is_some()
     }
 
     pub(crate) fn crop(&mut self, policy: &mut L::Policy, max_length: usize) {
-        if let Some(held) = self.held.as_mut().filter(|held| held.len() > max_length) {
+        if let Some(arrangement) =
+            self.arrangement.as_mut().filter(|arrangement| arrangement.len() > max_length)
+        {
             // Each of them was appended in a call of its own or with others: no count of them overflows soon.
-            self.cropped = self.cropped.saturating_add(held.len() - max_length);
-            held.crop(policy, max_length);
+            self.cropped = self.cropped.saturating_add(arrangement.len() - max_length);
+            arrangement.crop(policy, max_length);
         }
     }
 
     pub(crate) fn truncate(&mut self, policy: &mut L::Policy, length: usize) {
-        if let Some(held) = self.held.as_mut().filter(|held| held.len() > length) {
-            held.truncate(policy, length);
+        if let Some(arrangement) =
+            self.arrangement.as_mut().filter(|arrangement| arrangement.len() > length)
+        {
+            arrangement.truncate(policy, length);
         }
     }
 
@@ -289,11 +286,15 @@ impl<L: Held> Layer<L> {
         let new_len = position::check(position, shape.batch, count, len, L::bound(policy))?;
         let tokens = NewTokens { position, count, len, new_len };
 
-        let place =
-            Place { gpu, layer: self.index, store: self.store.as_ref(), held: self.held.as_ref() };
-        let mut room = L::stage_room(place, policy, shape, tokens)?;
-        let store = room.store.as_ref().or(self.store.as_ref());
-        let store = store.expect("a layer with room has memory");
+        let state = LayerState {
+            gpu,
+            layer: self.index,
+            store: self.store.as_ref(),
+            arrangement: self.arrangement.as_ref(),
+        };
+        let StagedWrite { mut change, plan, lists } = L::stage_write(state, policy, shape, tokens)?;
+        let store = change.store.as_ref().or(self.store.as_ref());
+        let store = store.expect("a staged write has memory");
         let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
         let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
         let bind = |bindings: &[_]| gpu.kernels().bind_append(bindings);
@@ -302,27 +303,23 @@ impl<L: Held> Layer<L> {
             key: &sources[0],
             value: &sources[1],
             tokens: count,
-            positions: positions(&room.order, room.lists.as_ref().map_or(0, |(_, at)| *at))?,
-            target: &room.held.view(store),
-            lists: room.lists.as_ref().map(|(placed, _)| placed),
+            positions: positions(&plan, lists.as_ref().map_or(0, |(_, at)| *at))?,
+            target: &change.arrangement.view(store),
+            lists: lists.as_ref().map(|(allocation, _)| allocation),
         };
         let append = gpu.kernels().append(bindings, &append)?;
-        let written = room.order.written(shape.batch, count).saturating_mul(shape.heads as u64);
+        let written = plan.written(shape.batch, count).saturating_mul(shape.heads as u64);
         let written = shape.row_bytes().map(|row| row.saturating_mul(written));
-        room.dispatches.push(append);
-        Ok(Staged {
-            dispatches: room.dispatches,
-            recorded: 0,
-            store: room.store,
-            held: room.held,
-            moved: room.moved + written.iter().sum::<u64>(),
-            leases: room.leases,
-        })
+        change.dispatches.push(append);
+        change.moved += written.iter().sum::<u64>();
+        Ok(change)
     }
 
     /// Refuses a change to `batch` rows that has no room, from counts alone.
     pub(crate) fn check_batch(&self, gpu: &Gpu, policy: &L::Policy, batch: usize) -> Result<()> {
-        self.held.as_ref().map_or(Ok(()), |held| held.check_batch(gpu, self.index, policy, batch))
+        self.arrangement
+            .as_ref()
+            .map_or(Ok(()), |arrangement| arrangement.check_batch(gpu, self.index, policy, batch))
     }
 
     /// Stages room for `tokens` more tokens a row; `None` where it is there or nothing was ever written.
@@ -332,10 +329,12 @@ impl<L: Held> Layer<L> {
         policy: &mut L::Policy,
         tokens: usize,
     ) -> Result<Option<Staged<L>>> {
-        let (Some(held), Some(store)) = (&self.held, &self.store) else { return Ok(None) };
-        let (batch, append) = (held.shape().batch, CachePosition::Append);
-        let new_len = position::check(append, batch, tokens, held.len(), L::bound(policy))?;
-        held.stage_reserve(gpu, self.index, store, policy, new_len)
+        let (Some(arrangement), Some(store)) = (&self.arrangement, &self.store) else {
+            return Ok(None);
+        };
+        let (batch, append) = (arrangement.shape().batch, CachePosition::Append);
+        let new_len = position::check(append, batch, tokens, arrangement.len(), L::bound(policy))?;
+        arrangement.stage_reserve(gpu, self.index, store, policy, new_len)
     }
 
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`. `None` where nothing changes
@@ -346,11 +345,13 @@ impl<L: Held> Layer<L> {
         policy: &mut L::Policy,
         map: &[u32],
     ) -> Result<Option<Staged<L>>> {
-        let (Some(held), Some(store)) = (&self.held, &self.store) else { return Ok(None) };
-        if crate::host::plan::is_identity(map, held.shape().batch) {
+        let (Some(arrangement), Some(store)) = (&self.arrangement, &self.store) else {
+            return Ok(None);
+        };
+        if crate::host::plan::is_identity(map, arrangement.shape().batch) {
             return Ok(None);
         }
-        held.stage_batch(gpu, self.index, store, policy, map).map(Some)
+        arrangement.stage_batch(gpu, self.index, store, policy, map).map(Some)
     }
 
     /// Makes a staged change happen whose work was recorded. Cannot fail.
@@ -359,7 +360,7 @@ impl<L: Held> Layer<L> {
         if let Some(store) = staged.store {
             self.store = Some(store);
         }
-        self.held = Some(staged.held);
+        self.arrangement = Some(staged.arrangement);
         effect
     }
 
@@ -373,18 +374,18 @@ impl<L: Held> Layer<L> {
         }
         let [batch, heads, _, key_dim] = key.shape;
         let shape = Shape { batch, heads, key_dim, value_dim: value.shape[3], dtype: key.dtype };
-        match self.held.as_ref().map(L::shape) {
-            Some(held) if held.dtype != shape.dtype => Err(Error::WrongDType {
+        match self.arrangement.as_ref().map(L::shape) {
+            Some(own) if own.dtype != shape.dtype => Err(Error::WrongDType {
                 what: "the new K and V",
-                expected: held.dtype,
+                expected: own.dtype,
                 got: shape.dtype,
             }),
-            Some(held) if held != shape => Err(Error::LayerShape {
+            Some(own) if own != shape => Err(Error::LayerShape {
                 layer: self.index,
-                batch: held.batch,
-                heads: held.heads,
-                key_dim: held.key_dim,
-                value_dim: held.value_dim,
+                batch: own.batch,
+                heads: own.heads,
+                key_dim: own.key_dim,
+                value_dim: own.value_dim,
                 key: key.shape,
                 value: value.shape,
             }),
@@ -404,11 +405,11 @@ impl<L: Held> Layer<L> {
     }
 }
 
-/// An order as the kernel takes it; its list was put at word `at`.
-fn positions(order: &Order, at: u32) -> Result<Positions> {
-    Ok(match order {
-        Order::Run { first, zeros } => Positions::Run { first: *first, zeros: *zeros },
-        Order::List(list) => {
+/// A plan as the kernel takes it; its list begins at word `at`.
+fn positions(plan: &WritePlan, at: u32) -> Result<Positions> {
+    Ok(match plan {
+        WritePlan::Run { first, zeros } => Positions::Run { first: *first, zeros: *zeros },
+        WritePlan::List(list) => {
             let stride = if list.per_row { list.stride() } else { 0 };
             let stride = u32::try_from(stride)
                 .map_err(|_| Error::too_many("number of positions of a row", stride as u64))?;

@@ -14,13 +14,13 @@ use crate::host::plan;
 use crate::host::position::CachePosition;
 use crate::layout::Layout;
 use crate::stats::Stats;
-use crate::storage::layer::{Effect, Held, Layer, PageCounts, Staged};
+use crate::storage::layer::{Arrangement, Effect, Layer, PageCounts, Staged};
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::{LayerView, Owner};
 
 /// Layers under one policy, with their device.
 #[derive(Debug)]
-pub(crate) struct Layers<L: Held> {
+pub(crate) struct Layers<L: Arrangement> {
     gpu: Gpu,
     policy: L::Policy,
     /// Where the number of layers is fixed.
@@ -46,7 +46,7 @@ struct Prepared<L> {
     staged: Vec<Option<Staged<L>>>,
 }
 
-impl<L: Held> Layers<L> {
+impl<L: Arrangement> Layers<L> {
     pub(crate) fn new(gpu: &Gpu, policy: L::Policy, num_layers: Option<usize>) -> Self {
         Self {
             gpu: gpu.clone(),
@@ -400,7 +400,7 @@ impl<L: Held> Layers<L> {
     }
 }
 
-impl<L: Held> Drop for Layers<L> {
+impl<L: Arrangement> Drop for Layers<L> {
     fn drop(&mut self) {
         self.abandon();
     }

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::gpu::arena::Lease;
+use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{CopyShape, GatherShape, MOST_MOVES};
 use crate::host::pages::{PageMap, Wanted};
 use crate::host::plan;
-use crate::storage::layer::{Held, NewTokens, PageCounts, Place, Room, Staged};
+use crate::storage::layer::{Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite};
 use crate::storage::ring::LEAST_TOKENS;
 use crate::storage::store::{Shape, Store};
 use crate::storage::table::{Table, Tables, check_table};
@@ -119,7 +119,7 @@ pub(crate) struct Paged {
     table: Arc<Table>,
 }
 
-impl Held for Paged {
+impl Arrangement for Paged {
     type Policy = Paging;
 
     fn bound(paging: &Paging) -> Option<usize> {
@@ -136,7 +136,7 @@ impl Held for Paged {
 
     fn view<'a>(&'a self, store: &'a Store) -> LayerView {
         let map = &self.table.map;
-        let pages = self.table.placed().expect("a layer that was written has a table");
+        let pages = self.table.page_table().expect("a layer that was written has a table");
         self.shape.view(store, [map.start(), map.len(), map.page_tokens()], Some(pages))
     }
 
@@ -148,8 +148,8 @@ impl Held for Paged {
         self.table = paging.tables.truncate(&self.table, length);
     }
 
-    fn table(&self) -> Option<&Lease> {
-        self.table.lease()
+    fn table(&self) -> Option<&RegionGuard> {
+        self.table.guard()
     }
 
     fn pages(&self) -> PageCounts {
@@ -169,46 +169,35 @@ impl Held for Paged {
         check_table(gpu, batch, self.table.map.row_pages(), 0).map(|_| ())
     }
 
-    fn stage_room(
-        place: Place<'_, Self>,
+    fn stage_write(
+        state: LayerState<'_, Self>,
         paging: &mut Paging,
         shape: Shape,
         tokens: NewTokens<'_>,
-    ) -> Result<Room<Self>> {
-        let Place { gpu, layer, store, held } = place;
+    ) -> Result<StagedWrite<Self>> {
+        let LayerState { gpu, layer, store, arrangement } = state;
         let NewTokens { count, new_len, .. } = tokens;
-        let from =
-            held.map_or_else(|| paging.tables.empty(shape.batch), |held| Arc::clone(&held.table));
+        let from = arrangement.map_or_else(
+            || paging.tables.empty(shape.batch),
+            |arrangement| Arc::clone(&arrangement.table),
+        );
         // Of a length that a single row could not have, the new pages alone are counted: it is refused before
         // the positions are looked at.
         let alone = Wanted { new: from.map.new_pages(new_len), copies: 0 };
         if paging.most_pages.is_none_or(|most| new_len.div_ceil(paging.page_tokens) > most) {
             paging.check_pages((gpu, layer), shape, &from.map, alone, new_len)?;
         }
-        let order = tokens.order(gpu)?;
-        let wanted = from.map.wanted(&order, count, new_len);
+        let plan = tokens.plan(gpu)?;
+        let wanted = from.map.wanted(&plan, count, new_len);
         let needed = paging.check_pages((gpu, layer), shape, &from.map, wanted, new_len)?;
-        let pool = pool_of(gpu, paging, store, held, shape);
-        let step = paging.tables.write(gpu, &from, &order, [count, new_len])?;
-        let list_at = step.list_at;
-        let mut room = Room {
-            store: None,
-            held: Self { shape, pool, table: step.to },
-            order,
-            dispatches: Vec::new(),
-            moved: 0,
-            lists: None,
-            leases: Vec::new(),
-        };
+        let pool = pool_of(gpu, paging, store, arrangement, shape);
+        let step = paging.tables.write(gpu, &from, &plan, [count, new_len])?;
+        let mut change = Staged::unmoved(Self { shape, pool, table: step.to });
         if needed > pool {
             let pages = paging.grown(pool, needed, paging.fits(gpu, shape));
-            let staged = room.held.grow(gpu, layer, store, &from.map, pages)?;
-            room.store = staged.store;
-            room.held.pool = staged.held.pool;
-            room.dispatches = staged.dispatches;
-            room.moved = staged.moved;
+            change = change.arrangement.grow(gpu, layer, store, &from.map, pages)?;
         }
-        let target = room.store.as_ref().or(store).expect("a pool that holds what is needed");
+        let target = change.store.as_ref().or(store).expect("a pool that holds what is needed");
         for moves in step.copies.iter() {
             let copy = GatherShape {
                 row_bytes: shape.row_bytes(),
@@ -219,15 +208,19 @@ impl Held for Paged {
                 moves: &moves.words,
                 cycles_at: moves.cycles_at,
             };
-            room.dispatches.push(gpu.kernels().gather(target.gather_bindings(gpu)?, &copy)?);
-            room.moved += shape.bytes(moves.written, paging.page_tokens)?.iter().sum::<u64>();
+            change.dispatches.push(gpu.kernels().gather(target.gather_bindings(gpu)?, &copy)?);
+            change.moved += shape.bytes(moves.written, paging.page_tokens)?.iter().sum::<u64>();
         }
-        let table = room.held.table.placed().expect("a table that was written is placed");
+        let table = change
+            .arrangement
+            .table
+            .page_table()
+            .expect("a table that was written has a page table");
         // What was recorded before may read the old table.
-        let old = from.lease().filter(|old| !Arc::ptr_eq(old, &table.placed.lease));
-        room.leases = old.map(Arc::clone).into_iter().collect();
-        room.lists = Some((table.placed.clone(), list_at));
-        Ok(room)
+        let old = from.guard().filter(|old| !Arc::ptr_eq(old, &table.allocation.guard));
+        change.guards = old.map(Arc::clone).into_iter().collect();
+        let lists = Some((table.allocation.clone(), step.list_at));
+        Ok(StagedWrite { change, plan, lists })
     }
 
     fn stage_batch(
@@ -240,11 +233,11 @@ impl Held for Paged {
     ) -> Result<Staged<Self>> {
         let table = paging.tables.select(gpu, &self.table, map)?;
         let shape = Shape { batch: map.len(), ..self.shape };
-        let held = Self { shape, pool: self.pool, table };
+        let arrangement = Self { shape, pool: self.pool, table };
         // Views of the old table may be read by what is recorded before this, of the new one after it.
-        let leases = [self.table.lease(), held.table.lease()];
-        let leases = leases.into_iter().flatten().map(Arc::clone).collect();
-        Ok(Staged { leases, ..Staged::unmoved(held) })
+        let guards = [self.table.guard(), arrangement.table.guard()];
+        let guards = guards.into_iter().flatten().map(Arc::clone).collect();
+        Ok(Staged { guards, ..Staged::unmoved(arrangement) })
     }
 
     fn stage_reserve(
@@ -267,9 +260,9 @@ impl Held for Paged {
             let pages = paging.grown(self.pool, needed, paging.fits(gpu, shape));
             staged = self.grow(gpu, layer, Some(store), map, pages)?;
         }
-        staged.leases =
-            [self.table.lease(), table.lease()].into_iter().flatten().map(Arc::clone).collect();
-        staged.held.table = table;
+        staged.guards =
+            [self.table.guard(), table.guard()].into_iter().flatten().map(Arc::clone).collect();
+        staged.arrangement.table = table;
         Ok(Some(staged))
     }
 }
@@ -315,11 +308,11 @@ fn pool_of(
     gpu: &Gpu,
     paging: &Paging,
     store: Option<&Store>,
-    held: Option<&Paged>,
+    arrangement: Option<&Paged>,
     shape: Shape,
 ) -> usize {
-    match (store, held) {
-        (_, Some(held)) => held.pool,
+    match (store, arrangement) {
+        (_, Some(arrangement)) => arrangement.pool,
         (Some(store), None) => paging.left(gpu, shape, store),
         (None, None) => 0,
     }

@@ -5,7 +5,7 @@ use crate::gpu::Gpu;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::host::plan;
-use crate::storage::layer::{Held, NewTokens, Place, Room, Staged};
+use crate::storage::layer::{Arrangement, LayerState, NewTokens, Staged, StagedWrite};
 use crate::storage::store::{Shape, Store};
 use crate::view::LayerView;
 
@@ -35,7 +35,7 @@ pub(crate) struct Ring {
     len: usize,
 }
 
-impl Held for Ring {
+impl Arrangement for Ring {
     type Policy = Growth;
 
     fn bound(policy: &Growth) -> Option<usize> {
@@ -65,38 +65,32 @@ impl Held for Ring {
         self.len = self.len.min(length);
     }
 
-    fn stage_room(
-        place: Place<'_, Self>,
+    fn stage_write(
+        state: LayerState<'_, Self>,
         growth: &mut Growth,
         shape: Shape,
         tokens: NewTokens<'_>,
-    ) -> Result<Room<Self>> {
-        let Place { gpu, layer, store, held } = place;
-        // First all that is only counted, then the list, which is as long as the caller's, then memory.
-        let needed = held.map_or(0, |held| held.capacity);
+    ) -> Result<StagedWrite<Self>> {
+        let LayerState { gpu, layer, store, arrangement } = state;
+        // First the checks that need only counts, then the list, which is as long as the caller's, then memory.
+        let needed = arrangement.map_or(0, |arrangement| arrangement.capacity);
         if tokens.new_len > needed {
             capacity_for(gpu, layer, shape, *growth, needed, tokens.new_len)?;
         }
-        let order = tokens.order(gpu)?;
-        let staged = match (held, store) {
-            (Some(held), Some(store)) => {
-                held.with_room(gpu, layer, store, *growth, tokens.new_len)?
+        let plan = tokens.plan(gpu)?;
+        let mut change = match (arrangement, store) {
+            (Some(arrangement), Some(store)) => {
+                arrangement.with_room(gpu, layer, store, *growth, tokens.new_len)?
             }
             _ => Self::first_room(gpu, layer, store, *growth, shape, tokens.new_len)?,
         };
-        let list = order.list().map(|list| gpu.uploads().place(list)).transpose()?;
-        Ok(Room {
-            store: staged.store,
-            held: Self { len: tokens.new_len, ..staged.held },
-            order,
-            dispatches: staged.dispatches,
-            moved: staged.moved,
-            lists: list.map(|placed| {
-                let list_at = placed.offset / 4;
-                (placed, list_at)
-            }),
-            leases: staged.leases,
-        })
+        change.arrangement.len = tokens.new_len;
+        let list = plan.list().map(|list| gpu.uploads().upload(list)).transpose()?;
+        let lists = list.map(|allocation| {
+            let list_at = allocation.offset / 4;
+            (allocation, list_at)
+        });
+        Ok(StagedWrite { change, plan, lists })
     }
 
     fn check_batch(&self, gpu: &Gpu, layer: usize, growth: &Growth, batch: usize) -> Result<()> {
@@ -153,8 +147,8 @@ impl Held for Ring {
             dispatches.push(gpu.kernels().gather(store.gather_bindings(gpu)?, &gather)?);
             moved = shape.bytes(moves.written, self.len)?.iter().sum();
         }
-        let held = Self { shape, ..*self };
-        Ok(Staged { dispatches, moved, ..Staged::unmoved(held) })
+        let arrangement = Self { shape, ..*self };
+        Ok(Staged { dispatches, moved, ..Staged::unmoved(arrangement) })
     }
 }
 
@@ -230,8 +224,8 @@ impl Ring {
             }
         }
         let moved = shape.bytes(shape.batch, self.len)?.iter().sum();
-        let held = Self { shape, rows: shape.batch, capacity, start: 0, len: self.len };
-        Ok(Staged { dispatches, store: Some(new), moved, ..Staged::unmoved(held) })
+        let arrangement = Self { shape, rows: shape.batch, capacity, start: 0, len: self.len };
+        Ok(Staged { dispatches, store: Some(new), moved, ..Staged::unmoved(arrangement) })
     }
 
     /// The capacity of new memory for a change of the batch.

@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::gpu::arena::{Lease, Placed};
+use crate::gpu::arena::{Allocation, RegionGuard};
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::MOST_MOVES;
 use crate::host::pages::{PageMap, Written};
 use crate::host::plan::{self, MoveList};
-use crate::host::position::Order;
+use crate::host::position::WritePlan;
 use crate::host::words::Words;
 use crate::view::PageTable;
 
@@ -36,7 +36,7 @@ pub(crate) struct Table {
 /// which recorded passes may read, stay as they are, and a new page is a word behind them.
 #[derive(Debug)]
 struct Region {
-    placed: Placed,
+    allocation: Allocation,
     written: Mutex<RegionWords>,
 }
 
@@ -51,7 +51,7 @@ struct RegionWords {
 /// A change of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Change {
-    Write { order: Order, count: usize, new_len: usize },
+    Write { plan: WritePlan, count: usize, new_len: usize },
     Select(Vec<u32>),
     Reserve(usize),
     Crop(usize),
@@ -131,14 +131,14 @@ impl Tables {
         &mut self,
         gpu: &Gpu,
         from: &Arc<Table>,
-        order: &Order,
+        plan: &WritePlan,
         [count, new_len]: [usize; 2],
     ) -> Result<Step> {
-        let list = order.list().unwrap_or(&[]);
+        let list = plan.list().unwrap_or(&[]);
         let stride = self.stride(gpu, &from.map, new_len, list.len())?;
-        let change = Change::Write { order: order.clone(), count, new_len };
+        let change = Change::Write { plan: plan.clone(), count, new_len };
         self.step(from, change, |table| {
-            let written = table.map.write(order, count, new_len, stride);
+            let written = table.map.write(plan, count, new_len, stride);
             let list_at = table.upload(gpu, &written, list)?;
             Ok((plan::list_copies(&written.copies, MOST_MOVES).into(), list_at))
         })
@@ -232,19 +232,19 @@ pub(crate) fn check_table(gpu: &Gpu, batch: usize, pages: usize, list: usize) ->
 
 impl Table {
     /// The table as a view shows it.
-    pub(crate) fn placed(&self) -> Option<PageTable> {
+    pub(crate) fn page_table(&self) -> Option<PageTable> {
         let region = self.region.as_deref()?;
         // What can be bound is counted in 32 bits.
         let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Some(PageTable {
-            placed: region.placed.clone(),
-            at: region.placed.offset / 4 + word(self.map.first()),
+            allocation: region.allocation.clone(),
+            at: region.allocation.offset / 4 + word(self.map.first()),
             stride: word(self.map.stride()),
         })
     }
 
-    pub(crate) fn lease(&self) -> Option<&Lease> {
-        self.region.as_ref().map(|region| &region.placed.lease)
+    pub(crate) fn guard(&self) -> Option<&RegionGuard> {
+        self.region.as_ref().map(|region| &region.allocation.guard)
     }
 
     /// Brings to the GPU what a write has changed, and a list of positions beside it. Returns the word of the
@@ -258,8 +258,8 @@ impl Table {
         }
         loop {
             let region = self.region.as_ref().expect("a table that was written");
-            if let Some(placed) = gpu.uploads().place_beside(&region.placed, list)? {
-                return Ok(placed.offset / 4);
+            if let Some(allocation) = gpu.uploads().upload_beside(&region.allocation, list)? {
+                return Ok(allocation.offset / 4);
             }
             self.put(gpu, list.len())?;
         }
@@ -276,7 +276,7 @@ impl Table {
             return Ok(true);
         }
         let mut written = region.written.lock().unwrap_or_else(PoisonError::into_inner);
-        if !gpu.uploads().is_in_place(&region.placed) {
+        if !gpu.uploads().is_in_place(&region.allocation) {
             return Ok(false);
         }
         let is_new = |word: usize| word % map.stride() >= written.end;
@@ -288,11 +288,11 @@ impl Table {
         let end = map.first() + map.row_pages();
         if end > written.end {
             if changed.words.len() * WORDS_A_WRITE > map.table().len() {
-                gpu.uploads().write_piece(&region.placed, 0, &map.table().to_vec())?;
+                gpu.uploads().write_piece(&region.allocation, 0, &map.table().to_vec())?;
             } else {
                 for run in &changed.words {
                     let words: Vec<u32> = run.clone().map(|word| map.table().get(word)).collect();
-                    gpu.uploads().write_piece(&region.placed, run.start, &words)?;
+                    gpu.uploads().write_piece(&region.allocation, run.start, &words)?;
                 }
             }
             *written = RegionWords { words: map.table().clone(), end };
@@ -303,11 +303,11 @@ impl Table {
     /// Puts the table into a region of its own, with room beside it for a list of `spare` words.
     fn put(&mut self, gpu: &Gpu, spare: usize) -> Result<()> {
         let words = self.map.table().to_vec();
-        let placed = gpu.uploads().reserve(words.len(), spare)?;
-        gpu.uploads().write_piece(&placed, 0, &words)?;
+        let allocation = gpu.uploads().reserve(words.len(), spare)?;
+        gpu.uploads().write_piece(&allocation, 0, &words)?;
         let end = self.map.first() + self.map.row_pages();
         let written = Mutex::new(RegionWords { words: self.map.table().clone(), end });
-        self.region = Some(Arc::new(Region { placed, written }));
+        self.region = Some(Arc::new(Region { allocation, written }));
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use super::params::{Strided, params};
 use super::{Dispatch, Kernels, LayerShape, Unit, Variant, WORKGROUP};
 use crate::error::Result;
-use crate::gpu::arena::Placed;
+use crate::gpu::arena::Allocation;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
 use crate::view::LayerView;
@@ -60,7 +60,7 @@ pub(crate) struct AppendShape<'a> {
     /// The layer as it will be.
     pub(crate) target: &'a LayerView,
     /// The buffer of the target's page table and of the list of positions.
-    pub(crate) lists: Option<&'a Placed>,
+    pub(crate) lists: Option<&'a Allocation>,
 }
 
 impl Kernels {

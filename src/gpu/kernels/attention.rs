@@ -218,7 +218,7 @@ impl Kernels {
         let layers = tiles.div_ceil(limit);
         let sides = [tiles.div_ceil(layers), view.batch * view.heads, shape.splits * layers];
         let groups = sides.map(|side| side as u64);
-        let table = view.pages.as_ref().map(|pages| pages.placed.clone());
+        let table = view.pages.as_ref().map(|pages| pages.allocation.clone());
         self.attention.prepare_sides(variant, bindings, table, &params, groups)
     }
 

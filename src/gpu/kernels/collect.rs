@@ -58,7 +58,7 @@ impl Kernels {
             self.collect.bind(&[&view.key, &view.value, key, value].map(super::whole))?;
         let groups = u64::from(tiles) * all as u64;
         let variant = Variant { unit, layout: Some(Layout::Paged), ..Variant::default() };
-        let table = view.pages.as_ref().map(|pages| pages.placed.clone());
+        let table = view.pages.as_ref().map(|pages| pages.allocation.clone());
         self.collect.prepare(variant, bindings, table, &params, groups)
     }
 }

@@ -61,7 +61,7 @@ impl Kernels {
         shape: &GatherShape<'_>,
     ) -> Result<Dispatch> {
         let unit = Unit::for_rows(shape.row_bytes);
-        let list = self.uploads.place(shape.moves)?;
+        let list = self.uploads.upload(shape.moves)?;
         let [key, value] = shape.row_bytes;
         let tiles = tiles(unit, shape.row_bytes, shape.len)?;
         let params = Params {

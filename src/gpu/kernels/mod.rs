@@ -24,7 +24,7 @@ use variant::{ParamsPath, Variant};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gpu::arena::{Bound, Lease, Placed, bind_layout, storage};
+use crate::gpu::arena::{Allocation, Bound, RegionGuard, bind_layout, storage};
 use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
 use crate::layout::Layout;
@@ -204,7 +204,7 @@ impl Kernel {
         &self,
         variant: Variant,
         bindings: wgpu::BindGroup,
-        list: Option<Placed>,
+        list: Option<Allocation>,
         params: &impl bytemuck::Pod,
         workgroups: u64,
     ) -> Result<Dispatch> {
@@ -221,7 +221,7 @@ impl Kernel {
         &self,
         variant: Variant,
         bindings: wgpu::BindGroup,
-        list: Option<Placed>,
+        list: Option<Allocation>,
         params: &impl bytemuck::Pod,
         sides: [u64; 3],
     ) -> Result<Dispatch> {
@@ -237,11 +237,11 @@ impl Kernel {
             ParamsPath::Immediate => Parameters::Immediate(bytemuck::bytes_of(params).to_vec()),
             ParamsPath::Uniform => {
                 let words = bytemuck::cast_slice(bytemuck::bytes_of(params));
-                Parameters::Uniform(self.uploads.place(words)?)
+                Parameters::Uniform(self.uploads.upload(words)?)
             }
         };
         let (lists, list_lease) = match list {
-            Some(placed) => (placed.bound, Some(placed.lease)),
+            Some(allocation) => (allocation.bound, Some(allocation.guard)),
             None => (Arc::clone(self.uploads.unused_list()), None),
         };
         Ok(Dispatch {
@@ -259,7 +259,7 @@ impl Kernel {
 #[derive(Debug)]
 enum Parameters {
     Immediate(Vec<u8>),
-    Uniform(Placed),
+    Uniform(Allocation),
 }
 
 /// A checked dispatch with all that it needs, ready to be recorded.
@@ -269,19 +269,19 @@ pub(crate) struct Dispatch {
     pipeline: wgpu::ComputePipeline,
     bindings: wgpu::BindGroup,
     lists: Arc<Bound>,
-    list_lease: Option<Lease>,
+    list_lease: Option<RegionGuard>,
     is_witnessed: bool,
     params: Parameters,
     workgroups: [u32; 3],
 }
 
 impl Dispatch {
-    /// Records the dispatch, which counts in `witness`, and notes in `leases` what it reads. Cannot fail.
+    /// Records the dispatch, which counts in `witness`, and notes in `guards` what it reads. Cannot fail.
     pub(crate) fn record(
         self,
         pass: &mut wgpu::ComputePass<'_>,
         witness: Option<&Witness>,
-        leases: &mut Vec<Lease>,
+        guards: &mut Vec<RegionGuard>,
     ) {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bindings, &[]);
@@ -292,14 +292,14 @@ impl Dispatch {
         } else {
             pass.set_bind_group(1, &self.lists.lists, &[]);
         }
-        leases.extend(self.list_lease);
+        guards.extend(self.list_lease);
         match self.params {
             Parameters::Immediate(bytes) => {
                 pass.set_immediates(0, &bytes);
             }
-            Parameters::Uniform(placed) => {
-                pass.set_bind_group(2, &placed.bound.params, &[placed.offset]);
-                leases.push(placed.lease);
+            Parameters::Uniform(allocation) => {
+                pass.set_bind_group(2, &allocation.bound.params, &[allocation.offset]);
+                guards.push(allocation.guard);
             }
         }
         let [x, y, z] = self.workgroups;

@@ -54,7 +54,7 @@ impl Kernels {
         shape: &CopyShape<'_>,
     ) -> Result<Dispatch> {
         let unit = Unit::for_rows(shape.row_bytes);
-        let list = self.uploads.place(shape.copies)?;
+        let list = self.uploads.upload(shape.copies)?;
         let [key, value] = shape.row_bytes;
         let tiles = tiles(unit, shape.row_bytes, shape.len)?;
         let params = Params {

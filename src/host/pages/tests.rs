@@ -30,9 +30,9 @@ impl Twin {
         let new_len = len.max(first + tokens);
         let zeros = first.saturating_sub(len);
         let narrow = |n: usize| u32::try_from(n).unwrap();
-        let order = Order::Run { first: narrow(first - zeros), zeros: narrow(zeros) };
-        let (used, wanted) = (self.map.used(), self.map.wanted(&order, tokens, new_len));
-        let Written { copies, words, .. } = self.map.write(&order, tokens, new_len, 4);
+        let plan = WritePlan::Run { first: narrow(first - zeros), zeros: narrow(zeros) };
+        let (used, wanted) = (self.map.used(), self.map.wanted(&plan, tokens, new_len));
+        let Written { copies, words, .. } = self.map.write(&plan, tokens, new_len, 4);
         assert_eq!((copies.len(), self.map.used()), (wanted.copies, used + wanted.all()));
         assert!(words.iter().all(|words| words.end <= self.map.table().len()));
         let size = self.map.page_tokens;
@@ -113,11 +113,11 @@ fn select(twin: &mut Twin, map: impl Fn(u32) -> Vec<u32>) {
 #[test]
 fn only_the_shared_tail_is_copied_and_the_last_row_keeps_it() {
     let mut map = PageMap::new(4, 1);
-    let prompt = Order::Run { first: 0, zeros: 0 };
+    let prompt = WritePlan::Run { first: 0, zeros: 0 };
     assert_eq!(map.write(&prompt, 6, 6, 2).copies, []);
     map.select(&[0; 3]);
     assert_eq!((map.used(), map.shared()), (2, 2));
-    let next = Order::Run { first: 6, zeros: 0 };
+    let next = WritePlan::Run { first: 6, zeros: 0 };
     assert_eq!(map.wanted(&next, 1, 7), Wanted { new: 0, copies: 2 });
     assert_eq!(map.write(&next, 1, 7, 2).copies, [(1, 2), (1, 3)]);
     assert_eq!((map.used(), map.shared()), (4, 1));
@@ -133,7 +133,7 @@ fn as_many_tokens_fit_as_is_said() {
     {
         let mut map = PageMap::new(4, 1);
         if len > 0 {
-            map.write(&Order::Run { first: 0, zeros: 0 }, len, len, 9);
+            map.write(&WritePlan::Run { first: 0, zeros: 0 }, len, len, 9);
         }
         map.crop(cropped);
         map.select(&rows);
@@ -142,7 +142,7 @@ fn as_many_tokens_fit_as_is_said() {
             let append = |new_len: usize| {
                 let first = u32::try_from(map.len).unwrap();
                 let wanted =
-                    map.wanted(&Order::Run { first, zeros: 0 }, new_len - map.len, new_len);
+                    map.wanted(&WritePlan::Run { first, zeros: 0 }, new_len - map.len, new_len);
                 map.used() + wanted.all() <= most
             };
             assert!(fit == map.len || append(fit), "{most} pages, {map:?}");
@@ -154,13 +154,13 @@ fn as_many_tokens_fit_as_is_said() {
 #[test]
 fn a_list_copies_only_the_pages_that_each_row_names() {
     let mut map = PageMap::new(2, 1);
-    map.write(&Order::Run { first: 0, zeros: 0 }, 6, 6, 9);
+    map.write(&WritePlan::Run { first: 0, zeros: 0 }, 6, 6, 9);
     map.select(&[0, 0]);
     // Row 0 writes positions 1 and 4, row 1 position 5.
     let rows = [vec![1, 4], vec![5, 5]];
-    let order = position::order(CachePosition::PerRow(&rows), 6, 6);
-    assert_eq!(map.wanted(&order, 2, 6), Wanted { new: 0, copies: 2 });
-    let copies = map.write(&order, 2, 6, 9).copies;
+    let plan = position::plan_write(CachePosition::PerRow(&rows), 6, 6);
+    assert_eq!(map.wanted(&plan, 2, 6), Wanted { new: 0, copies: 2 });
+    let copies = map.write(&plan, 2, 6, 9).copies;
     assert_eq!(copies.iter().map(|copy| copy.0).collect::<Vec<_>>(), [0, 2]);
     assert!(map.is_sound(), "{map:?}");
     assert_eq!(map.shared(), 1);
@@ -173,11 +173,11 @@ fn a_list_leaves_a_last_page_that_it_does_not_name() {
         [([vec![0], vec![1]], 6, 1), ([vec![0], vec![5]], 6, 2), ([vec![0], vec![7]], 8, 2)]
     {
         let mut map = PageMap::new(4, 1);
-        map.write(&Order::Run { first: 0, zeros: 0 }, 6, 6, 9);
+        map.write(&WritePlan::Run { first: 0, zeros: 0 }, 6, 6, 9);
         map.select(&[0, 0]);
-        let order = position::order(CachePosition::PerRow(&rows), 6, new_len);
-        assert_eq!(map.wanted(&order, 1, new_len), Wanted { new: 0, copies: copied }, "{rows:?}");
-        assert_eq!(map.write(&order, 1, new_len, 9).copies.len(), copied, "{rows:?}");
+        let plan = position::plan_write(CachePosition::PerRow(&rows), 6, new_len);
+        assert_eq!(map.wanted(&plan, 1, new_len), Wanted { new: 0, copies: copied }, "{rows:?}");
+        assert_eq!(map.write(&plan, 1, new_len, 9).copies.len(), copied, "{rows:?}");
         assert!(map.is_sound(), "{map:?}");
     }
 }

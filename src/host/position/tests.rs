@@ -5,7 +5,7 @@ use super::*;
 /// What one row holds after `writes`: `None` a position that was not live and was not written,
 /// otherwise old token (negative), new token, or zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Held {
+enum Content {
     Stale,
     Old(u32),
     Zero,
@@ -14,7 +14,7 @@ enum Held {
 
 struct Writes {
     len: usize,
-    order: Order,
+    plan: WritePlan,
 }
 
 fn resolve(
@@ -25,23 +25,23 @@ fn resolve(
     bound: Option<usize>,
 ) -> Result<Writes> {
     let new_len = check(position, batch, tokens, len, bound)?;
-    Ok(Writes { len: new_len, order: order(position, len, new_len) })
+    Ok(Writes { len: new_len, plan: plan_write(position, len, new_len) })
 }
 
 /// What the threads of a kernel do, one for each position that it visits.
-fn apply(writes: &Writes, row: usize, tokens: u32, len: usize) -> Vec<Held> {
-    let mut held: Vec<Held> = (0..).take(len).map(Held::Old).collect();
-    held.resize(writes.len, Held::Stale);
+fn apply(writes: &Writes, row: usize, tokens: u32, len: usize) -> Vec<Content> {
+    let mut content: Vec<Content> = (0..).take(len).map(Content::Old).collect();
+    content.resize(writes.len, Content::Stale);
     let mut written = vec![false; writes.len];
     let mut count = 0;
-    let visited_positions = match &writes.order {
-        Order::Run { zeros, .. } => zeros + tokens,
-        Order::List(list) => list.named + list.gap,
+    let visited_positions = match &writes.plan {
+        WritePlan::Run { zeros, .. } => zeros + tokens,
+        WritePlan::List(list) => list.named + list.gap,
     };
     for entry in 0..visited_positions {
-        let (position, token) = match &writes.order {
-            Order::Run { first, zeros } => (first + entry, entry.checked_sub(*zeros)),
-            Order::List(list) => match visited(list, row, entry) {
+        let (position, token) = match &writes.plan {
+            WritePlan::Run { first, zeros } => (first + entry, entry.checked_sub(*zeros)),
+            WritePlan::List(list) => match visited(list, row, entry) {
                 Some(pair) => pair,
                 None => continue,
             },
@@ -50,16 +50,16 @@ fn apply(writes: &Writes, row: usize, tokens: u32, len: usize) -> Vec<Held> {
         assert!(!written[position], "position {position} written twice in one dispatch");
         written[position] = true;
         count += 1;
-        held[position] = token.map_or(Held::Zero, Held::New);
+        content[position] = token.map_or(Content::Zero, Content::New);
     }
-    if !matches!(&writes.order, Order::List(list) if list.per_row) {
-        assert_eq!(writes.order.written(2, tokens as usize), 2 * count);
+    if !matches!(&writes.plan, WritePlan::List(list) if list.per_row) {
+        assert_eq!(writes.plan.written(2, tokens as usize), 2 * count);
     }
-    held
+    content
 }
 
 /// The position of an entry of a list and the token for it, as `append.wgsl` finds them.
-fn visited(list: &List, row: usize, entry: u32) -> Option<(u32, Option<u32>)> {
+fn visited(list: &PositionList, row: usize, entry: u32) -> Option<(u32, Option<u32>)> {
     let list_at = if list.per_row { row * list.stride() } else { 0 };
     let pair = |index: u32| &list.words[list_at + 2 + 2 * index as usize..][..2];
     if entry < list.named {
@@ -79,13 +79,13 @@ fn visited(list: &List, row: usize, entry: u32) -> Option<(u32, Option<u32>)> {
     (entry < gap).then_some((list.len + entry + low - before, None))
 }
 
-fn expected(positions: &[u32], len: usize, new_len: usize) -> Vec<Held> {
-    let mut held: Vec<Held> = (0..).take(len).map(Held::Old).collect();
-    held.resize(new_len, Held::Zero);
+fn expected(positions: &[u32], len: usize, new_len: usize) -> Vec<Content> {
+    let mut content: Vec<Content> = (0..).take(len).map(Content::Old).collect();
+    content.resize(new_len, Content::Zero);
     for (token, &position) in (0..).zip(positions) {
-        held[position as usize] = Held::New(token);
+        content[position as usize] = Content::New(token);
     }
-    held
+    content
 }
 
 /// Every list of up to 3 positions below 6, on every length up to 5.
@@ -152,7 +152,7 @@ fn bounds_hold_for_every_small_run() {
 fn lists_that_say_the_same_as_a_run_become_one() {
     let run = resolve(CachePosition::PerRow(&[vec![7, 8], vec![7, 8]]), 2, 2, 3, None).unwrap();
     assert_eq!(run.len, 9);
-    assert_eq!(run.order, Order::Run { first: 3, zeros: 4 });
+    assert_eq!(run.plan, WritePlan::Run { first: 3, zeros: 4 });
 }
 
 #[test]
