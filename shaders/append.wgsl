@@ -9,7 +9,8 @@
 // group 0, binding 1: value_source   new V, likewise
 // group 0, binding 2: key_cache      [slot, D of K], slots as the layout numbers them
 // group 0, binding 3: value_cache    [slot, D of V]
-// group 1, binding 0: lists          positions that are not a plain run, as below; pages
+// group 1, binding 0: lists          positions that are not a plain run, as below; pages, records of ragged
+//                                    rows
 // group 1, binding 1: witness        counts the calls that ran
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
@@ -61,8 +62,9 @@ override tile_threads: u32 = 16u;
 override tile_height: u32 = 16u;
 // Whether the source is (B, T, H, D).
 override is_bthd: bool = false;
-// Whether positions come as a list.
-override has_list: bool = false;
+// Where positions come from. 0: a run. 1: a list of positions. 2: packed tokens; the list has two words a token,
+// its batch row and its position, and the source has one batch row.
+override position_form: u32 = 0u;
 // Whether there is one position only, as in a decode step.
 override is_single: bool = false;
 
@@ -98,7 +100,8 @@ fn main(
         entry = vec4(group.x * tile_height + local.y);
     } else {
         let row = group.y * tile_height + local.y;
-        let rows = params.kv.batch * params.kv.heads;
+        let batch = select(params.kv.batch, 1u, position_form == 2u);
+        let rows = batch * params.kv.heads;
         is_written = vec4(row < rows);
         b = min(row, rows - 1u) / params.kv.heads;
         h = vec4(min(row, rows - 1u) - b * params.kv.heads);
@@ -108,7 +111,7 @@ fn main(
 
     var position = params.first + entry;
     var token = select(vec4(ZERO), entry - params.zeros, entry >= vec4(params.zeros));
-    if has_list {
+    if position_form == 1u {
         let list = params.list_at + b * params.list_stride;
         let named = params.zeros;
         let at = list + 2u + 2u * min(entry, vec4(named - 1u));
@@ -129,15 +132,22 @@ fn main(
         }
         is_written &= position != vec4(SKIP);
     }
+    var target_row = vec4(b);
+    if position_form == 2u {
+        let at = params.list_at + 2u * min(entry, vec4(params.entries - 1u));
+        target_row = vec4(lists[at.x], lists[at.y], lists[at.z], lists[at.w]);
+        position = vec4(lists[at.x + 1u], lists[at.y + 1u], lists[at.z + 1u], lists[at.w + 1u]);
+        token = entry;
+    }
     let is_zero = token == vec4(ZERO);
     // What is not read is at least a token that exists.
     token = select(vec4(0u), token, is_written & !is_zero);
     position = select(vec4(0u), position, is_written);
     let slot = vec4(
-        kv_slot(params.kv, b, h.x, position.x),
-        kv_slot(params.kv, b, h.y, position.y),
-        kv_slot(params.kv, b, h.z, position.z),
-        kv_slot(params.kv, b, h.w, position.w),
+        kv_slot(params.kv, target_row.x, h.x, position.x),
+        kv_slot(params.kv, target_row.y, h.y, position.y),
+        kv_slot(params.kv, target_row.z, h.z, position.z),
+        kv_slot(params.kv, target_row.w, h.w, position.w),
     );
     let key_unit = min(unit, vec4(params.key_units - 1u));
     write_keys(

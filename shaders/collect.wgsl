@@ -1,13 +1,14 @@
-// Copies the live tokens of K and V of a few batch rows out of their pages, straight: [rows, H, len, D].
+// Copies the live tokens of K and V of a few batch rows, oldest first, with zeros behind shorter rows: [rows, H,
+// len, D] for the longest row's len.
 //
-// For reading back. A thread owns four units (16 bytes, or a word) of a (batch, head) row. The text of the
-// layout is joined: it says where a token lies.
+// For reading back. An invocation copies four units (16 bytes, or a word) of a (batch, head) row. The text is
+// joined with one of `layout/`.
 //
 // group 0, binding 0: key_cache      [slot, D of K], slots as the layout numbers them
 // group 0, binding 1: value_cache    [slot, D of V]
 // group 0, binding 2: key_target     [rows, H, len, D of K]
 // group 0, binding 3: value_target   [rows, H, len, D of V]
-// group 1, binding 0: lists          the table of pages
+// group 1, binding 0: lists          the table of pages, records of ragged rows
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 alias Unit = vec4<u32>;
@@ -48,19 +49,28 @@ fn main(
     }
     let b = params.first + row / params.kv.heads;
     let h = row % params.kv.heads;
-    let key_live = kv_len(params.kv, b) * params.key_units;
-    let value_live = kv_len(params.kv, b) * params.value_units;
+    let kv = kv_row(params.kv, b);
+    let key_live = kv.len * params.key_units;
+    let value_live = kv.len * params.value_units;
     let key_target_row = row * params.kv.len * params.key_units;
     let value_target_row = row * params.kv.len * params.value_units;
     for (var part = 0u; part < TILE; part += WORKGROUP) {
         let i = number % params.tiles * TILE + part + local;
-        if i < key_live {
-            let slot = kv_slot(params.kv, b, h, i / params.key_units);
-            key_target[key_target_row + i] = key_cache[slot * params.key_units + i % params.key_units];
+        if i < params.kv.len * params.key_units {
+            var unit = Unit();
+            if i < key_live {
+                let slot = kv_slot_in_row(kv, b, h, i / params.key_units);
+                unit = key_cache[slot * params.key_units + i % params.key_units];
+            }
+            key_target[key_target_row + i] = unit;
         }
-        if i < value_live {
-            let slot = kv_slot(params.kv, b, h, i / params.value_units);
-            value_target[value_target_row + i] = value_cache[slot * params.value_units + i % params.value_units];
+        if i < params.kv.len * params.value_units {
+            var unit = Unit();
+            if i < value_live {
+                let slot = kv_slot_in_row(kv, b, h, i / params.value_units);
+                unit = value_cache[slot * params.value_units + i % params.value_units];
+            }
+            value_target[value_target_row + i] = unit;
         }
     }
 }

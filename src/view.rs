@@ -1,6 +1,6 @@
 //! What attention reads: [`LayerView`].
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -8,6 +8,8 @@ use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::device::DeviceHandle;
 use crate::gpu::ledger::Ledger;
+use crate::host::rows::Span;
+use crate::host::work::{StepRow, WorkLimits};
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::TensorView;
 
@@ -47,6 +49,10 @@ pub struct LayerView {
     pub(crate) len: usize,
     pub(crate) capacity: usize,
     pub(crate) pages: Option<PageTable>,
+    /// Of a ragged view. In the buffer of the page table, if there is one.
+    pub(crate) rows: Option<RowTable>,
+    /// Of a step's view.
+    pub(crate) step: Option<Arc<StepWork>>,
     /// Bind groups that are kept with the buffers.
     pub(crate) bind_groups: Arc<BindGroups>,
     /// Whose layer it is.
@@ -101,6 +107,39 @@ pub(crate) struct PageTable {
     pub(crate) stride: u32,
 }
 
+/// What attention of packed queries over a step reads beside K and V.
+#[derive(Debug)]
+pub(crate) struct StepWork {
+    /// The sequences of the step, one a batch row of the view.
+    pub(crate) rows: Vec<StepRow>,
+    /// Packed tokens.
+    pub(crate) total: usize,
+    /// The records of the rows and their pages, counted from the first word. As they lie in the view's table.
+    pub(crate) words: Arc<[u32]>,
+    /// Lists of work, and where they lie. Layers of the same geometry share one.
+    pub(crate) lists: Mutex<Vec<(WorkLimits, WorkList)>>,
+}
+
+/// A list of work on the GPU, in one buffer with the records and the pages of the step.
+#[derive(Clone, Debug)]
+pub(crate) struct WorkList {
+    pub(crate) allocation: Allocation,
+    /// First word and number of the items that write to the output, of those that write partial results, and
+    /// of those that are merged.
+    pub(crate) whole: [u32; 2],
+    pub(crate) parts: [u32; 2],
+    pub(crate) merged: [u32; 2],
+}
+
+/// The records of a ragged view's rows.
+#[derive(Clone, Debug)]
+pub(crate) struct RowTable {
+    pub(crate) allocation: Allocation,
+    /// First word of the records, four a row: start, length, first word of the row's pages, zero.
+    pub(crate) at: u32,
+    pub(crate) rows: Arc<[Span]>,
+}
+
 impl LayerView {
     /// A view of a cache of one's own. Nothing is known of its passes: such a view is never refused because of
     /// work that was lost.
@@ -133,7 +172,7 @@ impl LayerView {
         if len > capacity {
             return Err(Error::SequenceTooLong { len: 0, new_tokens: len, bound: capacity });
         }
-        let (bind_groups, pages, owner) = (Arc::default(), None, None);
+        let (bind_groups, pages, rows, step, owner) = (Arc::default(), None, None, None, None);
         Ok(Self {
             key,
             value,
@@ -146,6 +185,8 @@ impl LayerView {
             len,
             capacity,
             pages,
+            rows,
+            step,
             bind_groups,
             owner,
         })
@@ -210,14 +251,42 @@ impl LayerView {
         strides(self.heads, self.capacity, self.value_dim)
     }
 
-    /// Slot of the oldest live token.
+    /// Slot of the oldest live token. If rows differ, see [`row_start`](Self::row_start); this is zero then.
     pub fn start(&self) -> usize {
         self.start
     }
 
-    /// Live tokens.
+    /// Live tokens, of the longest row.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Slot of the oldest live token of batch row `b`; `None` past the last row.
+    pub fn row_start(&self, b: usize) -> Option<usize> {
+        self.row(b).map(|row| row.start)
+    }
+
+    /// Live tokens of batch row `b`; `None` past the last row.
+    pub fn row_len(&self, b: usize) -> Option<usize> {
+        self.row(b).map(|row| row.len)
+    }
+
+    /// Whether rows have their own start and length.
+    pub fn is_ragged(&self) -> bool {
+        self.rows.is_some()
+    }
+
+    fn row(&self, b: usize) -> Option<Span> {
+        match &self.rows {
+            Some(table) => table.rows.get(b).copied(),
+            None => (b < self.batch).then_some(Span { start: self.start, len: self.len }),
+        }
+    }
+
+    /// The buffer of the page table and of the records of rows.
+    pub(crate) fn table(&self) -> Option<&Allocation> {
+        let rows = self.rows.as_ref().map(|rows| &rows.allocation);
+        rows.or(self.pages.as_ref().map(|pages| &pages.allocation))
     }
 
     /// Whether no token is live.
@@ -237,15 +306,17 @@ impl LayerView {
 
     /// Whether the live slots are one piece, `start..start + len`.
     pub fn is_contiguous(&self) -> bool {
-        self.pages.is_none() && self.start + self.len <= self.capacity
+        self.pages.is_none() && self.rows.is_none() && self.start + self.len <= self.capacity
     }
 
     /// How the live tokens lie, and with it the WGSL text that reads them.
     pub fn layout(&self) -> Layout {
-        match self.pages {
-            Some(_) => Layout::Paged,
-            None if self.is_contiguous() => Layout::Contiguous,
-            None => Layout::Wrapped,
+        match (&self.pages, &self.rows) {
+            (Some(_), None) => Layout::Paged,
+            (Some(_), Some(_)) => Layout::RaggedPaged,
+            (None, Some(_)) => Layout::RaggedWrapped,
+            (None, None) if self.is_contiguous() => Layout::Contiguous,
+            (None, None) => Layout::Wrapped,
         }
     }
 
@@ -269,16 +340,18 @@ impl LayerView {
             table: table.map_or(0, |table| table.at),
             table_stride: table.map_or(0, |table| table.stride),
             batch: word(self.batch),
-            reserved: [0; 7],
+            rows: self.rows.as_ref().map_or(0, |rows| rows.at),
+            reserved: [0; 6],
         }
     }
 
-    /// The buffer that the page table lies in; `None` where the layout is not [`Layout::Paged`]. Bind it
-    /// whole, read-only, as `array<u32>`: `layout_words` says where the table begins. It stays as it is until
+    /// The buffer of the page table and of the records of ragged rows; `None` if the layout has neither
+    /// ([`Layout::has_table`]). Bind it whole, read-only, as `array<u32>`: `layout_words` says at which word each
+    /// begins. It stays as it is until
     /// what was recorded up to the cache's next update has run, also if the cache is reset or dropped before;
     /// take it from a fresh view at every step.
     pub fn page_table(&self) -> Option<&wgpu::Buffer> {
-        self.pages.as_ref().map(|pages| &pages.allocation.buffer)
+        self.table().map(|table| &table.buffer)
     }
 }
 

@@ -1,4 +1,4 @@
-// What a shader is told of a view, and how many tokens a row has. The text of a layout follows.
+// The parameters of a view. A text of `layout/rows_*.wgsl` and one of a layout follow.
 
 struct KvLayout {
     heads: u32,
@@ -15,8 +15,9 @@ struct KvLayout {
     table: u32,
     table_stride: u32,
     batch: u32,
+    // Of a ragged view: the first word of the records of the rows, in the buffer of the table.
+    rows: u32,
     // Zero today.
-    reserved_9: u32,
     reserved_10: u32,
     reserved_11: u32,
     reserved_12: u32,
@@ -27,6 +28,11 @@ struct KvLayout {
 
 // Live tokens of batch row b.
 fn kv_len(kv: KvLayout, b: u32) -> u32 {
-    return kv.len;
+    return kv_row(kv, b).len;
+}
+
+// The slot of live token t (0 is the oldest) of batch row b and K/V head h.
+fn kv_slot(kv: KvLayout, b: u32, h: u32, t: u32) -> u32 {
+    return kv_slot_in_row(kv_row(kv, b), b, h, t);
 }
 

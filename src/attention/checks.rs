@@ -31,7 +31,14 @@ pub(super) fn shapes(
         other: view.key_shape(),
     };
     let fit = "hand in a query that fits the view";
-    if batch != view.batch {
+    if let Some(step) = &view.step {
+        if batch != 1 || tokens != step.total {
+            return Err(refused(
+                "the query of a step is packed: (1, Hq, tokens of the step, D)",
+                "hand in one query token for each new token of the step, in its order",
+            ));
+        }
+    } else if batch != view.batch {
         return Err(refused("the query and the cache differ in batch rows", fit));
     }
     if heads % view.heads != 0 {
@@ -66,7 +73,7 @@ pub(super) fn shapes(
         let remedy = "update the layer before attention reads it";
         return Err(refused("the cache holds no token to attend to", remedy));
     }
-    if options.is_causal && tokens > view.len {
+    if options.is_causal && view.step.is_none() && tokens > view.len {
         return Err(refused(
             "causal attention needs every new token in the cache first",
             "record the update that adds them before attention, and take its view",

@@ -3,16 +3,19 @@
 mod checks;
 
 use std::marker::PhantomData;
+use std::sync::PoisonError;
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::{Keepers, Purpose};
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AttentionShape, ROWS, least_splits};
+use crate::gpu::kernels::{AttentionShape, Items, ROWS, most_tokens};
 use crate::gpu::ledger::Ledger;
+use crate::host::work::{ITEM_WORDS, Work, WorkLimits};
+use crate::layout::KvLayout;
 use crate::tensor::{Source, TensorView};
-use crate::view::LayerView;
+use crate::view::{LayerView, StepWork, WorkList};
 
 /// Attention of new tokens over any [`LayerView`]: contiguous, wrapped or paged, read where it lies.
 ///
@@ -148,6 +151,10 @@ impl Attention {
         let mut to = output.source("output", gpu.limits())?;
         checks::output(&gpu, (query, &from), view, (output, &to))?;
 
+        if let Some(step) = &view.step {
+            let call = Packed { view, step, group, scale, options, query, output };
+            return self.record_packed(pass, &call, [from, to]);
+        }
         let rows = group * tokens;
         let (mut split, mut splits) = self.splits(view, rows);
         let mut is_pooled = splits == 1 && query.buffer == output.buffer;
@@ -172,6 +179,7 @@ impl Attention {
             is_causal: options.is_causal,
             is_cpu: self.is_cpu,
             is_pooled,
+            items: None,
         };
         let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
         let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
@@ -181,7 +189,7 @@ impl Attention {
             let bindings = self.bind(view, Purpose::Attention, &[q, k, v, output])?;
             call.add(gpu.kernels().attention(bindings, &shape)?);
         } else {
-            let scratch = self.scratch(view, rows, splits)?;
+            let scratch = self.scratch(view, splits, scratch_bytes(view, rows, splits))?;
             let scratch = scratch.as_entire_buffer_binding();
             let bindings = self.bind(view, Purpose::Attention, &[q, k, v, scratch.clone()])?;
             call.add(gpu.kernels().attention(bindings, &shape)?);
@@ -189,6 +197,119 @@ impl Attention {
             call.add(gpu.kernels().attention_combine(bindings, &shape)?);
         }
         call.record(pass, &self.ledger)
+    }
+
+    /// Records attention of packed queries: items that write to the output, then items that write partial
+    /// results, and their merge.
+    fn record_packed(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        packed: &Packed<'_>,
+        [mut from, mut to]: [Source; 2],
+    ) -> Result<()> {
+        let gpu = self.gpu.clone();
+        let view = packed.view;
+        let list = self.work_list(packed)?;
+        let mut is_pooled = false;
+        let mut query = packed.query.buffer;
+        if list.whole[1] > 0 && packed.query.buffer == packed.output.buffer {
+            let limit = binding_limit(gpu.limits());
+            let Some(joined) = joined([from, to], limit) else {
+                return Err(Error::AttentionTooLarge {
+                    tokens: packed.step.total,
+                    splits: 1,
+                    bytes: from.window.0.abs_diff(to.window.0),
+                    limit,
+                });
+            };
+            ([from, to], is_pooled, query) = (joined, true, &view.key);
+        }
+        let kv = rebased(view.kv_layout(), &list);
+        let shape = |[at, count]: [u32; 2], splits: usize| AttentionShape {
+            view,
+            query: &from,
+            output: &to,
+            group: packed.group,
+            tokens: packed.step.rows.iter().map(|row| row.tokens).max().unwrap_or(0),
+            split: 0,
+            splits,
+            scale: packed.scale,
+            is_causal: packed.options.is_causal,
+            is_cpu: self.is_cpu,
+            is_pooled: is_pooled && splits == 1,
+            items: Some(Items { lists: &list.allocation, kv, at, count }),
+        };
+        let (whole, parts, merged) =
+            (shape(list.whole, 1), shape(list.parts, 2), shape(list.merged, 2));
+        let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
+        let output = to.binding(packed.output.buffer);
+        let mut call = Call::default();
+        if list.whole[1] > 0 {
+            let q = if is_pooled { k.clone() } else { from.binding(query) };
+            let bindings = [q, k.clone(), v.clone(), output.clone()];
+            let bindings = self.bind(view, Purpose::Attention, &bindings)?;
+            call.add(gpu.kernels().attention(bindings, &whole)?);
+        }
+        if list.parts[1] > 0 {
+            let count = list.parts[1] as usize;
+            let scratch = self.scratch(view, count, part_bytes(view, count))?;
+            let scratch = scratch.as_entire_buffer_binding();
+            let q = from.binding(packed.query.buffer);
+            let bindings = [q, k, v, scratch.clone()];
+            let bindings = self.bind(view, Purpose::AttentionParts, &bindings)?;
+            call.add(gpu.kernels().attention(bindings, &parts)?);
+            let bindings = self.bind(view, Purpose::AttentionCombine, &[scratch, output])?;
+            call.add(gpu.kernels().attention_combine(bindings, &merged)?);
+        }
+        call.record(pass, &self.ledger)
+    }
+
+    /// The work of a call, uploaded with the records and pages of its step. Layers of the same geometry share
+    /// it.
+    fn work_list(&self, packed: &Packed<'_>) -> Result<WorkList> {
+        let (view, step) = (packed.view, packed.step);
+        let (wanted, least) = self.wanted();
+        let limit = binding_limit(self.gpu.limits());
+        let limits = WorkLimits {
+            group: packed.group,
+            heads: view.heads,
+            rows: ROWS,
+            wanted,
+            least,
+            most: most_tokens(view, self.is_cpu),
+            parts: usize::try_from(limit / part_bytes(view, 1)).unwrap_or(usize::MAX),
+            is_causal: packed.options.is_causal,
+        };
+        let mut lists = step.lists.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, list)) = lists.iter().find(|(its, _)| *its == limits) {
+            return Ok(list.clone());
+        }
+        let Some(work) = Work::new(&step.rows, limits) else {
+            let longest = step.rows.iter().map(|row| row.len).max().unwrap_or(0);
+            let splits = longest.div_ceil(limits.most);
+            let bytes = part_bytes(view, splits.saturating_mul(step.total));
+            return Err(Error::AttentionTooLarge { tokens: longest, splits, bytes, limit });
+        };
+        let mut words = step.words.to_vec();
+        let mut section = |items: &[u32]| {
+            let at = words.len();
+            words.extend(items);
+            [at, items.len() / ITEM_WORDS]
+        };
+        let sections = [section(&work.whole), section(&work.parts), section(&work.merged)];
+        let allocation = self.gpu.uploads().upload(&words)?;
+        let first = allocation.offset as usize / 4;
+        // What can be bound is counted in 32 bits.
+        let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let [whole, parts, merged] = sections.map(|[at, count]| [word(first + at), word(count)]);
+        let list = WorkList { allocation, whole, parts, merged };
+        lists.push((limits, list.clone()));
+        Ok(list)
+    }
+
+    /// Workgroups that fill the device, and the fewest tokens of a split.
+    fn wanted(&self) -> (usize, usize) {
+        if self.is_cpu { (16, 1024) } else { (512, 256) }
     }
 
     /// Lets go of the bind groups that layers keep for this `Attention`, and so of the buffers of q and of the
@@ -201,12 +322,12 @@ impl Attention {
     /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
     /// to be worth putting together; but no more tokens than a workgroup can go through.
     fn splits(&self, view: &LayerView, rows: usize) -> (usize, usize) {
-        let (wanted, least) = if self.is_cpu { (16, 1024) } else { (512, 256) };
+        let (wanted, least) = self.wanted();
         let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
         let splits = wanted_splits(workgroups, wanted, view.len, least);
         let fit = binding_limit(self.gpu.limits()) / scratch_bytes(view, rows, 1);
         let splits = splits.min(usize::try_from(fit).unwrap_or(usize::MAX));
-        let splits = splits.max(least_splits(view, self.is_cpu));
+        let splits = splits.max(view.len.div_ceil(most_tokens(view, self.is_cpu)));
         let split = view.len.div_ceil(splits);
         (split, view.len.div_ceil(split))
     }
@@ -231,8 +352,7 @@ impl Attention {
     }
 
     /// A buffer for the partial results of all splits.
-    fn scratch(&mut self, view: &LayerView, rows: usize, splits: usize) -> Result<wgpu::Buffer> {
-        let bytes = scratch_bytes(view, rows, splits);
+    fn scratch(&mut self, view: &LayerView, splits: usize, bytes: u64) -> Result<wgpu::Buffer> {
         let limit = binding_limit(self.gpu.limits());
         if bytes > limit {
             return Err(Error::AttentionTooLarge { tokens: view.len, splits, bytes, limit });
@@ -249,6 +369,30 @@ impl Attention {
         self.keepers.release();
         Ok(self.scratch.insert(scratch).clone())
     }
+}
+
+/// A call of attention over a step.
+struct Packed<'a> {
+    view: &'a LayerView,
+    step: &'a StepWork,
+    group: usize,
+    scale: f32,
+    options: AttentionOptions<'a>,
+    query: &'a TensorView<'a>,
+    output: &'a TensorView<'a>,
+}
+
+/// The parameters of a step's view, for the buffer of a list of work.
+fn rebased(kv: KvLayout, list: &WorkList) -> KvLayout {
+    let first = list.allocation.offset / 4;
+    KvLayout { table: first, rows: first, ..kv }
+}
+
+/// Bytes of `parts` partial results of four query rows of all K/V heads.
+fn part_bytes(view: &LayerView, parts: usize) -> u64 {
+    [view.heads, ROWS, view.value_dim + 2, size_of::<f32>()]
+        .iter()
+        .fold(parts as u64, |all, &n| all.saturating_mul(n as u64))
 }
 
 /// Bytes of the partial results of `splits` splits: sums, highest score and total weight of each query row.

@@ -17,12 +17,14 @@ const KEPT: usize = 4;
 pub(crate) enum Purpose {
     Append,
     Attention,
+    /// Attention that writes partial results.
+    AttentionParts,
     AttentionCombine,
 }
 
 /// The bind groups that are kept with a layer's memory.
 #[derive(Debug, Default)]
-pub(crate) struct BindGroups(Mutex<[Kept; 3]>);
+pub(crate) struct BindGroups(Mutex<[Kept; 4]>);
 
 #[derive(Debug, Default)]
 struct Kept {
@@ -90,7 +92,7 @@ impl BindGroups {
         }
     }
 
-    fn kept(&self) -> MutexGuard<'_, [Kept; 3]> {
+    fn kept(&self) -> MutexGuard<'_, [Kept; 4]> {
         // What is kept is whole between any two statements, so a panic elsewhere does not harm it.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

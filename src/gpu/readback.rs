@@ -13,7 +13,6 @@ use crate::gpu::Gpu;
 use crate::gpu::call::Call;
 use crate::gpu::device::{answer_now, binding_limit};
 use crate::gpu::ledger::{Ledger, Snapshot, Verdict};
-use crate::layout::Layout;
 use crate::tensor::HostTensor;
 use crate::view::LayerView;
 
@@ -89,8 +88,8 @@ impl Readback {
         let scope = gpu.device().push_error_scope(wgpu::ErrorFilter::Validation);
         let descriptor = wgpu::CommandEncoderDescriptor { label: Some("kvcache get") };
         let mut encoder = gpu.device().create_command_encoder(&descriptor);
-        if view.layout() == Layout::Paged {
-            copy_pages(gpu, &mut encoder, view, &tensors, rows)?;
+        if view.layout().has_table() {
+            collect_rows(gpu, &mut encoder, view, &tensors, rows)?;
         } else {
             tensors[0].copy(&mut encoder, view, &ring_slots, view.key());
             tensors[1].copy(&mut encoder, view, &ring_slots, view.value());
@@ -330,7 +329,7 @@ fn rows_of_a_piece(gpu: &Gpu, view: &LayerView) -> usize {
 }
 
 /// Copies the live tokens of a paged view, oldest first, through buffers of a few batch rows.
-fn copy_pages(
+fn collect_rows(
     gpu: &Gpu,
     encoder: &mut wgpu::CommandEncoder,
     view: &LayerView,

@@ -4,4 +4,6 @@ pub(crate) mod batch;
 pub(crate) mod pages;
 pub(crate) mod plan;
 pub(crate) mod position;
+pub(crate) mod rows;
 pub(crate) mod words;
+pub(crate) mod work;

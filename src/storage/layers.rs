@@ -12,7 +12,6 @@ use crate::gpu::readback::Readback;
 use crate::host::batch::{BatchChange, OwnedChange, changed_batch};
 use crate::host::plan;
 use crate::host::position::CachePosition;
-use crate::layout::Layout;
 use crate::stats::Stats;
 use crate::storage::layer::{Arrangement, Effect, Layer, PageCounts, Staged};
 use crate::tensor::{HostTensor, TensorView};
@@ -296,9 +295,10 @@ impl<L: Arrangement> Layers<L> {
     fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
         let Some(view) = self.view(layer_idx)? else { return Ok(None) };
         self.gpu.handle().check_alive()?;
-        let (first, second) = match view.layout() {
-            Layout::Paged => Default::default(),
-            _ => plan::live_slots(view.start(), view.len(), view.capacity()),
+        let (first, second) = if view.layout().has_table() {
+            Default::default()
+        } else {
+            plan::live_slots(view.start(), view.len(), view.capacity())
         };
         Readback::start(&self.gpu, layer_idx, &view, [first, second], &self.ledger).map(Some)
     }

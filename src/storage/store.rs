@@ -61,6 +61,8 @@ impl Shape {
             len,
             capacity,
             pages,
+            rows: None,
+            step: None,
             bind_groups: Arc::clone(&store.bind_groups),
             owner: None,
         }

@@ -58,14 +58,15 @@ impl Kernels {
                 let moves = super::gather::FORMS.map(|form| super::gather::variant(unit, form));
                 wanted.extend(moves.map(|it| (1, it)));
                 wanted.insert((2, Variant { unit, ..Variant::default() }));
-                if layout == Layout::Paged {
-                    let layout = Some(Layout::Paged);
+                if layout.has_table() {
+                    let layout = Some(layout);
                     wanted.insert((3, Variant { unit, layout, ..Variant::default() }));
                 }
                 if scope == CompileScope::CachesAndAttention {
                     let attention = self.attention_ahead(layer, layout);
                     wanted.extend(attention.into_iter().map(|it| (4, it)));
-                    wanted.insert((5, Variant::default()));
+                    let is_packed = layout == Layout::RaggedPaged;
+                    wanted.insert((5, super::attention::combine_variant(is_packed)));
                 }
             }
         }

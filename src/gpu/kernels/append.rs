@@ -14,8 +14,15 @@ pub(super) const SOURCE: super::Source = super::Source {
     common: "",
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,
-    constants: &["tile_units", "tile_threads", "tile_height", "is_bthd", "has_list", "is_single"],
-    layouts: &[Layout::Wrapped, Layout::Paged],
+    constants: &[
+        "tile_units",
+        "tile_threads",
+        "tile_height",
+        "is_bthd",
+        "position_form",
+        "is_single",
+    ],
+    layouts: &[Layout::Wrapped, Layout::Paged, Layout::RaggedWrapped, Layout::RaggedPaged],
     dtypes: &[],
 };
 
@@ -47,6 +54,20 @@ pub(crate) enum Positions {
     /// `named` (position, token) pairs of a list, then the `gap` positions from `first` on that it does not
     /// name. The list of batch row b begins at word `at + b * stride`.
     List { first: u32, named: u32, gap: u32, at: u32, stride: u32 },
+    /// Packed tokens, of a source with one batch row: for each, its batch row in the target and its position,
+    /// from word `at` of the list on.
+    Packed { at: u32 },
+}
+
+impl Positions {
+    /// The pipeline constant.
+    fn form(self) -> u32 {
+        match self {
+            Self::Run { .. } => 0,
+            Self::List { .. } => 1,
+            Self::Packed { .. } => 2,
+        }
+    }
 }
 
 /// What an append writes, and where.
@@ -81,10 +102,13 @@ impl Kernels {
         let unit = if aligned { Unit::Vector } else { Unit::Word };
         let tokens = super::narrow(shape.tokens)?;
         let view = shape.target;
-        let rows = super::narrow(view.batch.saturating_mul(view.heads))?;
+        let is_packed = matches!(shape.positions, Positions::Packed { .. });
+        let batch = if is_packed { 1 } else { super::narrow(view.batch)? };
+        let rows = super::narrow(view.heads)?.saturating_mul(batch);
         let entries = match shape.positions {
             Positions::Run { zeros, .. } => zeros + tokens,
             Positions::List { named, gap, .. } => named + gap,
+            Positions::Packed { .. } => tokens,
         };
         let strided = |source: &Source| {
             let [b, h, t] = source.strides;
@@ -107,7 +131,7 @@ impl Kernels {
         let heads = super::narrow(view.heads)?;
         let head_tiles = heads.div_ceil(tile.width());
         let [x, y] = if tile.is_bthd {
-            [entries.div_ceil(tile.height), super::narrow(view.batch)?.saturating_mul(head_tiles)]
+            [entries.div_ceil(tile.height), batch.saturating_mul(head_tiles)]
         } else {
             [entries.div_ceil(tile.width()), rows.div_ceil(tile.height)]
         };
@@ -115,6 +139,7 @@ impl Kernels {
         let [first, zeros, list_at, list_stride] = match shape.positions {
             Positions::Run { first, zeros } => [first, zeros, 0, 0],
             Positions::List { first, named, at, stride, .. } => [first, named, at, stride],
+            Positions::Packed { at } => [0, 0, at, 0],
         };
         let params = Params {
             kv: view.kv_layout(),
@@ -129,8 +154,8 @@ impl Kernels {
             list_at,
             list_stride,
         };
-        let has_list = matches!(shape.positions, Positions::List { .. });
-        let variant = variant(unit, view.layout(), tile, has_list, entries);
+        let form = shape.positions.form();
+        let variant = variant(unit, view.layout(), tile, form, entries);
         self.append.prepare_sides(variant, bindings, shape.lists.cloned(), &params, sides)
     }
 }
@@ -149,7 +174,8 @@ impl Kernels {
         let forms = [1, UNITS_PER_THREAD, UNITS_PER_THREAD + 1].map(|entries| {
             [1, heads].map(|near| {
                 let tile = Tile::new(units, near, entries, false);
-                variant(unit, layout, tile, false, entries)
+                let form = if layout == Layout::RaggedPaged { 2 } else { 0 };
+                variant(unit, layout, tile, form, entries)
             })
         });
         let [[a, b], [c, d], [e, f]] = forms;
@@ -157,13 +183,14 @@ impl Kernels {
     }
 }
 
-fn variant(unit: Unit, layout: Layout, tile: Tile, has_list: bool, entries: u32) -> Variant {
-    let layout = if layout == Layout::Paged { Layout::Paged } else { Layout::Wrapped };
-    let [is_bthd, has_list, is_single] = [tile.is_bthd, has_list, entries == 1].map(u32::from);
+fn variant(unit: Unit, layout: Layout, tile: Tile, form: u32, entries: u32) -> Variant {
+    // A contiguous layer is a ring that does not wrap yet.
+    let layout = if layout == Layout::Contiguous { Layout::Wrapped } else { layout };
+    let [is_bthd, is_single] = [tile.is_bthd, entries == 1].map(u32::from);
     Variant {
         unit,
         layout: Some(layout),
-        constants: [tile.units, tile.threads, tile.height, is_bthd, has_list, is_single],
+        constants: [tile.units, tile.threads, tile.height, is_bthd, form, is_single, 0, 0],
         ..Variant::default()
     }
 }

@@ -1,9 +1,11 @@
 //! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
 
 use super::params::{Strided, params};
+use super::variant::CONSTANTS;
 use super::{Dispatch, Kernels, LayerShape, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::gpu::arena::Allocation;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
 use crate::view::LayerView;
@@ -14,7 +16,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     common: "",
     writes: &[false, false, false, true],
     params_bytes: Params::BYTES,
-    constants: &["threads", "fours", "is_alone", "masking", "has_rest", "is_pooled"],
+    constants: &["threads", "fours", "is_alone", "masking", "has_rest", "is_pooled", "is_packed"],
     layouts: Layout::ALL,
     dtypes: &[DType::F32, DType::F16, DType::BF16],
 };
@@ -25,7 +27,7 @@ pub(super) const COMBINE: super::Source = super::Source {
     common: "",
     writes: &[false, true],
     params_bytes: CombineParams::BYTES,
-    constants: &[],
+    constants: &["is_packed"],
     layouts: &[],
     dtypes: &[],
 };
@@ -46,6 +48,8 @@ params! {
         splits: u32,
         scale: f32,
         is_causal: u32,
+        items: u32,
+        item_count: u32,
     }
 }
 
@@ -59,6 +63,7 @@ params! {
         tokens: u32,
         splits: u32,
         rows: u32,
+        items: u32,
     }
 }
 
@@ -105,14 +110,17 @@ impl Spread {
     }
 
     /// The pipeline constants.
-    fn constants(self, masking: Masking, key_dim: u32, is_pooled: bool) -> [u32; 6] {
+    fn constants(self, masking: Masking, key_dim: u32, form: Form) -> [u32; CONSTANTS] {
+        let Form { is_pooled, is_packed } = form;
         let has_rest = 16 * self.fours * self.slices > key_dim;
-        let [is_alone, has_rest, is_pooled] = [self.is_alone, has_rest, is_pooled].map(u32::from);
-        [self.threads, self.fours, is_alone, masking as u32, has_rest, is_pooled]
+        let flags = [self.is_alone, has_rest, is_pooled, is_packed];
+        let [is_alone, has_rest, is_pooled, is_packed] = flags.map(u32::from);
+        let masking = masking as u32;
+        [self.threads, self.fours, is_alone, masking, has_rest, is_pooled, is_packed, 0]
     }
 
     /// Tokens of a split that a workgroup can go through.
-    fn most_tokens(self) -> usize {
+    pub(crate) fn most_tokens(self) -> usize {
         let lanes = (self.threads / self.slices) as usize;
         if self.is_alone {
             lanes * MOST_ROUNDS
@@ -129,9 +137,16 @@ fn unit_of(dims: [usize; 2]) -> Unit {
     if is_whole { Unit::Vector } else { Unit::Word }
 }
 
-/// Splits of a view's tokens that there are at least.
-pub(crate) fn least_splits(view: &LayerView, is_cpu: bool) -> usize {
-    view.len.div_ceil(Spread::of([view.key_dim, view.value_dim], is_cpu).most_tokens())
+/// The most tokens of a view that one workgroup can go through.
+pub(crate) fn most_tokens(view: &LayerView, is_cpu: bool) -> usize {
+    Spread::of([view.key_dim, view.value_dim], is_cpu).most_tokens()
+}
+
+/// How a call binds q, and how its queries lie.
+#[derive(Clone, Copy, Debug, Default)]
+struct Form {
+    is_pooled: bool,
+    is_packed: bool,
 }
 
 /// Elements a head at most: what leaves four lanes or more for each part of a sum.
@@ -157,6 +172,20 @@ pub(crate) struct AttentionShape<'a> {
     pub(crate) is_cpu: bool,
     /// Whether q is read from the buffer that the kernel writes, in the window of that.
     pub(crate) is_pooled: bool,
+    /// The work of packed queries. `splits` is 1 if it writes to the output, and more if it writes partial
+    /// results.
+    pub(crate) items: Option<Items<'a>>,
+}
+
+/// A list of work, eight words an item, in one buffer with the records and pages of the view.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Items<'a> {
+    pub(crate) lists: &'a Allocation,
+    /// The view's parameters, for this buffer.
+    pub(crate) kv: KvLayout,
+    /// First word of the items, and their number.
+    pub(crate) at: u32,
+    pub(crate) count: u32,
 }
 
 impl Kernels {
@@ -191,7 +220,7 @@ impl Kernels {
         let spread = Spread::of([view.key_dim, view.value_dim], shape.is_cpu);
         let units = |dim: usize| super::narrow(dim * view.dtype.size() / unit_bytes);
         let params = Params {
-            kv: view.kv_layout(),
+            kv: shape.items.map_or_else(|| view.kv_layout(), |items| items.kv),
             query: rows(shape.query)?,
             output: rows(shape.output)?,
             key_units: units(view.key_dim)?,
@@ -204,21 +233,32 @@ impl Kernels {
             splits: super::narrow(shape.splits)?,
             scale: shape.scale,
             is_causal: u32::from(shape.is_causal),
+            items: shape.items.map_or(0, |items| items.at),
+            item_count: shape.items.map_or(0, |items| items.count),
         };
+        let form = Form { is_pooled: shape.is_pooled, is_packed: shape.items.is_some() };
         let masking = masking(shape.is_cpu, shape.is_causal && shape.tokens > 1);
         let variant = Variant {
             unit,
             layout: Some(view.layout()),
             dtype: Some(view.dtype),
-            constants: spread.constants(masking, params.kv.key_dim, shape.is_pooled),
+            constants: spread.constants(masking, params.kv.key_dim, form),
         };
-        let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
-        // Of a long prompt there are more tiles than a side may have: then they go on along the third.
+        let (tiles, rows, splits) = match shape.items {
+            Some(items) => (items.count as usize, view.heads, 1),
+            None => {
+                let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
+                (tiles, view.batch * view.heads, shape.splits)
+            }
+        };
+        // If there are more tiles than a dimension of the grid may have, they continue along z.
         let limit = self.uploads.device().limits.max_compute_workgroups_per_dimension as usize;
         let layers = tiles.div_ceil(limit);
-        let sides = [tiles.div_ceil(layers), view.batch * view.heads, shape.splits * layers];
-        let groups = sides.map(|side| side as u64);
-        let table = view.pages.as_ref().map(|pages| pages.allocation.clone());
+        let groups = [tiles.div_ceil(layers), rows, splits * layers].map(|side| side as u64);
+        let table = match shape.items {
+            Some(items) => Some(items.lists.clone()),
+            None => view.table().cloned(),
+        };
         self.attention.prepare_sides(variant, bindings, table, &params, groups)
     }
 
@@ -228,7 +268,10 @@ impl Kernels {
         shape: &AttentionShape<'_>,
     ) -> Result<Dispatch> {
         let view = shape.view;
-        let all = view.batch * view.heads * shape.group * shape.tokens;
+        let all = match shape.items {
+            Some(items) => items.count as usize * view.heads * ROWS,
+            None => view.batch * view.heads * shape.group * shape.tokens,
+        };
         let params = CombineParams {
             output: rows(shape.output)?,
             value_dim: super::narrow(view.value_dim)?,
@@ -237,15 +280,23 @@ impl Kernels {
             tokens: super::narrow(shape.tokens)?,
             splits: super::narrow(shape.splits)?,
             rows: super::narrow(all)?,
+            items: shape.items.map_or(0, |items| items.at),
         };
         let limit = u64::from(self.uploads.device().limits.max_compute_workgroups_per_dimension);
         let groups = [(all as u64).min(limit), 1, 1];
-        let variant = Variant::default();
-        self.attention_combine.prepare_sides(variant, bindings, None, &params, groups)
+        let variant = combine_variant(shape.items.is_some());
+        let lists = shape.items.map(|items| items.lists.clone());
+        self.attention_combine.prepare_sides(variant, bindings, lists, &params, groups)
     }
 }
 
-/// How V of a token that a row does not see is kept out of the row's sums, as in the shader.
+/// The form of the kernel that combines splits.
+pub(super) fn combine_variant(is_packed: bool) -> Variant {
+    let constants = [u32::from(is_packed), 0, 0, 0, 0, 0, 0, 0];
+    Variant { constants, ..Variant::default() }
+}
+
+/// How V of a token that a row does not see is masked, as in the shader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Masking {
     AllRows = 0,
@@ -262,7 +313,8 @@ fn masking(is_cpu: bool, has_unseen: bool) -> Masking {
 }
 
 impl Kernels {
-    /// The variants for one new token and for several; none for heads that the kernel does not support.
+    /// The variants for one new token and for several; none for heads that the kernel does not support. Ragged
+    /// pages are read with packed queries.
     pub(super) fn attention_ahead(&self, layer: &LayerShape, layout: Layout) -> Vec<Variant> {
         let dims = [layer.key_dim, layer.value_dim];
         let Some(key_dim) = u32::try_from(layer.key_dim).ok() else { return Vec::new() };
@@ -271,11 +323,12 @@ impl Kernels {
         }
         let is_cpu = self.uploads.device().is_cpu;
         let spread = Spread::of(dims, is_cpu);
+        let form = Form { is_packed: layout == Layout::RaggedPaged, ..Form::default() };
         let variants = [false, true].map(|has_unseen| Variant {
             unit: unit_of(dims),
             layout: Some(layout),
             dtype: Some(layer.dtype),
-            constants: spread.constants(masking(is_cpu, has_unseen), key_dim, false),
+            constants: spread.constants(masking(is_cpu, has_unseen), key_dim, form),
         });
         variants.into()
     }

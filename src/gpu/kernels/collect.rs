@@ -16,7 +16,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,
     constants: &[],
-    layouts: &[Layout::Paged],
+    layouts: &[Layout::Paged, Layout::RaggedWrapped, Layout::RaggedPaged],
     dtypes: &[],
 };
 
@@ -33,7 +33,7 @@ params! {
 }
 
 impl Kernels {
-    /// A copy of the live tokens of some batch rows of a paged view, straight, into `targets`.
+    /// A copy of the live tokens of some batch rows of a paged or ragged view into `targets`, oldest first.
     pub(crate) fn collect(
         &self,
         view: &LayerView,
@@ -57,8 +57,8 @@ impl Kernels {
         let bindings =
             self.collect.bind(&[&view.key, &view.value, key, value].map(super::whole))?;
         let groups = u64::from(tiles) * all as u64;
-        let variant = Variant { unit, layout: Some(Layout::Paged), ..Variant::default() };
-        let table = view.pages.as_ref().map(|pages| pages.allocation.clone());
+        let variant = Variant { unit, layout: Some(view.layout()), ..Variant::default() };
+        let table = view.table().cloned();
         self.collect.prepare(variant, bindings, table, &params, groups)
     }
 }

@@ -98,7 +98,7 @@ pub(super) const FORMS: [[bool; 2]; 3] = [[true, false], [false, true], [true, t
 
 pub(super) fn variant(unit: Unit, form: [bool; 2]) -> Variant {
     let [has_copies, has_cycles] = form.map(u32::from);
-    Variant { unit, constants: [has_copies, has_cycles, 0, 0, 0, 0], ..Variant::default() }
+    Variant { unit, constants: [has_copies, has_cycles, 0, 0, 0, 0, 0, 0], ..Variant::default() }
 }
 
 /// Workgroups for the live tokens of a head, for kernels whose threads take four units.

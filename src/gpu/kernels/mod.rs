@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use ahead::{CompileScope, LayerShape};
 pub(crate) use append::{AppendShape, Positions};
-pub(crate) use attention::{AttentionShape, MOST_DIM, ROWS, least_splits};
+pub(crate) use attention::{AttentionShape, Items, MOST_DIM, ROWS, most_tokens};
 pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;

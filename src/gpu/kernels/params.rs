@@ -107,6 +107,7 @@ mod tests {
             "table",
             "table_stride",
             "batch",
+            "rows",
         ];
         for layout in Layout::ALL {
             let text = format!("fn kv_table(i: u32) -> u32 {{ return i; }}\n{}", layout.wgsl());
@@ -128,7 +129,7 @@ mod tests {
             ..Default::default()
         };
         let words: [u32; Layout::WORDS] =
-            bytemuck::cast(KvLayout { table: 7, table_stride: 8, batch: 9, ..filled });
-        assert_eq!(words, [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0, 0]);
+            bytemuck::cast(KvLayout { table: 7, table_stride: 8, batch: 9, rows: 10, ..filled });
+        assert_eq!(words, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0, 0, 0, 0, 0]);
     }
 }

@@ -52,6 +52,9 @@ impl ParamsPath {
     const ALL: [Self; 2] = [Self::Uniform, Self::Immediate];
 }
 
+/// Pipeline constants of a kernel at most.
+pub(crate) const CONSTANTS: usize = 8;
+
 /// Which of its forms a kernel takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Variant {
@@ -61,7 +64,7 @@ pub(crate) struct Variant {
     /// For kernels that read elements.
     pub(crate) dtype: Option<DType>,
     /// Values of the kernel's pipeline constants, in its order.
-    pub(crate) constants: [u32; 6],
+    pub(crate) constants: [u32; CONSTANTS],
 }
 
 impl Variant {
@@ -90,7 +93,7 @@ impl Variant {
         }
         if let Some(layout) = self.layout {
             text.push_str(layout.wgsl());
-            if layout == Layout::Paged {
+            if layout.has_table() {
                 text.push_str("fn kv_table(i: u32) -> u32 {\n    return lists[i];\n}\n");
             }
         }
