@@ -66,6 +66,17 @@ impl<'a> TensorView<'a> {
         Ok(Self { buffer, dtype, offset: 0, shape: [b, h, t, d], strides, device: None })
     }
 
+    /// Packed tokens [T, H, D], as a projection of the tokens of several sequences writes them: one batch row,
+    /// (1, H, T, D) in the view's own [`shape`](Self::shape) and in every message.
+    ///
+    /// # Errors
+    ///
+    /// As for [`TensorView::new`].
+    pub fn packed(buffer: &'a wgpu::Buffer, dtype: DType, shape: [usize; 3]) -> Result<Self> {
+        let [tokens, heads, dim] = shape;
+        Self::bthd(buffer, dtype, &[1, tokens, heads, dim])
+    }
+
     /// The same view with its first element at byte `offset` of the buffer: a multiple of 4.
     #[must_use]
     pub fn with_offset(self, offset: u64) -> Self {

@@ -6,6 +6,7 @@ pub(crate) mod fixed;
 mod kind;
 pub(crate) mod options;
 pub(crate) mod paged;
+pub(crate) mod sequences;
 
 use std::future::Future;
 use std::pin::Pin;

@@ -80,7 +80,17 @@ impl Error {
             | Self::OtherDevice { .. }
             | Self::MissingOption { .. }
             | Self::UnusedOption { .. }
-            | Self::NotSupported { .. } => ErrorKind::Input,
+            | Self::NotSupported { .. }
+            | Self::UnknownSequence { .. }
+            | Self::ForkPastEnd { .. }
+            | Self::PrefixTokens { .. }
+            | Self::NoLayers
+            | Self::EmptyStep
+            | Self::SequenceTwice { .. }
+            | Self::NoNewTokens { .. }
+            | Self::StepTokens { .. }
+            | Self::StaleStep { .. }
+            | Self::StepUnfinished { .. } => ErrorKind::Input,
             Self::LayerTooLarge { .. }
             | Self::OutOfPages { .. }
             | Self::PoolTooLarge { .. }

@@ -3,7 +3,10 @@
 pub(crate) mod batch;
 pub(crate) mod pages;
 pub(crate) mod plan;
+pub(crate) mod pool;
 pub(crate) mod position;
+pub(crate) mod prefix;
 pub(crate) mod rows;
+pub(crate) mod sequences;
 pub(crate) mod words;
 pub(crate) mod work;

@@ -92,6 +92,7 @@ impl Work {
     }
 
     /// The number of partial results, each of all K/V heads.
+    #[cfg(test)]
     pub(crate) fn part_count(&self) -> usize {
         self.parts.len() / ITEM_WORDS
     }

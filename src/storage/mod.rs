@@ -3,6 +3,9 @@
 pub(crate) mod layer;
 pub(crate) mod layers;
 pub(crate) mod paging;
+pub(crate) mod pool;
 pub(crate) mod ring;
+pub(crate) mod sequences;
+pub(crate) mod step;
 pub(crate) mod store;
 pub(crate) mod table;

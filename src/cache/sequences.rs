@@ -1,0 +1,437 @@
+//! The kind whose rows are sequences with names.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::cache::GetFuture;
+use crate::cache::options::CacheOptions;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::kernels::LayerShape;
+use crate::sequence::SequenceId;
+use crate::stats::Stats;
+use crate::storage::sequences::{SequenceLayers, SequenceLimits};
+use crate::storage::step::{StepArray, StepData};
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::LayerView;
+
+/// A cache of sequences that differ in length, join, leave and fork.
+///
+/// Each sequence has a name, a [`SequenceId`], that stays valid while others come and go. K and V of all sequences
+/// lie in pages, [page, H, tokens of a page, D], in one pool a layer; a page has the same number in all layers.
+/// A fork shares the pages of its parent. Of these at most the partly filled last one is copied, when one of both
+/// writes into it (vLLM's `PagedAttention`: Kwon et al., 2023).
+///
+/// # A step
+///
+/// [`plan_step`](Self::plan_step) says which sequences get how many tokens: one for a sequence that decodes, a
+/// prompt or a piece of one for a sequence that prefills, in one step. It checks and allocates everything for all
+/// layers, so that no layer runs out of room later. Then each layer is updated once with the step's
+/// [packed](TensorView::packed) K and V, [tokens of the step, H, D], and
+/// [`Attention`](crate::Attention) reads the view that this returns, with packed queries: each token sees its own
+/// sequence only, up to itself.
+///
+/// ```text
+/// plan_step(pass, &[(a, 1), (b, 3)])     a decodes, b prefills
+///
+/// packed tokens    | a0 | b0  b1  b2 |
+/// positions        |  7 |  0   1   2 |   a has 7 tokens before the step
+/// sequences        |  0 |  1   1   1 |
+/// offsets          |  0    1           4 |
+/// lengths          |  8    3 |
+/// ```
+///
+/// A step counts as done once it is recorded, as every call that writes: see [`Cache`](crate::Cache) on passes,
+/// which holds here, too. Passes must be submitted in the order in which they were recorded. If one is dropped,
+/// every later call answers [`Error::PassDropped`] until [`reset`](Self::reset).
+///
+/// # Prefixes
+///
+/// [`remember_prefix`](Self::remember_prefix) notes which tokens a sequence begins with. A later sequence that
+/// begins with the same tokens starts from their pages ([`add_with_prefix`](Self::add_with_prefix)), also when the
+/// first one is gone. In a bounded pool ([`CacheOptions::with_max_pages`]) pages of prefixes that no sequence uses
+/// make room when they are needed, least recently used first.
+///
+/// # Examples
+///
+/// Two sequences of different length in one step:
+///
+/// ```
+/// use wgpu_kvcache::{Attention, DType, Gpu, LayerShape, SequenceCache, TensorView};
+///
+/// # fn main() -> Result<(), wgpu_kvcache::Error> {
+/// let gpu = Gpu::headless()?;
+/// let layer = LayerShape { dtype: DType::F32, heads: 2, key_dim: 4, value_dim: 4 };
+/// let mut cache = SequenceCache::new(&gpu, &[layer])?;
+/// let mut attention = Attention::new(&gpu);
+/// let (a, b) = (cache.add()?, cache.add()?);
+///
+/// // As a projection writes them: [5 tokens, 2 heads, 4 elements], and 6 query heads.
+/// let kv = gpu.upload(&[1.0_f32; 5 * 2 * 4], &[1, 5, 2, 4])?;
+/// let query = gpu.upload(&[0.0_f32; 5 * 6 * 4], &[1, 5, 6, 4])?;
+/// let output = gpu.upload(&[0.0_f32; 5 * 6 * 4], &[1, 5, 6, 4])?;
+/// let kv = TensorView::packed(kv.buffer(), DType::F32, [5, 2, 4])?;
+/// let query = TensorView::packed(query.buffer(), DType::F32, [5, 6, 4])?;
+/// let output = TensorView::packed(output.buffer(), DType::F32, [5, 6, 4])?;
+/// gpu.submit_pass("step", |pass| {
+///     let step = cache.plan_step(pass, &[(a, 2), (b, 3)])?;
+///     assert_eq!(step.positions(), [0, 1, 0, 1, 2]);
+///     let view = cache.update(pass, &step, 0, &kv, &kv)?;
+///     attention.record(pass, &query, &view, &output, Default::default())
+/// })?;
+/// assert_eq!((cache.len(a)?, cache.len(b)?), (2, 3));
+/// let c = cache.fork(b, 2)?; // the first two tokens of b, in b's page
+/// let (key, _value) = cache.get(c, 0)?.expect("two tokens");
+/// assert_eq!(key.shape(), [1, 2, 2, 4]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct SequenceCache {
+    layers: SequenceLayers,
+}
+
+impl SequenceCache {
+    /// An empty cache of these layers, with pages of 16 tokens and pools that grow. Memory is allocated by the
+    /// first step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoLayers`], [`Error::ZeroExtent`], and [`Error::OddHeadDim`] for heads of 16-bit
+    /// types that have an odd number of elements.
+    pub fn new(gpu: &Gpu, layers: &[LayerShape]) -> Result<Self> {
+        Self::with_options(gpu, layers, CacheOptions::default())
+    }
+
+    /// An empty cache of these layers. Takes `max_cache_len` (the most tokens of a sequence), `page_tokens` and
+    /// `max_pages` (of each layer's pool, which the first step then makes whole).
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new); [`Error::PageSize`], and [`Error::UnusedOption`] for any other option.
+    pub fn with_options(gpu: &Gpu, layers: &[LayerShape], options: CacheOptions) -> Result<Self> {
+        let kind = "SequenceCache";
+        if layers.is_empty() {
+            return Err(Error::NoLayers);
+        }
+        if options.num_layers().is_some() {
+            return Err(Error::UnusedOption { option: "num_layers", kind });
+        }
+        let options = options.check(kind, &["max_cache_len", "page_tokens", "max_pages"])?;
+        let limits = SequenceLimits {
+            page_tokens: options.page_tokens()?,
+            most_pages: options.max_pages(),
+            most_tokens: options.max_cache_len(),
+        };
+        Ok(Self { layers: SequenceLayers::new(gpu, layers, limits)? })
+    }
+
+    /// Adds a sequence without a token.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PassDropped`] where recorded work was lost; so every call here.
+    pub fn add(&mut self) -> Result<SequenceId> {
+        Ok(self.layers.sequences_mut()?.add())
+    }
+
+    /// Adds a sequence with the first `tokens` live tokens of another one, in the same pages. Moves no byte.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForkPastEnd`], [`Error::StepUnfinished`] for tokens of a step that has not updated all layers yet, and
+    /// [`Error::UnknownSequence`] for a name that was removed or is of another cache;
+    /// so every call here that takes a name.
+    pub fn fork(&mut self, id: SequenceId, tokens: usize) -> Result<SequenceId> {
+        self.layers.check_written(id, tokens)?;
+        self.layers.sequences_mut()?.fork(id, tokens)
+    }
+
+    /// Removes a sequence. Pages that no other sequence and no prefix refers to are free again.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fork`](Self::fork).
+    pub fn remove(&mut self, id: SequenceId) -> Result<()> {
+        self.layers.sequences_mut()?.remove(id)
+    }
+
+    /// Keeps the first `length` live tokens of a sequence. Moves no byte.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fork`](Self::fork).
+    pub fn truncate(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        self.layers.sequences_mut()?.truncate(id, length)
+    }
+
+    /// Drops the latest `tokens` live tokens of a sequence, or all if it has fewer: the roll-back of speculative
+    /// decoding. Moves no byte.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fork`](Self::fork).
+    pub fn drop_latest(&mut self, id: SequenceId, tokens: usize) -> Result<()> {
+        let sequences = self.layers.sequences_mut()?;
+        let length = sequences.len(id)?.saturating_sub(tokens);
+        sequences.truncate(id, length)
+    }
+
+    /// Keeps the latest `max_length` live tokens of a sequence: a sliding window. Moves no byte.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fork`](Self::fork).
+    pub fn crop(&mut self, id: SequenceId, max_length: usize) -> Result<()> {
+        self.layers.sequences_mut()?.crop(id, max_length)
+    }
+
+    /// Live tokens of a sequence.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fork`](Self::fork).
+    pub fn len(&self, id: SequenceId) -> Result<usize> {
+        self.layers.sequences()?.len(id)
+    }
+
+    /// The absolute position of a sequence's next token, as rotary embeddings need it: its live tokens, and those
+    /// before them that [`crop`](Self::crop) has dropped. A fork counts on from its parent.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fork`](Self::fork).
+    pub fn next_position(&self, id: SequenceId) -> Result<usize> {
+        self.layers.sequences()?.next_position(id)
+    }
+
+    /// The names of all sequences, in no particular order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PassDropped`].
+    pub fn sequences(&self) -> Result<Vec<SequenceId>> {
+        Ok(self.layers.sequences()?.ids().collect())
+    }
+
+    /// How many of these tokens, from the first on, lie in pages that
+    /// [`remember_prefix`](Self::remember_prefix) has noted: a multiple of the tokens of a page.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PassDropped`].
+    pub fn cached_prefix(&self, tokens: &[u32]) -> Result<usize> {
+        Ok(self.layers.sequences()?.cached_prefix(tokens))
+    }
+
+    /// Adds a sequence that begins with the longest noted prefix of `tokens`, and returns how many tokens it has:
+    /// an engine prefills the rest. Moves no byte. An engine that needs the logits of the last token hands in all
+    /// tokens but that one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PassDropped`].
+    pub fn add_with_prefix(&mut self, tokens: &[u32]) -> Result<(SequenceId, usize)> {
+        Ok(self.layers.sequences_mut()?.add_with_prefix(tokens))
+    }
+
+    /// Notes that a sequence begins with `tokens`, for later sequences that do as well. Whole pages are noted and
+    /// kept, also after the sequence is changed or removed. The ids come from the caller; the cache compares them
+    /// and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PrefixTokens`] for more ids than the sequence has tokens, and after a crop; else as for
+    /// [`fork`](Self::fork).
+    pub fn remember_prefix(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
+        self.layers.check_written(id, tokens.len())?;
+        self.layers.sequences_mut()?.remember_prefix(id, tokens)
+    }
+
+    /// Forgets all prefixes. Pages that no sequence refers to are free again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PassDropped`].
+    pub fn forget_prefixes(&mut self) -> Result<()> {
+        self.layers.sequences_mut()?.forget_prefixes();
+        Ok(())
+    }
+
+    /// Plans a step: `tokens` lists sequences, each once, and how many new tokens it gets.
+    ///
+    /// Everything is checked and allocated, for all layers, or nothing has changed. Lengths move on at once. Copies
+    /// of shared pages that the step writes into, and of pools that grow, are recorded into `pass`. The lists of
+    /// the step go to the GPU in one write. In a steady loop no buffer and no bind group is made.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::EmptyStep`], [`Error::SequenceTwice`], [`Error::NoNewTokens`], [`Error::UnknownSequence`].
+    /// - [`Error::StepUnfinished`] if the step before has not updated all layers.
+    /// - No room: [`Error::OutOfPages`], [`Error::PoolTooLarge`], [`Error::SequenceTooLong`],
+    ///   [`Error::ListTooLarge`], [`Error::OutOfMemory`].
+    pub fn plan_step(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        tokens: &[(SequenceId, usize)],
+    ) -> Result<Step> {
+        Ok(Step(Arc::new(self.layers.plan_step(pass, tokens)?)))
+    }
+
+    /// Takes the tokens of the latest step back, for an engine that cannot finish it. Its [`Step`] is of no use
+    /// afterwards. Does nothing if no step was planned.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PassDropped`].
+    pub fn cancel_step(&mut self) -> Result<()> {
+        self.layers.cancel_step()
+    }
+
+    /// Writes K and V of the step's tokens into layer `layer_idx`, and returns its view: one row for each sequence
+    /// of the step. Both are [packed](TensorView::packed), (1, H, tokens of the step, D), in the step's order, and
+    /// read where they lie when the pass runs.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::StaleStep`] for a step that is not the latest of this cache.
+    /// - [`Error::StepTokens`], [`Error::LayerShape`], [`Error::WrongDType`], [`Error::LayerOutOfRange`].
+    /// - Inputs that a kernel cannot read, as for [`KVCache::update`](crate::KVCache::update).
+    pub fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        step: &Step,
+        layer_idx: usize,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+    ) -> Result<LayerView> {
+        self.layers.update(pass, &step.0, layer_idx, key, value)
+    }
+
+    /// The view that [`update`](Self::update) returns, for a model's layer that reads the K and V of another one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StaleStep`], [`Error::LayerOutOfRange`], [`Error::PassDropped`], and [`Error::StepUnfinished`] before the
+    /// layer's update.
+    pub fn view(&self, step: &Step, layer_idx: usize) -> Result<LayerView> {
+        self.layers.view(&step.0, layer_idx)
+    }
+
+    /// Reads the live tokens of a sequence back, K and V (1, H, T, D); `None` if it has none. Submits and waits:
+    /// see [`KVCache::get`](crate::KVCache::get).
+    ///
+    /// # Errors
+    ///
+    /// As there, [`Error::UnknownSequence`], and [`Error::StepUnfinished`] if the sequence's latest step has not updated
+    /// the layer yet.
+    pub fn get(
+        &self,
+        id: SequenceId,
+        layer_idx: usize,
+    ) -> Result<Option<(HostTensor, HostTensor)>> {
+        self.layers.get(id, layer_idx)
+    }
+
+    /// As [`get`](Self::get), without blocking: see [`KVCache::get_async`](crate::KVCache::get_async).
+    pub fn get_async(&self, id: SequenceId, layer_idx: usize) -> GetFuture<'_> {
+        Box::pin(self.layers.get_async(id, layer_idx))
+    }
+
+    /// Removes all sequences, forgets all prefixes and lost passes, and keeps the memory. Names of before are
+    /// errors.
+    pub fn reset(&mut self) {
+        self.layers.reset();
+    }
+
+    /// The number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.layers.layer_count()
+    }
+
+    /// Tokens of a page.
+    pub fn page_tokens(&self) -> usize {
+        self.layers.limits().page_tokens
+    }
+
+    /// The most tokens of a sequence, or `None` if only the device bounds it.
+    pub fn get_max_cache_shape(&self) -> Option<usize> {
+        self.layers.limits().most_tokens
+    }
+
+    /// What the cache has recorded and allocated since it was made. Pages are those of one layer, since all layers
+    /// use the same ones. Pages of noted prefixes count as used, and a page that a sequence and a prefix refer to
+    /// as shared.
+    pub fn stats(&self) -> Stats {
+        self.layers.stats()
+    }
+}
+
+/// A step that [`SequenceCache::plan_step`] has planned: its sequences in order, and its lists on the host and on
+/// the GPU. A clone is the same step.
+///
+/// The arrays on the GPU are of `u32`, and lie in a buffer with [`wgpu::BufferUsages::STORAGE`] at offsets that are
+/// multiples of 256 bytes. Both change from step to step: use dynamic offsets, or make a bind group for each step.
+/// Bind read-only. They stay as they are until what was recorded up to the next step has run.
+#[derive(Clone, Debug)]
+pub struct Step(Arc<StepData>);
+
+impl Step {
+    /// The sequences, in the order of their packed tokens.
+    pub fn sequences(&self) -> &[SequenceId] {
+        &self.0.ids
+    }
+
+    /// New tokens of all sequences: T of packed K, V and queries.
+    pub fn total_tokens(&self) -> usize {
+        self.0.work.total
+    }
+
+    /// The packed tokens of the `i`-th sequence; `None` past the last one. The last of them is the one whose
+    /// logits continue the sequence.
+    pub fn tokens(&self, i: usize) -> Option<Range<usize>> {
+        self.0.work.rows.get(i).map(|row| row.first..row.first + row.tokens)
+    }
+
+    /// The absolute position of each packed token, for rotary embeddings: see
+    /// [`SequenceCache::next_position`].
+    pub fn positions(&self) -> &[u32] {
+        self.0.array(StepArray::Positions)
+    }
+
+    /// The first packed token of each sequence, and at last the number of tokens.
+    pub fn offsets(&self) -> &[u32] {
+        self.0.array(StepArray::Offsets)
+    }
+
+    /// Live tokens of each sequence, the new ones included.
+    pub fn lengths(&self) -> &[u32] {
+        self.0.array(StepArray::Lengths)
+    }
+
+    /// [`positions`](Self::positions) on the GPU: a word a token.
+    pub fn positions_binding(&self) -> wgpu::BufferBinding<'_> {
+        self.binding(StepArray::Positions)
+    }
+
+    /// The sequence of each packed token on the GPU, as its number in the step: a word a token.
+    pub fn sequences_binding(&self) -> wgpu::BufferBinding<'_> {
+        self.binding(StepArray::Sequences)
+    }
+
+    /// [`offsets`](Self::offsets) on the GPU: a word a sequence, and one more.
+    pub fn offsets_binding(&self) -> wgpu::BufferBinding<'_> {
+        self.binding(StepArray::Offsets)
+    }
+
+    /// [`lengths`](Self::lengths) on the GPU: a word a sequence.
+    pub fn lengths_binding(&self) -> wgpu::BufferBinding<'_> {
+        self.binding(StepArray::Lengths)
+    }
+
+    fn binding(&self, array: StepArray) -> wgpu::BufferBinding<'_> {
+        let (offset, bytes) = self.0.binding(array);
+        let size = wgpu::BufferSize::new(bytes);
+        wgpu::BufferBinding { buffer: &self.0.allocation.buffer, offset, size }
+    }
+}

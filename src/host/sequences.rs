@@ -1,0 +1,407 @@
+//! Sequences by name: which pages hold their tokens, and what a step changes. Pure host logic.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{Error, Result};
+use crate::host::pool::PagePool;
+use crate::host::prefix::PrefixMap;
+use crate::host::work::StepRow;
+use crate::sequence::SequenceId;
+
+/// All sequences of a cache.
+#[derive(Debug)]
+pub(crate) struct Sequences {
+    cache: u64,
+    /// Tokens of a page: a power of two.
+    page_tokens: usize,
+    slots: Vec<Slot>,
+    /// Slots without a sequence. The last one is used first.
+    free: Vec<u32>,
+    pool: PagePool,
+    prefixes: PrefixMap,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// How many sequences the slot had before.
+    generation: u32,
+    sequence: Option<Sequence>,
+}
+
+/// Token t of a sequence is slot `start + t` of its pages, in order.
+#[derive(Clone, Debug, Default)]
+struct Sequence {
+    pages: Vec<u32>,
+    /// Slot of the oldest live token in the first page.
+    start: usize,
+    /// Live tokens.
+    len: usize,
+    /// Tokens before the live ones that crops have dropped.
+    dropped: usize,
+}
+
+/// What limits a step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepLimits {
+    /// Pages that there may be, where that is fixed.
+    pub(crate) pages: Option<usize>,
+    /// Tokens of a sequence at most, where that is fixed.
+    pub(crate) tokens: Option<usize>,
+}
+
+/// A step that is ready: nothing is changed until it is committed.
+#[derive(Debug)]
+pub(crate) struct StagedStep {
+    /// The sequences with their new tokens, in the order of the packed tokens.
+    pub(crate) rows: Vec<StagedRow>,
+    pub(crate) total: usize,
+    /// Pages to copy first, (from, to) each, one source after the other.
+    pub(crate) copies: Vec<(u32, u32)>,
+    pool: PagePool,
+    evicted: Vec<u32>,
+}
+
+/// A sequence after a step.
+#[derive(Debug)]
+pub(crate) struct StagedRow {
+    pub(crate) id: SequenceId,
+    /// Its packed tokens.
+    pub(crate) tokens: Range<usize>,
+    /// Live tokens before the step.
+    pub(crate) old_len: usize,
+    /// The absolute position of its first new token.
+    pub(crate) position: usize,
+    sequence: Sequence,
+}
+
+impl StagedRow {
+    pub(crate) fn pages(&self) -> &[u32] {
+        &self.sequence.pages
+    }
+
+    pub(crate) fn start(&self) -> usize {
+        self.sequence.start
+    }
+
+    /// Live tokens after the step.
+    pub(crate) fn len(&self) -> usize {
+        self.sequence.len
+    }
+
+    /// As attention reads it.
+    pub(crate) fn work(&self) -> StepRow {
+        StepRow { first: self.tokens.start, tokens: self.tokens.len(), len: self.sequence.len }
+    }
+}
+
+impl StagedStep {
+    /// Pages that the pool must have memory for.
+    pub(crate) fn pool_pages(&self) -> usize {
+        self.pool.len()
+    }
+
+    /// Pages in use after the step.
+    pub(crate) fn used(&self) -> usize {
+        self.pool.used()
+    }
+}
+
+/// The live tokens of a sequence, and their pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LiveTokens<'a> {
+    pub(crate) pages: &'a [u32],
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+}
+
+impl Sequences {
+    pub(crate) fn new(page_tokens: usize) -> Self {
+        static CACHES: AtomicU64 = AtomicU64::new(0);
+        debug_assert!(page_tokens.is_power_of_two());
+        Self {
+            cache: CACHES.fetch_add(1, Ordering::Relaxed),
+            page_tokens,
+            slots: Vec::new(),
+            free: Vec::new(),
+            pool: PagePool::default(),
+            prefixes: PrefixMap::default(),
+        }
+    }
+
+    /// The number of the cache, unique in the process.
+    pub(crate) fn cache(&self) -> u64 {
+        self.cache
+    }
+
+    pub(crate) fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
+    /// All sequences, in no order that means anything.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = SequenceId> {
+        let slots = (0_u32..).zip(&self.slots);
+        slots.filter(|(_, slot)| slot.sequence.is_some()).map(|(index, slot)| SequenceId {
+            cache: self.cache,
+            index,
+            generation: slot.generation,
+        })
+    }
+
+    fn get(&self, id: SequenceId) -> Result<&Sequence> {
+        let slot = self.slots.get(id.index as usize);
+        let slot = slot.filter(|slot| id.cache == self.cache && slot.generation == id.generation);
+        slot.and_then(|slot| slot.sequence.as_ref()).ok_or(Error::UnknownSequence { id })
+    }
+
+    fn get_mut(&mut self, id: SequenceId) -> Result<&mut Sequence> {
+        self.get(id)?;
+        let slot = &mut self.slots[id.index as usize];
+        slot.sequence.as_mut().ok_or(Error::UnknownSequence { id })
+    }
+
+    /// Live tokens.
+    pub(crate) fn len(&self, id: SequenceId) -> Result<usize> {
+        self.get(id).map(|sequence| sequence.len)
+    }
+
+    /// Tokens ever appended, those that were rolled back aside.
+    pub(crate) fn next_position(&self, id: SequenceId) -> Result<usize> {
+        self.get(id).map(|sequence| sequence.dropped + sequence.len)
+    }
+
+    pub(crate) fn live(&self, id: SequenceId) -> Result<LiveTokens<'_>> {
+        let Sequence { pages, start, len, .. } = self.get(id)?;
+        Ok(LiveTokens { pages, start: *start, len: *len })
+    }
+
+    /// Adds a sequence without a token.
+    pub(crate) fn add(&mut self) -> SequenceId {
+        self.put(Sequence::default())
+    }
+
+    fn put(&mut self, sequence: Sequence) -> SequenceId {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { generation: 0, sequence: None });
+            u32::try_from(self.slots.len() - 1).expect("fewer sequences than 32 bits count")
+        });
+        let slot = &mut self.slots[index as usize];
+        slot.sequence = Some(sequence);
+        SequenceId { cache: self.cache, index, generation: slot.generation }
+    }
+
+    /// Adds a sequence with the first `len` live tokens of another, in the same pages.
+    pub(crate) fn fork(&mut self, id: SequenceId, len: usize) -> Result<SequenceId> {
+        let parent = self.get(id)?;
+        if len > parent.len {
+            return Err(Error::ForkPastEnd { id, asked: len, len: parent.len });
+        }
+        let pages = pages_of(parent.start, len, self.page_tokens);
+        let start = if len == 0 { 0 } else { parent.start };
+        let child = Sequence { pages: parent.pages[..pages].to_vec(), start, len, ..*parent };
+        child.pages.iter().for_each(|&page| self.pool.share(page));
+        Ok(self.put(child))
+    }
+
+    /// Removes a sequence; its pages go back.
+    pub(crate) fn remove(&mut self, id: SequenceId) -> Result<()> {
+        self.get(id)?;
+        let slot = &mut self.slots[id.index as usize];
+        let sequence = slot.sequence.take().unwrap_or_default();
+        // A slot whose generations are used up is left alone.
+        if let Some(next) = slot.generation.checked_add(1) {
+            slot.generation = next;
+            self.free.push(id.index);
+        }
+        sequence.pages.into_iter().rev().for_each(|page| self.pool.release(page));
+        Ok(())
+    }
+
+    /// Removes all sequences and forgets all prefixes.
+    pub(crate) fn clear(&mut self) {
+        let ids: Vec<SequenceId> = self.ids().collect();
+        for id in ids {
+            self.remove(id).expect("a sequence that is there");
+        }
+        self.prefixes = PrefixMap::default();
+        self.pool = PagePool::default();
+    }
+
+    /// Keeps the first `len` live tokens; whole pages behind them go back.
+    pub(crate) fn truncate(&mut self, id: SequenceId, len: usize) -> Result<()> {
+        let page_tokens = self.page_tokens;
+        let sequence = self.get_mut(id)?;
+        sequence.len = sequence.len.min(len);
+        let kept = pages_of(sequence.start, sequence.len, page_tokens);
+        let gone = sequence.pages.split_off(kept);
+        if kept == 0 {
+            sequence.start = 0;
+        }
+        gone.into_iter().rev().for_each(|page| self.pool.release(page));
+        Ok(())
+    }
+
+    /// Keeps the latest `len` live tokens; whole pages before them go back.
+    pub(crate) fn crop(&mut self, id: SequenceId, len: usize) -> Result<()> {
+        let page_tokens = self.page_tokens;
+        let sequence = self.get_mut(id)?;
+        let dropped = sequence.len - sequence.len.min(len);
+        sequence.len -= dropped;
+        sequence.dropped = sequence.dropped.saturating_add(dropped);
+        let start = sequence.start + dropped;
+        let gone = if sequence.len == 0 { sequence.pages.len() } else { start / page_tokens };
+        sequence.start = if sequence.len == 0 { 0 } else { start % page_tokens };
+        let gone: Vec<u32> = sequence.pages.drain(..gone).collect();
+        gone.into_iter().rev().for_each(|page| self.pool.release(page));
+        Ok(())
+    }
+
+    /// How many of these tokens some prefix holds that was remembered, in whole pages.
+    pub(crate) fn cached_prefix(&self, tokens: &[u32]) -> usize {
+        self.prefixes.find(tokens, self.page_tokens).len() * self.page_tokens
+    }
+
+    /// Adds a sequence that begins with the longest such prefix. Returns how many tokens that is.
+    pub(crate) fn add_with_prefix(&mut self, tokens: &[u32]) -> (SequenceId, usize) {
+        let pages = self.prefixes.find(tokens, self.page_tokens);
+        self.prefixes.touch(tokens, self.page_tokens);
+        pages.iter().for_each(|&page| self.pool.share(page));
+        let len = pages.len() * self.page_tokens;
+        (self.put(Sequence { pages, len, ..Sequence::default() }), len)
+    }
+
+    /// Remembers the full pages of a sequence whose first tokens have these ids.
+    pub(crate) fn remember_prefix(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
+        let sequence = self.get(id)?;
+        if sequence.dropped > 0 || tokens.len() > sequence.len {
+            let Sequence { len, dropped, .. } = *sequence;
+            return Err(Error::PrefixTokens { id, tokens: tokens.len(), len, dropped });
+        }
+        let pages = sequence.pages.clone();
+        self.prefixes.insert(tokens, &pages, self.page_tokens, &mut self.pool);
+        Ok(())
+    }
+
+    pub(crate) fn forget_prefixes(&mut self) {
+        self.prefixes.clear(&mut self.pool);
+    }
+
+    /// Makes a step ready: so many new tokens for each of these sequences, in this order. Changes nothing. If the
+    /// pool is bounded and full, prefixes that no sequence uses make room, least recently used first.
+    pub(crate) fn plan(
+        &self,
+        counts: &[(SequenceId, usize)],
+        limits: StepLimits,
+    ) -> Result<StagedStep> {
+        if counts.is_empty() {
+            return Err(Error::EmptyStep);
+        }
+        let (mut seen, mut total, mut wanted) = (HashSet::new(), 0_usize, 0_usize);
+        let mut shared_tails: Vec<u32> = Vec::new();
+        for &(id, count) in counts {
+            let sequence = self.get(id)?;
+            if !seen.insert(id) {
+                return Err(Error::SequenceTwice { id });
+            }
+            if count == 0 {
+                return Err(Error::NoNewTokens { id });
+            }
+            let bound = limits.tokens.unwrap_or(MOST_TOKENS).min(MOST_TOKENS);
+            let len = sequence.len.checked_add(count).filter(|&len| len <= bound);
+            let Some(len) = len else {
+                let len = sequence.len;
+                return Err(Error::SequenceTooLong { len, new_tokens: count, bound });
+            };
+            total = total.saturating_add(count);
+            let pages = pages_of(sequence.start, len, self.page_tokens);
+            wanted = wanted.saturating_add(pages - sequence.pages.len());
+            let is_part = !(sequence.start + sequence.len).is_multiple_of(self.page_tokens);
+            let tail = sequence.pages.last().filter(|&&page| self.pool.count(page) > 1);
+            shared_tails.extend(tail.filter(|_| is_part));
+        }
+        if total > MOST_TOKENS {
+            let asked = format!("{total} tokens");
+            return Err(Error::overflow("new tokens of a step", asked, MOST_TOKENS as u64));
+        }
+        // All that write into a page get a copy, but the last that refers to it.
+        shared_tails.sort_unstable();
+        let writers = shared_tails.chunk_by(|a, b| a == b);
+        let copies = writers.map(|it| it.len().min(self.pool.count(it[0]) - 1)).sum::<usize>();
+        wanted = wanted.saturating_add(copies);
+        let evicted = self.make_room(wanted, limits)?;
+
+        let mut pool = self.pool.clone();
+        evicted.iter().for_each(|&node| pool.release(self.prefixes.page(node)));
+        let (mut rows, mut copies) = (Vec::with_capacity(counts.len()), Vec::new());
+        let mut first = 0;
+        for &(id, count) in counts {
+            let mut sequence = self.get(id)?.clone();
+            let (old_len, position) = (sequence.len, sequence.dropped + sequence.len);
+            let is_part = !(sequence.start + sequence.len).is_multiple_of(self.page_tokens);
+            let tail = sequence.pages.last_mut().filter(|_| is_part);
+            if let Some(tail) = tail.filter(|tail| pool.count(**tail) > 1) {
+                pool.release(*tail);
+                let own = pool.take();
+                copies.push((*tail, own));
+                *tail = own;
+            }
+            sequence.len += count;
+            let pages = pages_of(sequence.start, sequence.len, self.page_tokens);
+            sequence.pages.resize_with(pages, || pool.take());
+            rows.push(StagedRow { id, tokens: first..first + count, old_len, position, sequence });
+            first += count;
+        }
+        copies.sort_unstable();
+        Ok(StagedStep { rows, total, copies, pool, evicted })
+    }
+
+    /// Prefixes that must go so that there are `wanted` more pages.
+    fn make_room(&self, wanted: usize, limits: StepLimits) -> Result<Vec<u32>> {
+        let Some(limit) = limits.pages else { return Ok(Vec::new()) };
+        let missing = self.pool.used().saturating_add(wanted).saturating_sub(limit);
+        let evicted = self.prefixes.evictable(missing, &self.pool);
+        if evicted.len() < missing {
+            return Err(Error::OutOfPages {
+                used: self.pool.used(),
+                shared: self.pool.shared(),
+                wanted,
+                limit,
+                page_tokens: self.page_tokens,
+            });
+        }
+        Ok(evicted)
+    }
+
+    /// Makes a staged step happen, which must be of the state that is there now. Cannot fail.
+    pub(crate) fn commit(&mut self, step: StagedStep) {
+        for StagedRow { id, sequence, .. } in step.rows {
+            self.slots[id.index as usize].sequence = Some(sequence);
+        }
+        self.pool = step.pool;
+        self.prefixes.remove(&step.evicted);
+    }
+
+    /// Whether the pages in use are those that sequences and prefixes refer to, as often as is counted: a
+    /// recount.
+    pub(crate) fn is_sound(&self) -> bool {
+        let sequences = self.slots.iter().filter_map(|slot| slot.sequence.as_ref());
+        let fits = |sequence: &Sequence| {
+            let Sequence { pages, start, len, .. } = sequence;
+            pages.len() == pages_of(*start, *len, self.page_tokens) && *start < self.page_tokens
+        };
+        let pages = sequences.clone().flat_map(|sequence| sequence.pages.iter().copied());
+        sequences.clone().all(fits) && self.pool.is_sound(pages.chain(self.prefixes.pages()))
+    }
+}
+
+/// Tokens of a sequence and of a step at most: positions and slots are 32-bit words, slots up to a page more.
+const MOST_TOKENS: usize = (u32::MAX / 2) as usize;
+
+/// Pages of `len` tokens, of which the oldest lies at slot `start` of the first page.
+fn pages_of(start: usize, len: usize, page_tokens: usize) -> usize {
+    if len == 0 { 0 } else { start.saturating_add(len).div_ceil(page_tokens) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,511 @@
+//! The layers of a cache of sequences: pools of pages under one map, and the steps that write into them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::gpu::arena::Allocation;
+use crate::gpu::bind_groups::Purpose;
+use crate::gpu::call::Call;
+use crate::gpu::device::binding_limit;
+use crate::gpu::kernels::{AppendShape, LayerShape, MOST_MOVES, Positions};
+use crate::gpu::ledger::Ledger;
+use crate::gpu::readback::Readback;
+use crate::host::plan;
+use crate::host::rows::Span;
+use crate::host::sequences::{Sequences, StagedStep, StepLimits};
+use crate::sequence::SequenceId;
+use crate::stats::Stats;
+use crate::storage::pool::{copy_pages, copy_pool, new_pool};
+use crate::storage::ring::LEAST_TOKENS;
+use crate::storage::step::{Records, StepBlock, StepData};
+use crate::storage::store::{Shape, Store};
+use crate::tensor::{HostTensor, TensorView};
+use crate::view::{LayerView, Owner, PageTable, RowTable, StepWork};
+
+/// What a cache of sequences is made for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SequenceLimits {
+    pub(crate) page_tokens: usize,
+    pub(crate) most_pages: Option<usize>,
+    pub(crate) most_tokens: Option<usize>,
+}
+
+/// Layers, their pools, and the sequences in them.
+#[derive(Debug)]
+pub(crate) struct SequenceLayers {
+    gpu: Gpu,
+    limits: SequenceLimits,
+    shapes: Vec<Shape>,
+    /// One a layer, or none before the first step.
+    stores: Vec<Store>,
+    /// Pages that each pool has memory for.
+    pool: usize,
+    sequences: Sequences,
+    latest: Option<Latest>,
+    /// Steps planned.
+    steps: u64,
+    ledger: Ledger,
+    dispatches: u64,
+    bytes_moved: u64,
+    peak_bytes_allocated: u64,
+    peak_pages_used: u64,
+    bytes_read_back: AtomicU64,
+}
+
+/// The step that was planned last.
+#[derive(Debug)]
+struct Latest {
+    number: u64,
+    /// Which layers it has updated.
+    updated: Vec<bool>,
+    /// Its sequences, with their lengths before it.
+    before: Vec<(SequenceId, usize)>,
+    allocation: Allocation,
+}
+
+/// Memory for a step that takes the place of the layers' own.
+struct Growth {
+    stores: Vec<Store>,
+    pages: usize,
+}
+
+impl SequenceLayers {
+    pub(crate) fn new(gpu: &Gpu, layers: &[LayerShape], limits: SequenceLimits) -> Result<Self> {
+        let shapes: Result<Vec<Shape>> = layers.iter().map(shape_of).collect();
+        Ok(Self {
+            gpu: gpu.clone(),
+            limits,
+            shapes: shapes?,
+            stores: Vec::new(),
+            pool: 0,
+            sequences: Sequences::new(limits.page_tokens),
+            latest: None,
+            steps: 0,
+            ledger: Ledger::default(),
+            dispatches: 0,
+            bytes_moved: 0,
+            peak_bytes_allocated: 0,
+            peak_pages_used: 0,
+            bytes_read_back: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn sequences(&self) -> Result<&Sequences> {
+        self.ledger.check()?;
+        Ok(&self.sequences)
+    }
+
+    pub(crate) fn sequences_mut(&mut self) -> Result<&mut Sequences> {
+        self.ledger.check()?;
+        Ok(&mut self.sequences)
+    }
+
+    pub(crate) fn limits(&self) -> SequenceLimits {
+        self.limits
+    }
+
+    pub(crate) fn layer_count(&self) -> usize {
+        self.shapes.len()
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.abandon();
+        self.latest = None;
+        self.ledger = Ledger::default();
+        self.sequences.clear();
+        // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
+        self.stores.iter().for_each(|store| store.bind_groups.clear());
+    }
+
+    /// Plans a step for all layers. Growth of the pools and copies of shared pages are recorded into `pass`.
+    pub(crate) fn plan_step(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        counts: &[(SequenceId, usize)],
+    ) -> Result<StepData> {
+        self.check_pass(pass)?;
+        self.ledger.check()?;
+        self.ledger.prepare(self.gpu.uploads())?;
+        self.check_finished()?;
+        let limits = StepLimits { pages: self.limits.most_pages, tokens: self.limits.most_tokens };
+        let staged = self.sequences.plan(counts, limits)?;
+        let block = StepBlock::new(&staged);
+        block.check(&self.gpu)?;
+        let growth = self.stage_growth(&staged)?;
+        let mut call = Call::default();
+        let (mut dispatches, mut moved) = (0, 0);
+        let moves = plan::list_copies(&staged.copies, MOST_MOVES);
+        let used = self.sequences.pool().used_prefix();
+        for (layer, &shape) in self.shapes.iter().enumerate() {
+            let (size, old) = (self.limits.page_tokens, self.stores.get(layer));
+            let new = growth.as_ref().map(|growth| &growth.stores[layer]);
+            let mut copies = Vec::new();
+            if let (Some(growth), Some(old), Some(new)) = (&growth, old, new) {
+                let pages = [self.pool, growth.pages, used];
+                copies.push(copy_pool(&self.gpu, shape, size, [old, new], pages)?);
+            }
+            let store = new.or(old).expect("every layer has a pool now");
+            copies.push(copy_pages(&self.gpu, shape, size, store, &moves)?);
+            for (all, bytes) in copies {
+                dispatches += all.len() as u64;
+                moved += bytes;
+                all.into_iter().for_each(|dispatch| call.add(dispatch));
+            }
+        }
+        let allocation = self.gpu.uploads().upload(block.words())?;
+        // What was recorded before may read the old step's lists; this pass will read the new one's.
+        let old = self.latest.as_ref().map(|latest| Arc::clone(&latest.allocation.guard));
+        call.hold(old.into_iter().chain([Arc::clone(&allocation.guard)]).collect());
+        call.record(pass, &self.ledger)?;
+
+        self.dispatches += dispatches;
+        self.bytes_moved += moved;
+        if let Some(Growth { stores, pages }) = growth {
+            let both = bytes_of(&self.stores) + bytes_of(&stores);
+            self.peak_bytes_allocated = self.peak_bytes_allocated.max(both);
+            (self.stores, self.pool) = (stores, pages);
+        }
+        self.peak_pages_used = self.peak_pages_used.max(staged.used() as u64);
+        self.steps += 1;
+        let before = staged.rows.iter().map(|row| (row.id, row.old_len)).collect();
+        let updated = vec![false; self.shapes.len()];
+        let number = self.steps;
+        self.latest = Some(Latest { number, updated, before, allocation: allocation.clone() });
+        let step = StepData::new([self.sequences.cache(), number], &staged, block, allocation);
+        self.sequences.commit(staged);
+        debug_assert!(self.sequences.is_sound(), "a recount of the pages agrees");
+        Ok(step)
+    }
+
+    /// Writes packed K and V of a step's tokens into a layer.
+    pub(crate) fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        step: &StepData,
+        layer: usize,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+    ) -> Result<LayerView> {
+        self.check_pass(pass)?;
+        self.ledger.check()?;
+        self.check_step(step)?;
+        let shape = self.check_tensors(step, layer, key, value)?;
+        let gpu = &self.gpu;
+        let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
+        key.check_device("key", gpu.handle())?;
+        value.check_device("value", gpu.handle())?;
+        let store = &self.stores[layer];
+        for (what, view) in [("key", key), ("value", value)] {
+            if store.buffers().contains(&view.buffer) {
+                return Err(Error::SourceIsCache { what, layer });
+            }
+        }
+        let view = self.step_view(step, layer);
+        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
+        let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
+        let bind = |bindings: &[_]| gpu.kernels().bind_append(bindings);
+        let (bindings, _) = store.bind_groups.get(Purpose::Append, &bindings, bind)?;
+        let append = AppendShape {
+            key: &sources[0],
+            value: &sources[1],
+            tokens: step.work.total,
+            positions: Positions::Packed { at: step.list_at() },
+            target: &view,
+            lists: Some(&step.allocation),
+        };
+        let append = gpu.kernels().append(bindings, &append)?;
+        let mut call = Call::default();
+        call.add(append);
+        call.record(pass, &self.ledger)?;
+        self.dispatches += 1;
+        self.bytes_moved += shape.bytes(1, step.work.total)?.iter().sum::<u64>();
+        if let Some(latest) = &mut self.latest {
+            latest.updated[layer] = true;
+        }
+        Ok(view)
+    }
+
+    /// A layer as the sequences of a step see it.
+    pub(crate) fn view(&self, step: &StepData, layer: usize) -> Result<LayerView> {
+        self.ledger.check()?;
+        self.check_layer(layer)?;
+        self.check_step(step)?;
+        self.check_updated(layer)?;
+        self.gpu.handle().check_known()?;
+        Ok(self.step_view(step, layer))
+    }
+
+    /// Takes the tokens of the latest step back.
+    pub(crate) fn cancel_step(&mut self) -> Result<()> {
+        self.ledger.check()?;
+        let Some(latest) = &mut self.latest else { return Ok(()) };
+        latest.updated.fill(true);
+        for (id, len) in std::mem::take(&mut latest.before) {
+            // A sequence that was removed since has no tokens to take back.
+            if self.sequences.len(id).is_ok_and(|now| now > len) {
+                self.sequences.truncate(id, len)?;
+            }
+        }
+        self.steps += 1;
+        latest.number = self.steps;
+        Ok(())
+    }
+
+    /// The live tokens of a sequence in one layer, (1, H, T, D); `None` if it has none.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn get(
+        &self,
+        id: SequenceId,
+        layer: usize,
+    ) -> Result<Option<(HostTensor, HostTensor)>> {
+        loop {
+            let Some(readback) = self.start_readback(id, layer)? else { return Ok(None) };
+            readback.wait(&self.gpu)?;
+            if readback.wait_for_calls(&self.ledger)? {
+                return self.finish_readback(&readback).map(Some);
+            }
+        }
+    }
+
+    /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
+    #[cfg(target_arch = "wasm32")]
+    pub(crate) fn get(
+        &self,
+        id: SequenceId,
+        layer: usize,
+    ) -> Result<Option<(HostTensor, HostTensor)>> {
+        self.check_layer(layer)?;
+        if self.sequences()?.len(id)? == 0 {
+            return Ok(None);
+        }
+        let reason = "get() cannot wait in a browser; await get_async()".into();
+        Err(Error::Readback { layer, reason })
+    }
+
+    pub(crate) async fn get_async(
+        &self,
+        id: SequenceId,
+        layer: usize,
+    ) -> Result<Option<(HostTensor, HostTensor)>> {
+        loop {
+            let Some(readback) = self.start_readback(id, layer)? else { return Ok(None) };
+            readback.arrive(&self.gpu).await?;
+            if readback.settle(&self.gpu, &self.ledger).await? {
+                return self.finish_readback(&readback).map(Some);
+            }
+        }
+    }
+
+    fn start_readback(&self, id: SequenceId, layer: usize) -> Result<Option<Readback>> {
+        self.check_layer(layer)?;
+        let live = self.sequences()?.live(id)?;
+        if self.latest.as_ref().is_some_and(|latest| latest.before.iter().any(|it| it.0 == id)) {
+            self.check_updated(layer)?;
+        }
+        self.gpu.handle().check_alive()?;
+        let Some(store) = self.stores.get(layer).filter(|_| live.len > 0) else { return Ok(None) };
+        let records = Records::new([(live.start, live.len, live.pages)].into_iter());
+        let allocation = self.gpu.uploads().upload(&records.words)?;
+        let view = self.shaped_view(layer, store, &records.spans, allocation, None);
+        Readback::start(&self.gpu, layer, &view, Default::default(), &self.ledger).map(Some)
+    }
+
+    fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
+        let tensors = readback.finish()?;
+        self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
+        Ok(tensors)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let bytes_allocated = bytes_of(&self.stores);
+        let pool = self.sequences.pool();
+        Stats {
+            dispatches: self.dispatches,
+            bytes_moved: self.bytes_moved,
+            buffers: 2 * self.stores.len() as u64,
+            bytes_allocated,
+            peak_bytes_allocated: self.peak_bytes_allocated.max(bytes_allocated),
+            bytes_read_back: self.bytes_read_back.load(Ordering::Relaxed),
+            pages_used: pool.used() as u64,
+            pages_shared: pool.shared() as u64,
+            pages_free: self.pool.saturating_sub(pool.used()) as u64,
+            peak_pages_used: self.peak_pages_used,
+        }
+    }
+
+    /// Larger pools for all layers, if the step needs more pages than there are.
+    fn stage_growth(&self, staged: &StagedStep) -> Result<Option<Growth>> {
+        let needed = staged.pool_pages();
+        if needed <= self.pool && !self.stores.is_empty() {
+            return Ok(None);
+        }
+        let limit = binding_limit(self.gpu.limits());
+        let size = self.limits.page_tokens;
+        // Pages have one number in all layers, so the layer with the largest ones decides.
+        let fits = self.shapes.iter().map(|shape| shape.tokens_in(1, [limit; 2]) / size);
+        let (layer, fits) = fits.enumerate().min_by_key(|(_, fits)| *fits).unwrap_or_default();
+        if needed > fits {
+            let pool = self.sequences.pool();
+            let copies = staged.copies.len();
+            let new = staged.used().saturating_sub(pool.used()).saturating_sub(copies);
+            let (used, page_tokens) = (pool.used(), size);
+            return Err(Error::PoolTooLarge { layer, used, new, copies, fits, limit, page_tokens });
+        }
+        let pages = match self.limits.most_pages {
+            // Made at once, so that the buffers never change.
+            Some(most) => most.min(fits).max(needed),
+            None => {
+                let least = LEAST_TOKENS.div_ceil(size);
+                plan::grown_capacity(self.pool, needed, fits, least).unwrap_or(needed)
+            }
+        };
+        let shapes = self.shapes.iter().enumerate();
+        let stores: Result<Vec<Store>> =
+            shapes.map(|(layer, &shape)| new_pool(&self.gpu, layer, shape, size, pages)).collect();
+        Ok(Some(Growth { stores: stores?, pages }))
+    }
+
+    fn step_view(&self, step: &StepData, layer: usize) -> LayerView {
+        let work = Some(Arc::clone(&step.work));
+        self.shaped_view(layer, &self.stores[layer], &step.spans, step.allocation.clone(), work)
+    }
+
+    fn shaped_view(
+        &self,
+        layer: usize,
+        store: &Store,
+        rows: &Arc<[Span]>,
+        allocation: Allocation,
+        step: Option<Arc<StepWork>>,
+    ) -> LayerView {
+        let shape = Shape { batch: rows.len(), ..self.shapes[layer] };
+        let at = allocation.offset / 4;
+        let pages = PageTable { allocation: allocation.clone(), at, stride: 0 };
+        let longest = rows.iter().map(|row| row.len).max().unwrap_or(0);
+        let place = [0, longest, self.limits.page_tokens];
+        LayerView {
+            rows: Some(RowTable { allocation, at, rows: Arc::clone(rows) }),
+            step,
+            owner: Some(self.owner()),
+            ..shape.view(store, place, Some(pages))
+        }
+    }
+
+    fn owner(&self) -> Owner {
+        Owner { device: Arc::clone(self.gpu.handle()), ledger: self.ledger.clone() }
+    }
+
+    fn check_pass(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
+        self.gpu.handle().check_alive_for(pass)?;
+        self.ledger.check_pass(pass)
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<()> {
+        let num_layers = self.shapes.len();
+        if layer < num_layers { Ok(()) } else { Err(Error::LayerOutOfRange { layer, num_layers }) }
+    }
+
+    fn check_finished(&self) -> Result<()> {
+        let updated = self.latest.as_ref().map_or(&[][..], |latest| &latest.updated);
+        match updated.iter().position(|is_updated| !is_updated) {
+            Some(layer) => Err(Error::StepUnfinished { layer }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_updated(&self, layer: usize) -> Result<()> {
+        let updated = self.latest.as_ref().is_none_or(|latest| latest.updated[layer]);
+        if updated { Ok(()) } else { Err(Error::StepUnfinished { layer }) }
+    }
+
+    /// Refuses tokens of a sequence that the latest step has not written into all layers yet.
+    pub(crate) fn check_written(&self, id: SequenceId, tokens: usize) -> Result<()> {
+        let before = self.latest.iter().flat_map(|latest| &latest.before);
+        match before.into_iter().find(|(its, _)| *its == id) {
+            Some((_, len)) if tokens > *len => self.check_finished(),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_step(&self, step: &StepData) -> Result<()> {
+        let [cache, number] = step.number;
+        if cache != self.sequences.cache() {
+            return Err(Error::StaleStep { reason: "another cache planned it" });
+        }
+        if self.latest.as_ref().is_none_or(|latest| latest.number != number) {
+            let reason = "another one was planned since, or it was cancelled or reset";
+            return Err(Error::StaleStep { reason });
+        }
+        Ok(())
+    }
+
+    fn check_tensors(
+        &self,
+        step: &StepData,
+        layer: usize,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+    ) -> Result<Shape> {
+        self.check_layer(layer)?;
+        let shape = self.shapes[layer];
+        for (what, tensor) in [("key", key), ("value", value)] {
+            if tensor.dtype != shape.dtype {
+                let (expected, got) = (shape.dtype, tensor.dtype);
+                return Err(Error::WrongDType { what, expected, got });
+            }
+            let [batch, _, tokens, _] = tensor.shape;
+            if [batch, tokens] != [1, step.work.total] {
+                let (tokens, shape) = (step.work.total, tensor.shape);
+                return Err(Error::StepTokens { tokens, shape });
+            }
+        }
+        let dims = [key.shape[1], key.shape[3], value.shape[1], value.shape[3]];
+        if dims != [shape.heads, shape.key_dim, shape.heads, shape.value_dim] {
+            return Err(Error::LayerShape {
+                layer,
+                batch: 1,
+                heads: shape.heads,
+                key_dim: shape.key_dim,
+                value_dim: shape.value_dim,
+                key: key.shape,
+                value: value.shape,
+            });
+        }
+        Ok(shape)
+    }
+
+    /// Leaves the lists of the latest step, which views have shown, to whoever reads them.
+    fn abandon(&self) {
+        if let Some(latest) = &self.latest {
+            latest.allocation.guard.abandon();
+            self.gpu.uploads().replace_abandoned();
+        }
+    }
+}
+
+impl Drop for SequenceLayers {
+    fn drop(&mut self) {
+        self.abandon();
+    }
+}
+
+fn bytes_of(stores: &[Store]) -> u64 {
+    stores.iter().flat_map(Store::bytes).sum()
+}
+
+/// The shape of a page's tokens.
+fn shape_of(layer: &LayerShape) -> Result<Shape> {
+    let LayerShape { dtype, heads, key_dim, value_dim } = *layer;
+    let extents = [heads, key_dim, value_dim];
+    if extents.contains(&0) {
+        return Err(Error::ZeroExtent { shape: extents.to_vec() });
+    }
+    for (what, dim) in [("key", key_dim), ("value", value_dim)] {
+        if dim.checked_mul(dtype.size()).is_none_or(|bytes| bytes % 4 != 0) {
+            return Err(Error::OddHeadDim { what, dtype, head_dim: dim });
+        }
+    }
+    Ok(Shape { batch: 1, heads, key_dim, value_dim, dtype })
+}
