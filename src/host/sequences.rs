@@ -49,6 +49,11 @@ pub(crate) struct StepLimits {
     pub(crate) pages: Option<usize>,
     /// Tokens of a sequence at most, where that is fixed.
     pub(crate) tokens: Option<usize>,
+    /// The layer with the largest pages, and how many of these the device can bind at once.
+    pub(crate) layer: usize,
+    pub(crate) fits: usize,
+    /// Bytes that the device can bind at once.
+    pub(crate) bytes: u64,
 }
 
 /// A step that is ready: nothing is changed until it is committed.
@@ -328,8 +333,8 @@ impl Sequences {
         shared_tails.sort_unstable();
         let writers = shared_tails.chunk_by(|a, b| a == b);
         let copies = writers.map(|it| it.len().min(self.pool.count(it[0]) - 1)).sum::<usize>();
-        wanted = wanted.saturating_add(copies);
-        let evicted = self.make_room(wanted, limits)?;
+        let evicted = self.make_room(wanted.saturating_add(copies), limits)?;
+        self.check_device([wanted, copies, evicted.len()], [counts.len(), total], limits)?;
 
         let mut pool = self.pool.clone();
         evicted.iter().for_each(|&node| pool.release(self.prefixes.page(node)));
@@ -354,6 +359,33 @@ impl Sequences {
         }
         copies.sort_unstable();
         Ok(StagedStep { rows, total, copies, pool, evicted })
+    }
+
+    /// Refuses a pool or lists that the device cannot bind, before anything is made of that size.
+    fn check_device(
+        &self,
+        [new, copies, evicted]: [usize; 3],
+        [sequences, tokens]: [usize; 2],
+        limits: StepLimits,
+    ) -> Result<()> {
+        let StepLimits { layer, fits, bytes: limit, .. } = limits;
+        let (used, page_tokens) = (self.pool.used() - evicted, self.page_tokens);
+        let needed = used.saturating_add(new).saturating_add(copies);
+        if needed > fits {
+            return Err(Error::PoolTooLarge { layer, used, new, copies, fits, limit, page_tokens });
+        }
+        // As StepBlock lays them out: records, pages, and four words a token, each array aligned.
+        let words = [8 * sequences, needed, 4 * tokens, 6 * 64];
+        let bytes = 4 * words.iter().map(|&words| words as u64).sum::<u64>();
+        if bytes <= limit {
+            return Ok(());
+        }
+        Err(Error::ListTooLarge {
+            what: "the lists of a step: its tokens, and the pages of its sequences",
+            bytes,
+            limit,
+            remedy: "plan fewer sequences or tokens in a step, or use larger pages",
+        })
     }
 
     /// Prefixes that must go so that there are `wanted` more pages.

@@ -129,11 +129,10 @@ impl SequenceLayers {
         self.ledger.check()?;
         self.ledger.prepare(self.gpu.uploads())?;
         self.check_finished()?;
-        let limits = StepLimits { pages: self.limits.most_pages, tokens: self.limits.most_tokens };
+        let limits = self.step_limits();
         let staged = self.sequences.plan(counts, limits)?;
         let block = StepBlock::new(&staged);
-        block.check(&self.gpu)?;
-        let growth = self.stage_growth(&staged)?;
+        let growth = self.stage_growth(&staged, limits.fits)?;
         let mut call = Call::default();
         let (mut dispatches, mut moved) = (0, 0);
         let moves = plan::list_copies(&staged.copies, MOST_MOVES);
@@ -335,23 +334,20 @@ impl SequenceLayers {
         }
     }
 
+    fn step_limits(&self) -> StepLimits {
+        let SequenceLimits { page_tokens, most_pages: pages, most_tokens: tokens } = self.limits;
+        let bytes = binding_limit(self.gpu.limits());
+        // Pages have one number in all layers, so the layer with the largest ones decides.
+        let fits = self.shapes.iter().map(|shape| shape.tokens_in(1, [bytes; 2]) / page_tokens);
+        let (layer, fits) = fits.enumerate().min_by_key(|(_, fits)| *fits).unwrap_or_default();
+        StepLimits { pages, tokens, layer, fits, bytes }
+    }
+
     /// Larger pools for all layers, if the step needs more pages than there are.
-    fn stage_growth(&self, staged: &StagedStep) -> Result<Option<Growth>> {
-        let needed = staged.pool_pages();
+    fn stage_growth(&self, staged: &StagedStep, fits: usize) -> Result<Option<Growth>> {
+        let (needed, size) = (staged.pool_pages(), self.limits.page_tokens);
         if needed <= self.pool && !self.stores.is_empty() {
             return Ok(None);
-        }
-        let limit = binding_limit(self.gpu.limits());
-        let size = self.limits.page_tokens;
-        // Pages have one number in all layers, so the layer with the largest ones decides.
-        let fits = self.shapes.iter().map(|shape| shape.tokens_in(1, [limit; 2]) / size);
-        let (layer, fits) = fits.enumerate().min_by_key(|(_, fits)| *fits).unwrap_or_default();
-        if needed > fits {
-            let pool = self.sequences.pool();
-            let copies = staged.copies.len();
-            let new = staged.used().saturating_sub(pool.used()).saturating_sub(copies);
-            let (used, page_tokens) = (pool.used(), size);
-            return Err(Error::PoolTooLarge { layer, used, new, copies, fits, limit, page_tokens });
         }
         let pages = match self.limits.most_pages {
             // Made at once, so that the buffers never change.

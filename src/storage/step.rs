@@ -3,10 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use crate::error::{Error, Result};
-use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
-use crate::gpu::device::binding_limit;
 use crate::host::rows::Span;
 use crate::host::sequences::StagedStep;
 use crate::sequence::SequenceId;
@@ -94,20 +91,6 @@ impl StepBlock {
 
     pub(crate) fn words(&self) -> &[u32] {
         &self.words
-    }
-
-    /// Refuses lists that the device cannot bind.
-    pub(crate) fn check(&self, gpu: &Gpu) -> Result<()> {
-        let (bytes, limit) = (4 * self.words.len() as u64, binding_limit(gpu.limits()));
-        if bytes <= limit {
-            return Ok(());
-        }
-        Err(Error::ListTooLarge {
-            what: "the lists of a step: its tokens, and the pages of its sequences",
-            bytes,
-            limit,
-            remedy: "plan fewer sequences or tokens in a step, or use larger pages",
-        })
     }
 }
 

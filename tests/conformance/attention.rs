@@ -262,7 +262,7 @@ pub(crate) fn read(gpu: &Gpu, tensor: &Tensor) -> Vec<f32> {
 }
 
 /// softmax(q·Kᵀ·scale)·V in f64, row-major (B, Hq, Tq, D of V).
-fn reference(case: &Case, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
+pub(crate) fn reference(case: &Case, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
     let Case { batch, heads, group, len, tokens, dim, value_dim, is_causal, scale, .. } = *case;
     let inverse = 1.0 / f32::from(u16::try_from(dim).expect("small")).sqrt();
     let scale = f64::from(scale.unwrap_or(inverse));

@@ -5,7 +5,8 @@ use proptest::test_runner::Config;
 
 use super::*;
 
-const FREE: StepLimits = StepLimits { pages: None, tokens: None };
+const FREE: StepLimits =
+    StepLimits { pages: None, tokens: None, layer: 0, fits: 1000, bytes: 1 << 20 };
 
 /// A sequence of a plain model: its live tokens, and how many were dropped before them.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +38,7 @@ impl Rig {
 
     /// One step of these sequences, as the GPU does it: copies first, then all new tokens.
     fn step(&mut self, counts: &[(SequenceId, usize)]) -> Result<()> {
-        let limits = StepLimits { pages: self.limit, tokens: None };
+        let limits = StepLimits { pages: self.limit, ..FREE };
         let staged = self.sequences.plan(counts, limits)?;
         let size = self.sequences.page_tokens;
         let old = self.slots.clone();
@@ -237,7 +238,7 @@ fn a_name_is_never_another_sequence() {
 
 #[test]
 fn a_full_pool_gives_up_prefixes_first_and_then_says_what_is_used() {
-    let limits = StepLimits { pages: Some(4), tokens: None };
+    let limits = StepLimits { pages: Some(4), ..FREE };
     let mut sequences = Sequences::new(2);
     let a = sequences.add();
     let step = sequences.plan(&[(a, 4)], limits).expect("room");
@@ -253,4 +254,28 @@ fn a_full_pool_gives_up_prefixes_first_and_then_says_what_is_used() {
     let expected = Error::OutOfPages { used: 4, shared: 0, wanted: 2, limit: 4, page_tokens: 2 };
     assert_eq!(sequences.plan(&[(b, 4)], limits).map(|_| ()), Err(expected));
     assert!(sequences.is_sound());
+}
+
+#[test]
+fn what_the_device_cannot_bind_is_refused_from_counts() {
+    let mut sequences = Sequences::new(2);
+    let a = sequences.add();
+    let small = StepLimits { layer: 3, fits: 4, bytes: 4096, ..FREE };
+    let expected = Error::PoolTooLarge {
+        layer: 3,
+        used: 0,
+        new: 5,
+        copies: 0,
+        fits: 4,
+        limit: 4096,
+        page_tokens: 2,
+    };
+    assert_eq!(sequences.plan(&[(a, 9)], small).map(|_| ()), Err(expected));
+    // Pages that are many, and tokens that are many.
+    let short = StepLimits { bytes: 4096, ..FREE };
+    assert!(sequences.plan(&[(a, 100)], short).is_ok());
+    for count in [300, MOST_TOKENS] {
+        let got = sequences.plan(&[(a, count)], StepLimits { fits: usize::MAX, ..short });
+        assert!(matches!(got, Err(Error::ListTooLarge { .. })), "{count}");
+    }
 }
