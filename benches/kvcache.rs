@@ -306,6 +306,14 @@ fn attention(_: &mut Criterion) {
     turns.measure(100, Duration::from_secs(3));
 }
 
+/// One query a sequence over sequences of different length.
+fn sequences(_: &mut Criterion) {
+    let gpu = gpu();
+    let mut turns = Turns::default();
+    support::sequences::sequences(&gpu, &mut turns);
+    turns.measure(60, Duration::from_secs(3));
+}
+
 /// The baseline: a cache that copies old and new into other buffers at every step.
 fn concat(criterion: &mut Criterion) {
     let gpu = gpu();
@@ -404,6 +412,7 @@ criterion_group!(
     copies,
     reorder_paged,
     attention,
+    sequences,
     get,
     truncate_crop
 );

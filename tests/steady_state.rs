@@ -7,8 +7,9 @@ use std::collections::HashMap;
 use std::sync::{Mutex, Once};
 
 use wgpu_kvcache::{
-    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, EncoderDecoderCache,
-    Gpu, HeadlessOptions, KVCache, PagedKVCache, Side, StaticKVCache, TensorView, wgpu,
+    Attention, BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache,
+    EncoderDecoderCache, Gpu, HeadlessOptions, KVCache, LayerShape, PagedKVCache, SequenceCache,
+    Side, StaticKVCache, TensorView, wgpu,
 };
 
 /// Counts log lines by their first word, e.g. `Queue::submit`.
@@ -197,6 +198,56 @@ fn a_steady_step_makes_submits_and_maps_nothing() {
                 assert_eq!(after.bytes_allocated, before.bytes_allocated);
                 assert_eq!(after.buffers, before.buffers);
             }
+        }
+    }
+}
+
+/// Sequences that decode, with one that prefills in pieces beside them and is rolled back; and their attention.
+#[test]
+fn a_steady_step_of_sequences_makes_nothing() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    const STEPS: usize = 400;
+    for (name, gpu) in devices() {
+        let engine = Engine::new(&gpu);
+        let layer = LayerShape { dtype: DType::F32, heads: 3, key_dim: 4, value_dim: 4 };
+        let options = CacheOptions::default().with_max_pages(200);
+        let mut cache = SequenceCache::with_options(&gpu, &[layer; LAYERS], options).unwrap();
+        let mut attention = Attention::new(&gpu);
+        let ids = [(); BATCH].map(|()| cache.add().unwrap());
+        let output = gpu.upload(&[0.0_f32; 8 * 3 * 4], &[1, 8, 3, 4]).unwrap();
+        let mut run = |steps: std::ops::Range<usize>| {
+            let mut seen = HashMap::new();
+            for at in steps {
+                let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                let mut pass = encoder.begin_compute_pass(&Default::default());
+                let calls = witnessed(|| {
+                    let counts = [(ids[0], 1), (ids[1], 1), (ids[2], 1), (ids[3], 1 + at % 3)];
+                    if cache.len(ids[3]).unwrap() > 100 {
+                        cache.truncate(ids[3], 10).unwrap();
+                    }
+                    let step = cache.plan_step(&mut pass, &counts).unwrap();
+                    let packed = [step.total_tokens(), 3, 4];
+                    let key = TensorView::packed(&engine.key, DType::F32, packed).unwrap();
+                    let out = TensorView::packed(output.buffer(), DType::F32, packed).unwrap();
+                    for layer in 0..LAYERS {
+                        let view = cache.update(&mut pass, &step, layer, &key, &key).unwrap();
+                        let options = Default::default();
+                        attention.record(&mut pass, &key, &view, &out, options).unwrap();
+                    }
+                });
+                for (call, times) in calls {
+                    *seen.entry(call).or_default() += times;
+                }
+                drop(pass);
+                gpu.queue().submit([encoder.finish()]);
+                gpu.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+            }
+            seen
+        };
+        run(0..6);
+        let calls = run(6..STEPS);
+        for call in MAKING {
+            assert_eq!(count(&calls, call), 0, "{call}, {name} device");
         }
     }
 }
