@@ -10,9 +10,9 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::measure::{MAPS, Measured};
 
 const SIZE: (u32, u32) = (1200, 560);
-const FONT: &str = "sans-serif";
-const INK: RGBColor = RGBColor(34, 34, 34);
-const PALE: RGBColor = RGBColor(222, 222, 222);
+pub(crate) const FONT: &str = "sans-serif";
+pub(crate) const INK: RGBColor = RGBColor(34, 34, 34);
+pub(crate) const PALE: RGBColor = RGBColor(222, 222, 222);
 /// Width of a group of bars, and of the space at each of its sides.
 const GROUP: u32 = 120;
 const GAP: u32 = 9;
@@ -172,7 +172,7 @@ fn rgb((red, green, blue): (u8, u8, u8)) -> RGBColor {
 }
 
 /// A whole number with its thousands set apart.
-fn grouped(number: f64) -> String {
+pub(crate) fn grouped(number: f64) -> String {
     let digits = format!("{number:.0}");
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {

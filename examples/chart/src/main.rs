@@ -3,15 +3,20 @@
 //!
 //! ```sh
 //! cargo run --release -p chart
+//! cargo run --release -p chart -- --pool docs/pool.svg
 //! ```
+//!
+//! The second draws something else: the pages in use while 2,000 requests arrive, are answered and leave.
 //!
 //! Another kind of cache is one more entry of `KINDS` in `kinds.rs`.
 
+mod arrivals;
 mod draw;
 mod kinds;
 mod measure;
+mod pool;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -58,6 +63,10 @@ struct Arguments {
     /// Where the picture goes.
     #[arg(long, value_name = "FILE", default_value = "docs/speed.svg")]
     out: PathBuf,
+    /// Draw the pages of sequences that come and go into this file, in place of the speed. No model runs: requests
+    /// arrive at random, and their lengths are random.
+    #[arg(long, value_name = "FILE")]
+    pool: Option<PathBuf>,
     /// Date in the title.
     #[arg(long, value_name = "DATE", default_value_t = today())]
     date: String,
@@ -74,7 +83,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<()> {
-    let Arguments { layers, batch, heads, head_dim: dim, mut lengths, repeats, out, date } =
+    if let Some(out) = &arguments.pool {
+        return draw_pool(out);
+    }
+    let Arguments { layers, batch, heads, head_dim: dim, mut lengths, repeats, out, date, .. } =
         arguments;
     ensure!(dim.is_multiple_of(4), "--head-dim is {dim}, and must be a multiple of four");
     lengths.sort_unstable();
@@ -97,6 +109,34 @@ fn run(arguments: Arguments) -> Result<()> {
         info.name, info.driver, info.driver_info, info.backend
     );
     draw::chart(&out, &subtitle, &lengths, &measured)
+        .with_context(|| format!("cannot draw {}", out.display()))?;
+    eprintln!("{} is drawn", out.display());
+    Ok(())
+}
+
+/// Simulates a small server and draws its pages over time.
+fn draw_pool(out: &Path) -> Result<()> {
+    let folder = out.parent().context("--pool names no file")?;
+    std::fs::create_dir_all(folder).with_context(|| format!("no folder for {}", out.display()))?;
+    let gpu = Gpu::headless()?;
+    let traffic = arrivals::SERVER;
+    let bar = ProgressBar::new(traffic.requests as u64)
+        .with_style(ProgressStyle::with_template("requests {bar:40} {pos} of {len}, {eta} left")?);
+    let samples = arrivals::run(&gpu, traffic, &bar)?;
+    bar.finish_and_clear();
+    let sum = |of: fn(&arrivals::Sample) -> usize| samples.iter().map(of).sum::<usize>() as f64;
+    let peak = |of: fn(&arrivals::Sample) -> usize| samples.iter().map(of).max().unwrap_or(0);
+    let subtitle = format!(
+        "{} requests at random (Poisson arrivals, log-normal lengths), at most {} at a time; \
+         peak {} pages, padded {}; on average {:.0} % of the padded batch",
+        traffic.requests,
+        traffic.running,
+        peak(|it| it.pages_used),
+        peak(|it| it.padded),
+        100.0 * sum(|it| it.pages_used) / sum(|it| it.padded),
+    );
+    println!("{subtitle}");
+    pool::chart(out, &subtitle, &samples)
         .with_context(|| format!("cannot draw {}", out.display()))?;
     eprintln!("{} is drawn", out.display());
     Ok(())
