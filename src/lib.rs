@@ -26,6 +26,8 @@
 //! - The contract is in the traits [`Cache`] and [`KVCache`]. Kinds: [`DynamicKVCache`] grows,
 //!   [`StaticKVCache`] has a fixed length, [`PagedKVCache`] has rows that share pages,
 //!   [`EncoderDecoderCache`] is a pair of caches.
+//! - [`SequenceCache`] keeps sequences of different length that join, leave and fork, and share prefixes: for
+//!   engines that serve several requests at a time.
 //! - Inputs are [`TensorView`]s: any buffer, offset and strides. Attention reads a [`LayerView`]: that of
 //!   this crate, [`Attention`], or one's own, joined with a [`Layout`]'s text.
 //! - f32, f16 and bf16 are moved as bits ([`DType`]). No device feature beyond WebGPU's baseline is

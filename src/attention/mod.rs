@@ -209,20 +209,13 @@ impl Attention {
     ) -> Result<()> {
         let gpu = self.gpu.clone();
         let view = packed.view;
-        let list = self.work_list(packed)?;
-        let mut is_pooled = false;
-        let mut query = packed.query.buffer;
-        if list.whole[1] > 0 && packed.query.buffer == packed.output.buffer {
-            let limit = binding_limit(gpu.limits());
-            let Some(joined) = joined([from, to], limit) else {
-                return Err(Error::AttentionTooLarge {
-                    tokens: packed.step.total,
-                    splits: 1,
-                    bytes: from.window.0.abs_diff(to.window.0),
-                    limit,
-                });
-            };
-            ([from, to], is_pooled, query) = (joined, true, &view.key);
+        let is_shared = packed.query.buffer == packed.output.buffer;
+        let joined = joined([from, to], binding_limit(gpu.limits())).filter(|_| is_shared);
+        // In one buffer, but too far apart for one binding: all results go through another buffer.
+        let list = self.work_list(packed, !is_shared || joined.is_some())?;
+        let is_pooled = joined.is_some() && list.whole[1] > 0;
+        if let Some(joined) = joined.filter(|_| is_pooled) {
+            [from, to] = joined;
         }
         let kv = rebased(view.kv_layout(), &list);
         let shape = |[at, count]: [u32; 2], splits: usize| AttentionShape {
@@ -245,7 +238,7 @@ impl Attention {
         let output = to.binding(packed.output.buffer);
         let mut call = Call::default();
         if list.whole[1] > 0 {
-            let q = if is_pooled { k.clone() } else { from.binding(query) };
+            let q = if is_pooled { k.clone() } else { from.binding(packed.query.buffer) };
             let bindings = [q, k.clone(), v.clone(), output.clone()];
             let bindings = self.bind(view, Purpose::Attention, &bindings)?;
             call.add(gpu.kernels().attention(bindings, &whole)?);
@@ -266,7 +259,7 @@ impl Attention {
 
     /// The work of a call, uploaded with the records and pages of its step. Layers of the same geometry share
     /// it.
-    fn work_list(&self, packed: &Packed<'_>) -> Result<WorkList> {
+    fn work_list(&self, packed: &Packed<'_>, has_whole: bool) -> Result<WorkList> {
         let (view, step) = (packed.view, packed.step);
         let (wanted, least) = self.wanted();
         let limit = binding_limit(self.gpu.limits());
@@ -279,6 +272,7 @@ impl Attention {
             most: most_tokens(view, self.is_cpu),
             parts: usize::try_from(limit / part_bytes(view, 1)).unwrap_or(usize::MAX),
             is_causal: packed.options.is_causal,
+            has_whole,
         };
         let mut lists = step.lists.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, list)) = lists.iter().find(|(its, _)| *its == limits) {

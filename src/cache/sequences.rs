@@ -290,7 +290,8 @@ impl SequenceCache {
 
     /// Writes K and V of the step's tokens into layer `layer_idx`, and returns its view: one row for each sequence
     /// of the step. Both are [packed](TensorView::packed), (1, H, tokens of the step, D), in the step's order, and
-    /// read where they lie when the pass runs.
+    /// read where they lie when the pass runs. Their bind group is kept if the same buffers come again, which keeps
+    /// these buffers alive until others replace them, or until [`reset`](Self::reset).
     ///
     /// # Errors
     ///

@@ -29,6 +29,8 @@ pub(crate) struct WorkLimits {
     /// Partial results that there is memory for.
     pub(crate) parts: usize,
     pub(crate) is_causal: bool,
+    /// Whether items may write to the output. If not, all write partial results.
+    pub(crate) has_whole: bool,
 }
 
 /// The items of one call of attention, as `shaders/attention.wgsl` and `shaders/attention_combine.wgsl` read
@@ -60,7 +62,7 @@ impl Work {
         let mut chunk = share.max(limits.least).clamp(1, limits.most);
         let count = |chunk: usize| {
             let counts = tiles.iter().map(|tile| tile.seen.div_ceil(chunk));
-            counts.filter(|&parts| parts > 1).sum::<usize>()
+            counts.filter(|&parts| parts > 1 || !limits.has_whole).sum::<usize>()
         };
         while count(chunk) > limits.parts {
             if chunk == limits.most {
@@ -76,7 +78,7 @@ impl Work {
             let item = |begin: usize, end: usize, part: usize| {
                 [tile.row, first, tokens, tile.number, begin, end, part, 0].map(narrow)
             };
-            if parts == 1 {
+            if parts == 1 && limits.has_whole {
                 work.whole.extend(item(0, tile.seen, 0));
                 continue;
             }
@@ -140,6 +142,7 @@ mod tests {
         most: 1000,
         parts: 100,
         is_causal: true,
+        has_whole: true,
     };
 
     fn row(first: usize, tokens: usize, len: usize) -> StepRow {
@@ -186,15 +189,17 @@ mod tests {
 
     #[test]
     fn every_query_of_every_sequence_goes_through_the_tokens_that_it_sees() {
-        for is_causal in [true, false] {
+        for (is_causal, has_whole) in [(true, true), (false, true), (true, false)] {
             for group in [1, 2, 3, 4, 5] {
                 for (wanted, least) in [(1, 1), (16, 8), (512, 1), (64, 300)] {
-                    let limits = WorkLimits { group, wanted, least, is_causal, ..LIMITS };
+                    let limits =
+                        WorkLimits { group, wanted, least, is_causal, has_whole, ..LIMITS };
                     for long in [1, 7, 40, 999, 3000] {
                         let rows =
                             [row(0, 1, long), row(1, 5, 5), row(6, 1, 1), row(7, 9, 9 + long)];
                         let work = Work::new(&rows, limits).expect("memory for the parts");
                         covered(&rows, limits, &work);
+                        assert!(has_whole || work.whole.is_empty());
                     }
                 }
             }

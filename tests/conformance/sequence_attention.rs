@@ -1,5 +1,6 @@
 //! Attention of packed queries over sequences of different length, against f64 and against each sequence alone.
 
+use wgpu_kvcache::wgpu::BufferUsages;
 use wgpu_kvcache::{
     Attention, AttentionOptions, CacheOptions, DType, Gpu, LayerShape, SequenceCache, SequenceId,
     TensorView,
@@ -8,6 +9,7 @@ use wgpu_kvcache::{
 use crate::attention::{
     BOUND, Case, DTYPES, Form, Lie, Placed, Random, distance, reference, upload,
 };
+use crate::rig::{buffer, plain_gpu, read_buffer};
 use crate::{gpu, kernels_run};
 
 /// Sequences in one step, and the shape of their heads.
@@ -275,5 +277,61 @@ fn random_batches_of_up_to_33_sequences_of_up_to_5000_tokens() {
             sequences,
         };
         check(&gpu, &mut attention, &batch, Form::TokensFirst, &mut random);
+    }
+}
+
+/// q and the output in one buffer, near one another and too far apart for one binding: as with a buffer each.
+#[test]
+fn packed_queries_and_outputs_in_one_buffer() {
+    // Bindings of 4 MiB, buffers of 16.
+    let gpu = plain_gpu(|limits| {
+        limits.max_storage_buffer_binding_size = 4 << 20;
+        limits.max_buffer_size = 16 << 20;
+    });
+    let layer = LayerShape { dtype: DType::F32, heads: 1, key_dim: 8, value_dim: 8 };
+    let mut cache = SequenceCache::new(&gpu, &[layer]).expect("a layer");
+    let mut attention = Attention::new(&gpu);
+    let mut random = Random(23);
+    let batch = Batch {
+        dtype: DType::F32,
+        page: 16,
+        heads: 1,
+        group: 2,
+        dim: 8,
+        value_dim: 8,
+        is_causal: true,
+        sequences: Vec::new(),
+    };
+    // One sequence that is split, beside short ones.
+    let ids = [(); 3].map(|()| cache.add().expect("nothing was lost"));
+    for _ in 0..4 {
+        let kv = random.floats(700 * 8, 1.0);
+        append(&gpu, &mut cache, &batch, &[(ids[0], 700)], [&kv, &kv]);
+    }
+    let kv = random.floats(8 * 8, 1.0);
+    let counts = [(ids[0], 1), (ids[1], 5), (ids[2], 2)];
+    let step = append(&gpu, &mut cache, &batch, &counts, [&kv, &kv]);
+    let q = random.floats(8 * 2 * 8, 1.0);
+    let expected = attend(&gpu, &mut attention, &cache, &step, (&batch, Form::TokensFirst), &q);
+    let view = cache.view(&step, 0).expect("the latest step");
+    for far in [1024, 8 << 20] {
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        let pool = buffer(&gpu, 12 << 20, usage);
+        gpu.queue().write_buffer(&pool, 0, bytemuck::cast_slice(&q));
+        let packed = TensorView::packed(&pool, DType::F32, [8, 2, 8]).expect("a shape");
+        gpu.submit_pass("attention", |pass| {
+            let output = packed.with_offset(far);
+            attention.record(pass, &packed, &view, &output, AttentionOptions::default())
+        })
+        .expect("ranges that do not overlap");
+        let far = usize::try_from(far).expect("small");
+        let bytes = read_buffer(&gpu, &pool);
+        let got: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes[far..far + 4 * q.len()]);
+        if kernels_run() {
+            let expected: Vec<f64> = expected.iter().copied().map(f64::from).collect();
+            let apart = distance(&got, &expected);
+            assert!(apart < 1e-6, "{far}: {apart}");
+            assert_eq!(bytes[..4 * q.len()], *bytemuck::cast_slice::<f32, u8>(&q), "q stays");
+        }
     }
 }

@@ -34,7 +34,6 @@ pub(crate) fn chart(out: &Path, subtitle: &str, samples: &[Sample]) -> anyhow::R
     };
     let lines = [
         ("a batch padded to its longest sequence", RGBColor(204, 102, 0), line(|it| it.padded)),
-        ("SequenceCache", RGBColor(0, 92, 184), line(|it| it.pages_used)),
         ("live tokens, as pages", RGBColor(120, 120, 120), line(|it| it.tokens.div_ceil(PAGE))),
     ];
     let highest = lines[0].2.iter().map(|point| point.1).fold(1.0, f64::max);
