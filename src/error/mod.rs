@@ -322,8 +322,8 @@ pub enum Error {
 
     /// A bounded pool has no page left.
     #[error(
-        "{wanted} more pages of {page_tokens} tokens are wanted, beside {used} in use ({shared} of them shared by several rows), but the cache was made for {limit}; {}make the cache larger",
-        if *used == 0 { "write fewer tokens at once, or " } else { "truncate(), crop() or select fewer rows to give pages back, or " }
+        "{wanted} more pages of {page_tokens} tokens are wanted, beside {used} in use ({shared} of them shared by several rows or sequences), but the cache was made for {limit}; {}make the cache larger",
+        if *used == 0 { "write fewer tokens at once, or " } else { "truncate(), crop(), select fewer rows or remove sequences to give pages back, or " }
     )]
     OutOfPages {
         /// Pages in use.

@@ -3,7 +3,7 @@
 use wgpu_kvcache::wgpu::BufferUsages;
 use wgpu_kvcache::{
     BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache,
-    PagedKVCache, StaticKVCache, TensorView,
+    LayerShape, PagedKVCache, SequenceCache, StaticKVCache, TensorView,
 };
 
 use crate::gpu;
@@ -254,4 +254,34 @@ fn what_cannot_be_counted_is_named_with_its_limit() {
         gpu.submit_pass("refused", |pass| cache.update(pass, &view, &view, 0, APPEND).map(|_| ()));
     let error = answer.expect_err("it ends past any buffer");
     says(&error, &["[2, 1, 1, 1]", "strides", "18446744073709551615"], &[]);
+}
+
+/// What a cache of sequences says.
+#[test]
+fn sequences_are_named_with_what_was_asked_and_what_there_is() {
+    let gpu = gpu();
+    let layer = LayerShape { dtype: DType::F32, heads: 1, key_dim: 4, value_dim: 4 };
+    let options = CacheOptions::default().with_page_tokens(4).with_max_pages(3);
+    let mut cache = SequenceCache::with_options(&gpu, &[layer; 2], options).expect("options");
+    let [a, b] = [(); 2].map(|()| cache.add().expect("nothing was lost"));
+    let name = a.to_string();
+    let planned = |cache: &mut SequenceCache, counts: &[_]| {
+        gpu.submit_pass("step", |pass| cache.plan_step(pass, counts)).map(|_| ())
+    };
+    planned(&mut cache, &[(a, 9)]).expect("room");
+    let unfinished = planned(&mut cache, &[(a, 1)]).expect_err("no layer was updated");
+    says(&unfinished, &["layer 0", "cancel_step()"], &[]);
+    cache.cancel_step().expect("nothing was lost");
+    let full = planned(&mut cache, &[(a, 9), (b, 1)]).expect_err("three pages");
+    says(&full, &["4 more pages of 4 tokens", "0 in use", "made for 3"], &["truncate()"]);
+    planned(&mut cache, &[(a, 9)]).expect("room");
+    cache.cancel_step().expect("nothing was lost");
+    let past = cache.fork(a, 1).expect_err("no token");
+    says(&past, &["token 1", &name, "0 live tokens"], &[]);
+    let twice = planned(&mut cache, &[(a, 1), (a, 1)]).expect_err("twice");
+    says(&twice, &[&name, "twice", "once"], &[]);
+    let none = planned(&mut cache, &[(a, 0)]).expect_err("no token");
+    says(&none, &[&name, "leave it out"], &[]);
+    cache.remove(a).expect("it is there");
+    says(&cache.len(a).expect_err("it is gone"), &[&name, "removed"], &[]);
 }
