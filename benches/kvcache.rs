@@ -1,6 +1,6 @@
-//! Times of every call beside the limit of the same adapter, in one run. Ratios hold where absolute times
-//! drift, and what is compared is measured in turns. `cargo bench` prints them;
-//! `target/criterion/**/estimates.json` has them for programs.
+//! Times of every call, and of the limit of the same adapter, in one run. Absolute times drift, ratios less so; cases
+//! that are compared are measured in turns. `cargo bench` prints the times, and `target/criterion/**/estimates.json`
+//! has them for programs.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use support::{
 };
 
 const LENGTHS: [usize; 3] = [128, 1024, 4096];
-/// Bytes that the copies of the limit move.
+/// Bytes that the limit's copies move.
 const LIMIT_BYTES: u64 = 64 << 20;
 
 /// Bytes of live K and V of all layers.
@@ -32,7 +32,7 @@ fn step(_: &mut Criterion) {
     let one = Inputs::new(&gpu, BATCH, 1);
     let words: Vec<_> = (0..LAYERS).map(|_| random_buffer(&gpu, 4)).collect();
     let touches: Vec<_> = words.iter().map(|word| Plain::new(&gpu, TOUCH, &[word], 1)).collect();
-    // The bytes of a step's tokens, copied by the plainest kernel: a layer's K and V in one dispatch.
+    // The bytes of a step's tokens, copied by the simplest kernel: K and V of a layer in one dispatch.
     let bytes = live_bytes(1, BATCH, 1);
     let layers: Vec<_> =
         (0..LAYERS).map(|_| [(); 2].map(|()| random_buffer(&gpu, bytes))).collect();
@@ -67,7 +67,7 @@ fn step(_: &mut Criterion) {
         ] {
             fill(&gpu, cache.as_mut(), BATCH, tokens, LAYERS);
             let (gpu, one) = (&gpu, &one);
-            // Pages may have to grow for it, once.
+            // The first step may make the pool grow.
             pass(gpu, |pass| update(pass, cache.as_mut(), &one.bhtd(), LAYERS));
             turns.add("step", BenchmarkId::new(kind, tokens), None, move |bencher| {
                 bencher.iter(|| {
@@ -125,7 +125,7 @@ fn grow(criterion: &mut Criterion) {
     });
 }
 
-/// What copies: the limit, prefills, reorders, and one row that becomes four.
+/// Calls that copy: the limit, prefills, reorders, and one row that becomes four.
 fn copies(_: &mut Criterion) {
     let gpu = gpu();
     for tokens in LENGTHS {
@@ -179,7 +179,7 @@ impl Limit {
     }
 }
 
-/// 2048 tokens at once into every layer, as they lie in a (B, H, T, D) and in a (B, T, H, D) tensor.
+/// A prefill of 2048 tokens into every layer, from (B, H, T, D) and from (B, T, H, D) tensors.
 fn prefill<'a>(gpu: &'a Gpu, turns: &mut Turns<'a>) {
     let tokens = 2048;
     let bytes = Some(2 * live_bytes(LAYERS, BATCH, tokens));
@@ -226,13 +226,13 @@ fn reorder<'a>(
     }
 }
 
-/// One row becomes four. The buffers for four rows exist and have been touched.
+/// One row becomes four. The buffers for four rows exist and were written before.
 fn repeat<'a>(gpu: &'a Gpu, turns: &mut Turns<'a>, tokens: usize) {
     let mut cache =
         DynamicKVCache::with_options(gpu, CacheOptions::default().with_capacity(tokens))
             .expect("a capacity");
     fill(gpu, &mut cache, 4, tokens, LAYERS);
-    // One row is read, and three are written: row 0 stays where it is.
+    // One row is read, and three are written: row 0 does not move.
     let bytes = live_bytes(LAYERS, 1, tokens) + live_bytes(LAYERS, 3, tokens);
     turns.add("repeat", BenchmarkId::new("4", tokens), Some(bytes), move |bencher| {
         bencher.iter(|| {
@@ -244,8 +244,8 @@ fn repeat<'a>(gpu: &'a Gpu, turns: &mut Turns<'a>, tokens: usize) {
     });
 }
 
-/// Pages: the reorder, and the step after it, in one pass. Two beams go on, twice each, and the last page is
-/// half full: so all pages are shared, and the step copies two of the last ones in each layer.
+/// Pages: the reorder, and the step after it, in one pass. Two beams continue, twice each, and the last page is half
+/// full. So all pages are shared, and the step copies two last pages in each layer.
 fn reorder_paged(criterion: &mut Criterion) {
     let gpu = gpu();
     let mut cache = PagedKVCache::new(&gpu);
@@ -267,7 +267,8 @@ fn reorder_paged(criterion: &mut Criterion) {
     );
 }
 
-/// One query a row over 4096 tokens of one layer, four query heads a K/V head; and what only reads as much.
+/// One query per row over 4096 tokens of one layer, four query heads per K/V head; and a kernel that only reads the
+/// same bytes.
 fn attention(_: &mut Criterion) {
     let gpu = gpu();
     let tokens = 4096;
@@ -345,7 +346,7 @@ fn get(_: &mut Criterion) {
     let mut turns = Turns::default();
     for tokens in LENGTHS {
         let bytes = live_bytes(1, BATCH, tokens);
-        // At the longest the id is plain; the others carry their length.
+        // The id of the longest has no length.
         let id = if tokens == 4096 { "readback".to_owned() } else { format!("readback_{tokens}") };
         let (gpu, source) = (&gpu, &source);
         turns.add("limit", BenchmarkId::from_parameter(id), Some(bytes), move |bencher| {

@@ -1,4 +1,4 @@
-//! Beam search over a toy model: the cache follows the beams, and no byte of K or V crosses to the host.
+//! Beam search over a toy model: the cache follows the beams, and no byte of K or V is copied to the host.
 //!
 //! `cargo run --release --example beam_search`
 
@@ -17,7 +17,7 @@ fn main() -> Result<(), wgpu_kvcache::Error> {
     let options = CacheOptions::default().with_page_tokens(4);
     let mut cache = PagedKVCache::with_options(&gpu, options)?;
     let mut beams: Vec<(f32, Vec<u16>)> = vec![(0.0, vec![0])];
-    // A token's K and V: here simply its number, in one head of one element.
+    // K and V of a token are its number, in one head of one element.
     let upload = |tokens: &[u16]| {
         let values: Vec<f32> = tokens.iter().copied().map(f32::from).collect();
         gpu.upload(&values, &[tokens.len(), 1, 1, 1])
@@ -41,7 +41,7 @@ fn main() -> Result<(), wgpu_kvcache::Error> {
             .iter()
             .map(|&(sum, beam, next)| (sum, [&beams[beam as usize].1[..], &[next]].concat()))
             .collect();
-        // Row i of the cache becomes the row of beam i's parent, then takes its new token.
+        // Row i of the cache becomes the row of beam i's parent, then the new token is appended.
         let tokens = upload(&next)?;
         gpu.submit_pass("step", |pass| {
             cache.reorder_cache(pass, &parents)?;

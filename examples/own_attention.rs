@@ -1,4 +1,4 @@
-//! An attention shader of your own over a view, on an engine's own device, beside this crate's `Attention`.
+//! An attention shader of your own over a view, compared with this crate's `Attention`.
 //!
 //! `cargo run --release --example own_attention`
 
@@ -7,7 +7,7 @@ use wgpu_kvcache::{
     Attention, CachePosition, DType, Gpu, KVCache, Layout, PagedKVCache, TensorView,
 };
 
-/// One invocation computes one element of one query head; enough to show how a shader finds K and V.
+/// One invocation computes one element of one query head: enough to show how a shader addresses K and V.
 const SHADER: &str = "
 @group(0) @binding(0) var<uniform> kv: KvLayout;
 @group(0) @binding(1) var<storage, read> key: array<f32>;
@@ -73,7 +73,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         compilation_options: Default::default(),
         cache: None,
     });
-    // What a view says of itself: its words, its buffers, and the buffer of its page table.
+    // A view provides its layout words, its buffers, and the buffer of its page table.
     let words = device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
         label: Some("layout words"),
         contents: bytemuck::cast_slice(&view.layout_words()),
@@ -102,7 +102,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         attention.record(pass, &query.view(), &view, &crates.view(), Default::default())
     })?;
 
-    // A cache of one token reads both outputs back.
+    // Both outputs are read back through a cache of one token.
     let read = |tensor: TensorView<'_>| -> Result<Vec<f32>, wgpu_kvcache::Error> {
         let mut cache = wgpu_kvcache::DynamicKVCache::new(&gpu);
         gpu.submit_pass("read", |pass| {
@@ -111,8 +111,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Ok(cache.get(0)?.expect("layer 0 was written").0.to_f32())
     };
     let (own, crates) = (read(own.view())?, read(crates.view())?);
-    let apart = own.iter().zip(&crates).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    println!("{} elements of {}, at most {apart:e} apart", own.len(), DType::F32);
-    assert!(apart < 1e-5);
+    let difference = own.iter().zip(&crates).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    println!("{} elements of {}, largest difference {difference:e}", own.len(), DType::F32);
+    assert!(difference < 1e-5);
     Ok(())
 }

@@ -7,8 +7,8 @@ use half::{bf16, f16};
 
 /// The type of one element of K or V.
 ///
-/// The cache moves bits, never numbers, so every type comes back exactly as it went in: NaN payloads,
-/// infinities and negative zero included.
+/// The cache moves bits, never numbers, so every value is read back exactly as it was written: NaN payloads, infinities
+/// and negative zero included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DType {
@@ -21,12 +21,12 @@ pub enum DType {
 }
 
 impl DType {
-    /// Bits an element.
+    /// Bits per element.
     pub const fn bits(self) -> usize {
         8 * self.size()
     }
 
-    /// Bytes an element.
+    /// Bytes per element.
     pub const fn size(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -50,7 +50,7 @@ impl fmt::Display for DType {
     }
 }
 
-/// A name that is no [`DType`].
+/// A name that is not the name of a [`DType`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown element type '{0}'; use f32, f16 or bf16")]
 pub struct UnknownDType(pub String);

@@ -1,8 +1,8 @@
 //! A Transformer's K/V cache on the GPU, for inference engines built on [wgpu].
 //!
-//! A Transformer that generates text keeps, per layer, the keys and values of all earlier tokens. This
-//! crate keeps them in GPU storage buffers. An engine hands in new K and V where they lie, and its
-//! attention kernel reads the cache in place: nothing crosses to the host, nothing waits.
+//! A Transformer that generates text keeps the keys and values of all earlier tokens, for each layer. This crate keeps
+//! them in GPU storage buffers. An engine passes new K and V as GPU buffers, and its attention kernel reads the cache
+//! in place: nothing is copied to the host, and no call waits except `get`.
 //!
 //! ```
 //! use wgpu_kvcache::{Cache, CachePosition, DynamicKVCache, Gpu, KVCache};
@@ -23,15 +23,13 @@
 //! # }
 //! ```
 //!
-//! - The contract is in the traits [`Cache`] and [`KVCache`]. Kinds: [`DynamicKVCache`] grows,
-//!   [`StaticKVCache`] has a fixed length, [`PagedKVCache`] has rows that share pages,
-//!   [`EncoderDecoderCache`] is a pair of caches.
+//! - The contract is in the traits [`Cache`] and [`KVCache`]. Kinds: [`DynamicKVCache`] grows, [`StaticKVCache`] has a
+//!   fixed length, the rows of a [`PagedKVCache`] share pages, and an [`EncoderDecoderCache`] is a pair of caches.
 //! - [`SequenceCache`] keeps sequences of different length that join, leave and fork, and share prefixes: for
 //!   engines that serve several requests at a time.
-//! - Inputs are [`TensorView`]s: any buffer, offset and strides. Attention reads a [`LayerView`]: that of
-//!   this crate, [`Attention`], or one's own, joined with a [`Layout`]'s text.
-//! - f32, f16 and bf16 are moved as bits ([`DType`]). No device feature beyond WebGPU's baseline is
-//!   needed.
+//! - Inputs are [`TensorView`]s: a buffer, an offset and strides. Attention reads a [`LayerView`]. It is this crate's
+//!   [`Attention`], or an engine's own shader, joined with a [`Layout`]'s text.
+//! - f32, f16 and bf16 are moved as bits ([`DType`]). WebGPU's default limits and no optional feature are enough.
 
 mod attention;
 mod cache;

@@ -1,6 +1,6 @@
-//! What a cache counts: [`Stats`].
+//! Counters of a cache: [`Stats`].
 
-/// What a cache has done and what it holds. Counts are exact.
+/// Counts of a cache's work and memory. They are exact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -12,18 +12,18 @@ pub struct Stats {
     pub buffers: u64,
     /// Bytes of K and V allocated now.
     pub bytes_allocated: u64,
-    /// The most bytes of K and V that were allocated at one time.
+    /// The highest value of `bytes_allocated` so far.
     pub peak_bytes_allocated: u64,
     /// Bytes read back to the host.
     pub bytes_read_back: u64,
-    /// Pages that rows of a layer refer to, in the layer where they are most; 0 for kinds without pages.
-    /// Layers that advance together have one page table, so this counts tokens, not layers.
+    /// Pages that rows of a layer refer to, in the layer with the most of them; 0 for kinds without pages. Layers that
+    /// advance together share one page table, so this number does not grow with the number of layers.
     pub pages_used: u64,
-    /// Those of them that several rows share.
+    /// Pages of `pages_used` that several rows share.
     pub pages_shared: u64,
     /// Pages of that layer's pool that no row refers to.
     pub pages_free: u64,
-    /// The most pages that were in use at one time.
+    /// The highest value of `pages_used` so far.
     pub peak_pages_used: u64,
 }
 

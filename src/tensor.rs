@@ -1,4 +1,4 @@
-//! Tensors at the edge of the crate: [`TensorView`] goes in, [`HostTensor`] comes back.
+//! Tensors of the public interface: [`TensorView`] is an input, [`HostTensor`] a result.
 
 use std::sync::Arc;
 
@@ -6,11 +6,11 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::gpu::device::{DeviceHandle, binding_limit};
 
-/// Where new K or V lies on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
+/// New K or V on the GPU: a buffer, a byte offset, a (B, H, T, D) shape, and strides.
 ///
-/// Engines hand out pieces of pooled buffers, and a projection's output is often (B, T, H, D) or a
-/// part of one fused QKV tensor. All of these go in as they lie. What must hold: the elements of a
-/// head are adjacent (stride 1 along D), everything falls on 32-bit words, and the buffer has
+/// Engines use ranges of pooled buffers, and a projection's output is often (B, T, H, D) or a part of one fused QKV
+/// tensor. All of these are read in place. Three conditions: the elements of a head are contiguous (stride 1 along
+/// D), the offset and the other strides are multiples of 4 bytes, and the buffer has
 /// [`wgpu::BufferUsages::STORAGE`].
 ///
 /// # Examples
@@ -36,7 +36,7 @@ pub struct TensorView<'a> {
     pub(crate) offset: u64,
     pub(crate) shape: [usize; 4],
     pub(crate) strides: [usize; 4],
-    /// The device, where it is known.
+    /// The device, if it is known.
     pub(crate) device: Option<&'a Arc<DeviceHandle>>,
 }
 
@@ -45,8 +45,7 @@ impl<'a> TensorView<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::WrongRank`] and [`Error::ZeroExtent`]. Whether the buffer suits is checked by the call
-    /// that the view is handed to.
+    /// [`Error::WrongRank`] and [`Error::ZeroExtent`]. The call that takes the view checks the buffer.
     pub fn new(buffer: &'a wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Self> {
         let shape = checked_shape(shape)?;
         let [_, h, t, d] = shape;
@@ -90,7 +89,7 @@ impl<'a> TensorView<'a> {
         Self { strides, ..self }
     }
 
-    /// The buffer that the elements lie in.
+    /// The buffer that holds the elements.
     pub fn buffer(&self) -> &'a wgpu::Buffer {
         self.buffer
     }
@@ -115,7 +114,7 @@ impl<'a> TensorView<'a> {
         self.strides
     }
 
-    /// Refuses a view of which it is known that it is of another device. wgpu refuses others when they are
+    /// Refuses a view that is known to be of another device. wgpu refuses views of unknown devices when they are
     /// bound.
     pub(crate) fn check_device(
         &self,
@@ -138,7 +137,7 @@ impl<'a> TensorView<'a> {
         self.offset.checked_add(u64::try_from(bytes).ok()?)
     }
 
-    /// Checks everything that a kernel counts on, and finds the piece of the buffer to bind.
+    /// Checks everything that a kernel relies on, and computes the range of the buffer to bind.
     pub(crate) fn source(&self, what: &'static str, limits: &wgpu::Limits) -> Result<Source> {
         let size = self.dtype.size() as u64;
         let [_, _, _, d] = self.shape;
@@ -150,7 +149,7 @@ impl<'a> TensorView<'a> {
         }
         let needed = self.end().ok_or_else(|| {
             let Self { offset, shape, strides, .. } = self;
-            let asked = format!("{shape:?} with strides {strides:?} from byte {offset} on");
+            let asked = format!("{shape:?} with strides {strides:?} from byte {offset}");
             Error::overflow("extent of a view", asked, u64::MAX)
         })?;
         if !self.offset.is_multiple_of(4) {
@@ -159,7 +158,7 @@ impl<'a> TensorView<'a> {
         let named = ["a batch stride", "a head stride", "a token stride"];
         let mut strides = [0_u64; 3];
         for axis in 0..3 {
-            // An axis of extent 1 is never stepped along.
+            // The stride of an axis of extent 1 is never used.
             if self.shape[axis] > 1 {
                 strides[axis] = (self.strides[axis] as u64).saturating_mul(size);
             }
@@ -188,8 +187,8 @@ impl<'a> TensorView<'a> {
         Ok(Source { offset: self.offset - window.0, strides, row_bytes: d as u64 * size, window })
     }
 
-    /// The (offset, size) of the buffer to bind: all of it where the device allows, so that views of
-    /// one pooled buffer share a bind group, else what the view spans.
+    /// The (offset, size) of the buffer to bind: the whole buffer if the device allows it, so that views of one pooled
+    /// buffer share a bind group; else the range that the view spans.
     fn window(&self, what: &'static str, end: u64, limits: &wgpu::Limits) -> Result<(u64, u64)> {
         let limit = binding_limit(limits);
         let whole = self.buffer.size() / 4 * 4;
@@ -220,13 +219,13 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// What is bound of `buffer`, the view's own.
+    /// The binding of `buffer`, which must be the view's own.
     pub(crate) fn binding<'a>(&self, buffer: &'a wgpu::Buffer) -> wgpu::BufferBinding<'a> {
         let (offset, bytes) = self.window;
         wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(bytes) }
     }
 
-    /// Whether every row starts and ends on a 16-byte vector.
+    /// Whether every row starts and ends at a multiple of 16 bytes.
     pub(crate) fn is_vector_aligned(&self) -> bool {
         let [b, h, t] = self.strides;
         [self.offset, b, h, t, self.row_bytes].iter().all(|bytes| bytes % 16 == 0)
@@ -289,17 +288,17 @@ impl Tensor {
 pub struct HostTensor {
     dtype: DType,
     shape: [usize; 4],
-    /// The elements' bytes. Whole words, so that they are aligned for every element type.
+    /// The elements' bytes, stored as words so that they are aligned for every element type.
     words: Vec<u32>,
 }
 
 impl HostTensor {
-    /// A tensor of host data, row-major [B, H, T, D], for a cache of one's own to return.
+    /// A tensor of host data, row-major [B, H, T, D], for caches that are implemented outside of this crate.
     ///
     /// # Errors
     ///
-    /// [`Error::WrongRank`], [`Error::ZeroExtent`]; [`Error::SliceLength`] if the data are not as many as the shape
-    /// says; [`Error::OddHeadDim`] for a 16-bit type and an odd D.
+    /// [`Error::WrongRank`], [`Error::ZeroExtent`]; [`Error::SliceLength`] if the number of elements differs from that
+    /// of the shape; [`Error::OddHeadDim`] for a 16-bit type and an odd D.
     ///
     /// # Examples
     ///
@@ -352,7 +351,7 @@ impl HostTensor {
     ///
     /// # Errors
     ///
-    /// [`Error::SliceType`] where `E` is not the type that the tensor holds.
+    /// [`Error::SliceType`] if `E` is not the element type of the tensor.
     pub fn as_slice<E: Element>(&self) -> Result<&[E]> {
         if E::DTYPE != self.dtype {
             return Err(Error::SliceType { held: self.dtype, asked: E::DTYPE });
@@ -360,7 +359,7 @@ impl HostTensor {
         Ok(bytemuck::cast_slice(&self.words))
     }
 
-    /// The elements as `f32`, converted where they are 16-bit: every value is exact.
+    /// The elements as `f32`. 16-bit types are converted; every value is exact.
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
             DType::F32 => bytemuck::cast_slice(&self.words).to_vec(),

@@ -1,15 +1,15 @@
-//! The cache that most frameworks have, as the baseline: every step concatenates the old tokens and the
-//! new one into a fresh tensor, and a reorder gathers all rows into fresh tensors.
+//! The baseline: the cache of most frameworks. Every step concatenates the old tokens and the new one into a new
+//! tensor, and a reorder gathers all rows into new tensors.
 //!
-//! It is given what a good framework gives it: memory of tensors that were dropped is used again, in the
-//! order of the queue, as by a caching allocator; K and V share a dispatch; a thread copies several
-//! vectors of 16 bytes, and no address needs a division.
+//! It has the optimisations of a good framework: the memory of dropped tensors is reused in the order of the queue, as
+//! by a caching allocator; K and V share a dispatch; an invocation copies several 16-byte vectors; no address needs a
+//! division.
 #![allow(dead_code, reason = "the benchmark, the chart and the test each use a part")]
 
 use wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu_kvcache::{Gpu, wgpu};
 
-/// Memory comes in multiples of this, so that a layer with one token more mostly fits what was dropped.
+/// Memory is allocated in multiples of this, so that a layer with one more token usually fits a dropped allocation.
 const GRANULE: u64 = 2 << 20;
 /// Vectors that a workgroup copies of one row.
 const CHUNK: usize = 1024;
@@ -32,7 +32,7 @@ pub(crate) struct ConcatCache {
 }
 
 impl ConcatCache {
-    /// An empty cache. `dim` is a multiple of four: a head is whole vectors.
+    /// An empty cache. `dim` must be a multiple of four, so that a head is whole vectors.
     pub(crate) fn new(gpu: &Gpu, layers: usize, batch: usize, heads: usize, dim: usize) -> Self {
         assert!(dim.is_multiple_of(4), "a head of {dim} elements is not whole vectors of four");
         let mut cache = Self {
@@ -47,17 +47,16 @@ impl ConcatCache {
             tokens: 0,
             moved: 0,
         };
-        let bytes = cache.room(1);
+        let bytes = cache.allocation_bytes(1);
         cache.layers = (0..layers).map(|_| cache.take(bytes)).collect();
         cache
     }
 
-    /// Makes every layer `tokens` tokens long. Which tokens is left open: a copy takes as long whatever
-    /// it copies.
+    /// Makes every layer `tokens` tokens long. Their content is undefined: the time of a copy does not depend on it.
     pub(crate) fn fill(&mut self, tokens: usize) {
         self.tokens = tokens;
-        // Room for one more, so that the next step finds its memory among what was dropped.
-        let bytes = self.room(tokens + 1);
+        // One token more, so that the next step can reuse a dropped allocation.
+        let bytes = self.allocation_bytes(tokens + 1);
         for layer in 0..self.layers.len() {
             if self.layers[layer][0].size() != bytes {
                 self.layers[layer] = self.take(bytes);
@@ -103,19 +102,19 @@ impl ConcatCache {
         self.moved
     }
 
-    /// K and V of a layer, to check them.
+    /// K and V of a layer, for tests.
     pub(crate) fn layer(&self, layer: usize) -> &[wgpu::Buffer; 2] {
         &self.layers[layer]
     }
 
-    /// Puts a fresh tensor in the place of every layer, as `prepare` says: bindings, and workgroups over
-    /// a row and over rows.
+    /// Replaces every layer by a new tensor. `prepare` returns the bindings, and the workgroups per row and for all
+    /// rows.
     fn replace(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
         prepare: impl Fn(&Self, &Layer, &Layer) -> (wgpu::BindGroup, [usize; 2]),
     ) {
-        let bytes = self.room(self.tokens);
+        let bytes = self.allocation_bytes(self.tokens);
         for layer in 0..self.layers.len() {
             let fresh = self.take(bytes);
             let (bindings, groups) = prepare(self, &self.layers[layer], &fresh);
@@ -128,7 +127,7 @@ impl ConcatCache {
         self.moved += self.layers.len() as u64 * 2 * self.bytes(self.tokens);
     }
 
-    /// Memory for K and V of a layer. What lies free in other sizes is given up first.
+    /// Memory for K and V of a layer. Free memory of other sizes is dropped first.
     fn take(&mut self, bytes: u64) -> Layer {
         self.free.retain(|layer| layer[0].size() == bytes);
         self.free.pop().unwrap_or_else(|| {
@@ -148,7 +147,7 @@ impl ConcatCache {
         (self.batch * self.heads * tokens * self.dim * 4) as u64
     }
 
-    fn room(&self, tokens: usize) -> u64 {
+    fn allocation_bytes(&self, tokens: usize) -> u64 {
         self.bytes(tokens).next_multiple_of(GRANULE)
     }
 
@@ -191,8 +190,8 @@ fn pipeline(gpu: &Gpu, wgsl: &str) -> wgpu::ComputePipeline {
     })
 }
 
-/// A row is one head of one batch row: its old tokens, then the new one. Four vectors a thread, a
-/// workgroup apart.
+/// A row is one head of one batch row: its old tokens, then the new one. Each invocation copies four vectors, which are
+/// 256 vectors apart.
 const APPEND: &str = "
 struct Params { old_row: u32, new_row: u32 } // in vectors
 @group(0) @binding(0) var<storage, read> old_key: array<vec4<u32>>;

@@ -1,4 +1,4 @@
-//! What the benchmarks share: a device, an engine's buffers, and plain kernels that mark the limit.
+//! Shared by the benchmarks: a device, an engine's buffers, and plain kernels that measure the limit.
 
 use wgpu_kvcache::{CachePosition, DType, Gpu, KVCache, TensorView, wgpu};
 
@@ -16,7 +16,7 @@ pub(crate) fn gpu() -> Gpu {
     Gpu::headless().unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A storage buffer of random words, touched, so that its first use is not measured.
+/// A storage buffer of random words. It is written here, so that its first use is not measured.
 pub(crate) fn random_buffer(gpu: &Gpu, bytes: u64) -> wgpu::Buffer {
     let mut state = 0x9e37_79b9_u32;
     let words: Vec<u32> = (0..bytes / 4)
@@ -24,8 +24,8 @@ pub(crate) fn random_buffer(gpu: &Gpu, bytes: u64) -> wgpu::Buffer {
             state ^= state << 13;
             state ^= state >> 17;
             state ^= state << 5;
-            // Between 0.5 and 2 as f32, of either sign: a processor takes no slow path for NaN, or for what
-            // is too small to be normal.
+            // As f32 between 0.5 and 2, of either sign: NaN and subnormal numbers would take a slow path on some
+            // processors.
             0x3f00_0000 | (state & 0x80ff_ffff)
         })
         .collect();
@@ -42,7 +42,7 @@ pub(crate) fn random_buffer(gpu: &Gpu, bytes: u64) -> wgpu::Buffer {
     buffer
 }
 
-/// Submits what is pending and waits for the device.
+/// Submits pending writes and waits for the device.
 pub(crate) fn finish(gpu: &Gpu) {
     gpu.queue().submit([]);
     gpu.device().poll(wgpu::PollType::wait_indefinitely()).expect("the device answers");
@@ -54,7 +54,7 @@ pub(crate) fn pass(gpu: &Gpu, record: impl FnOnce(&mut wgpu::ComputePass<'_>)) {
     gpu.device().poll(wgpu::PollType::wait_indefinitely()).expect("the device answers");
 }
 
-/// The new K and V of every layer, as an engine's projections leave them.
+/// The new K and V of every layer, in the layout of an engine's projections.
 pub(crate) struct Inputs {
     pub(crate) key: wgpu::Buffer,
     pub(crate) value: wgpu::Buffer,
@@ -107,7 +107,7 @@ pub(crate) fn fill(gpu: &Gpu, cache: &mut dyn KVCache, batch: usize, tokens: usi
     }
 }
 
-/// A compute pipeline with its bind group, for the kernels that mark the limit.
+/// A compute pipeline with its bind group, for the kernels that measure the limit.
 pub(crate) struct Plain {
     pipeline: wgpu::ComputePipeline,
     bindings: wgpu::BindGroup,
@@ -150,8 +150,7 @@ impl Plain {
     }
 }
 
-/// The fastest plain copy that was found: four vectors a thread, so that eight threads copy 512 bytes that
-/// lie in one piece.
+/// The fastest plain copy that was found: four vectors per invocation, and eight invocations copy 512 contiguous bytes.
 pub(crate) const COPY: &str = "
 @group(0) @binding(0) var<storage, read> source: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read_write> target_: array<vec4<u32>>;
@@ -164,7 +163,7 @@ fn main(@builtin(local_invocation_index) local: u32, @builtin(workgroup_id) grou
     target_[at + 24u] = source[at + 24u];
 }";
 
-/// Copies a vector of 16 bytes a thread: what little a decode step moves.
+/// Copies one 16-byte vector per invocation: the few bytes of a decode step.
 pub(crate) const COPY_ONE: &str = "
 @group(0) @binding(0) var<storage, read> source: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read_write> target_: array<vec4<u32>>;
@@ -181,8 +180,8 @@ fn main() {
     target_[0] += 1u;
 }";
 
-/// Reads 64 KiB a workgroup, in pieces as the fastest copy does, and writes a sum of every sixteen vectors: of
-/// several forms the one that reads most bytes a second.
+/// Reads 64 KiB per workgroup, in the pattern of the fastest copy, and writes the sum of every sixteen vectors. It is
+/// the variant that reads most bytes per second.
 pub(crate) const SUM: &str = "
 @group(0) @binding(0) var<storage, read> source: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read_write> sums: array<vec4<f32>>;

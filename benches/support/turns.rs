@@ -1,8 +1,8 @@
 //! Cases that are compared are measured in turns, a sample of each after the other.
 //!
-//! Other work on a machine, and where its scheduler happens to put a driver's threads, change what the same
-//! work takes by a tenth and more, for seconds on end. Measured one after the other, two cases meet different
-//! moments, and their ratio tells of these; measured in turns they meet the same.
+//! Other work on a machine, and its scheduler's choice of cores for a driver's threads, change the time of the same
+//! work by a tenth and more for seconds. If two cases are measured one after the other, this changes their ratio. If
+//! they are measured in turns, it affects both.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -27,8 +27,8 @@ pub(crate) struct Turns<'a> {
 }
 
 impl<'a> Turns<'a> {
-    /// Adds the case `group/id`, which moves so many bytes, where that tells something. What it needs is made
-    /// and touched beforehand.
+    /// Adds the case `group/id`, which moves `bytes` bytes if given. Its resources must have been created and written
+    /// before.
     pub(crate) fn add(
         &mut self,
         group: &str,
@@ -39,25 +39,25 @@ impl<'a> Turns<'a> {
         self.cases.push(Case { group: group.to_owned(), id, bytes, run: Box::new(run) });
     }
 
-    /// Measures `samples` samples of each case. Criterion measures a case from its first sample to its last, so
-    /// each has a thread, and one of these runs at a time.
+    /// Measures `samples` samples of each case. Criterion measures a case from its first sample to its last without a
+    /// break, so each case has a thread, and one of these runs at a time.
     pub(crate) fn measure(self, samples: usize, warm_up: Duration) {
         let ring = Ring::new(self.cases.len());
         thread::scope(|scope| {
             for (id, mut case) in self.cases.into_iter().enumerate() {
                 let ring = &ring;
                 scope.spawn(move || {
-                    let seat = ring.sit(id);
+                    let slot = ring.join(id);
                     let mut criterion = Criterion::default().configure_from_args();
                     let mut group = criterion.benchmark_group(&case.group);
                     group.sample_size(samples).warm_up_time(warm_up);
-                    // Samples as long as one another, so that turns are too.
+                    // Samples of equal length, so that turns are equally long.
                     group.sampling_mode(SamplingMode::Flat);
                     if let Some(bytes) = case.bytes {
                         group.throughput(Throughput::Bytes(bytes));
                     }
                     group.bench_function(case.id, |bencher| {
-                        seat.pass();
+                        slot.pass();
                         (case.run)(bencher);
                     });
                 });
@@ -66,25 +66,25 @@ impl<'a> Turns<'a> {
     }
 }
 
-/// Whose turn it is: that of the first.
+/// The order of the cases. The first one has its turn.
 struct Ring {
     order: Mutex<VecDeque<usize>>,
     moved_on: Condvar,
 }
 
 impl Ring {
-    fn new(seats: usize) -> Self {
-        Self { order: Mutex::new((0..seats).collect()), moved_on: Condvar::new() }
+    fn new(cases: usize) -> Self {
+        Self { order: Mutex::new((0..cases).collect()), moved_on: Condvar::new() }
     }
 
     /// Waits for the first turn of `id`.
-    fn sit(&self, id: usize) -> Seat<'_> {
+    fn join(&self, id: usize) -> Slot<'_> {
         self.wait(self.lock(), id);
-        Seat { ring: self, id }
+        Slot { ring: self, id }
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<usize>> {
-        self.order.lock().expect("nothing panics with the order in hand")
+        self.order.lock().expect("no thread panics while it holds the order")
     }
 
     fn wait(&self, order: MutexGuard<'_, VecDeque<usize>>, id: usize) {
@@ -93,14 +93,14 @@ impl Ring {
     }
 }
 
-/// A place in the ring, given up when dropped, a panic included.
-struct Seat<'a> {
+/// A case's entry in the ring. It is removed when dropped, also by a panic.
+struct Slot<'a> {
     ring: &'a Ring,
     id: usize,
 }
 
-impl Seat<'_> {
-    /// Lets the others run, and waits until the turn comes round again.
+impl Slot<'_> {
+    /// Gives the turn to the next case, and waits for its own next turn.
     fn pass(&self) {
         let mut order = self.ring.lock();
         order.rotate_left(1);
@@ -109,7 +109,7 @@ impl Seat<'_> {
     }
 }
 
-impl Drop for Seat<'_> {
+impl Drop for Slot<'_> {
     fn drop(&mut self) {
         self.ring.lock().pop_front();
         self.ring.moved_on.notify_all();

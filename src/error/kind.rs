@@ -2,7 +2,7 @@
 
 use super::Error;
 
-/// What wgpu, or the device below it, said of a failure: the [`source`](std::error::Error::source) of an [`Error`].
+/// The message of wgpu, or of the driver, about a failure: the [`source`](std::error::Error::source) of an [`Error`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Reason(String);
@@ -25,18 +25,18 @@ impl From<&str> for Reason {
 pub enum ErrorKind {
     /// The call was wrong: a shape, type, stride, buffer, index, option or layer. Repeating it fails again.
     Input,
-    /// There is no room. Evict something ([`crop`](crate::Cache::crop), [`truncate`](crate::Cache::truncate),
-    /// fewer batch rows), then repeat the call.
+    /// There is not enough memory, or a bound is reached. Evict tokens or rows ([`crop`](crate::Cache::crop),
+    /// [`truncate`](crate::Cache::truncate), fewer batch rows), then repeat the call.
     NoRoom,
     /// A pass was dropped, its submit failed, or it has not been submitted yet.
     PassOrder,
-    /// The device is lost, refused something, or lacks what the kernels need. Repeating the call on this device
-    /// is no use.
+    /// The device is lost, could not create something, or has lower limits than the kernels need. Repeating the call
+    /// on this device does not help.
     Device,
 }
 
 impl Error {
-    /// What can be done about it.
+    /// What an engine can do about this error.
     ///
     /// # Examples
     ///

@@ -1,5 +1,5 @@
-//! What can go wrong. Every error says what was asked, what the limit is, and what to do; the call that
-//! returned it has changed nothing, on the host or the GPU.
+//! The errors. Each states the request, the limit and a remedy. The call that returned it has changed nothing, on the
+//! host or the GPU.
 
 mod kind;
 
@@ -11,13 +11,13 @@ use crate::sequence::SequenceId;
 /// The result of a call on a cache.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A refused or failed call. Shapes are (B, H, T, D): batch rows, K/V heads, tokens, elements a head.
+/// A refused or failed call. Shapes are (B, H, T, D): batch rows, K/V heads, tokens, elements per head.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A tensor is not four-dimensional.
     #[error(
-        "a K or V tensor has 4 dimensions (batch, heads, tokens, head_dim), but the shape given is {shape:?}; add axes of extent 1 where one is missing"
+        "a K or V tensor has 4 dimensions (batch, heads, tokens, head_dim), but the shape given is {shape:?}; add axes of extent 1 for missing ones"
     )]
     WrongRank {
         /// The shape that was given.
@@ -44,7 +44,7 @@ pub enum Error {
         value: [usize; 4],
     },
 
-    /// K and V have different element types, or another one than the layer holds.
+    /// K and V have different element types, or a type that differs from the layer's.
     #[error(
         "{what} is {got}, but {expected} is expected; convert it first, since the cache moves bits and never converts"
     )]
@@ -57,7 +57,7 @@ pub enum Error {
         got: DType,
     },
 
-    /// A slice of another type than a tensor that was read back holds.
+    /// The slice's type differs from the type of a tensor that was read back.
     #[error(
         "the tensor holds {held}, but a slice of {asked} was asked for; ask for {held}, or let to_f32() convert"
     )]
@@ -68,16 +68,16 @@ pub enum Error {
         asked: DType,
     },
 
-    /// A layer is written for the first time after a change of the batch in which it took no part.
+    /// A layer is written for the first time, after a change of the batch, with another number of rows.
     #[error(
-        "layer {layer} is written for the first time, with {got} rows, after the batch was changed; layer {other} has {batch} rows since. A layer that was never written takes no part in such a change: hand in tensors of {batch} rows, in the order of the others, or reset() the cache to begin with another batch"
+        "layer {layer} is written for the first time, with {got} rows, after the batch was changed; layer {other} has {batch} rows since then. A change of the batch leaves unwritten layers as they are: pass tensors of {batch} rows, in the order of the other layers' rows, or reset() the cache to begin with another batch"
     )]
     BatchChanged {
         /// The layer.
         layer: usize,
         /// Batch rows of the new tokens.
         got: usize,
-        /// A layer that took part in the change.
+        /// A layer that the change concerned.
         other: usize,
         /// Batch rows of that layer.
         batch: usize,
@@ -94,9 +94,9 @@ pub enum Error {
         batch: usize,
         /// K/V heads that the layer holds.
         heads: usize,
-        /// Elements a head of K.
+        /// Elements per head of K.
         key_dim: usize,
-        /// Elements a head of V.
+        /// Elements per head of V.
         value_dim: usize,
         /// Shape of the new K, (B, H, T, D).
         key: [usize; 4],
@@ -117,9 +117,9 @@ pub enum Error {
         head_dim: usize,
     },
 
-    /// The elements of a head are not next to each other.
+    /// The elements of a head are not contiguous.
     #[error(
-        "{what} has a stride of {stride} elements along head_dim; it must be 1 (the elements of a head lie next to each other), the other three strides are free"
+        "{what} has a stride of {stride} elements along head_dim; it must be 1 (the elements of a head are contiguous); the other three strides are free"
     )]
     InnerStride {
         /// Which tensor.
@@ -128,9 +128,9 @@ pub enum Error {
         stride: usize,
     },
 
-    /// An offset or a stride does not fall on a 32-bit word.
+    /// An offset or a stride is not a multiple of 32 bits.
     #[error(
-        "{what} has {quantity} of {bytes} bytes, which is no multiple of 4; the kernels move 32-bit words, so align it to 4 bytes"
+        "{what} has {quantity} of {bytes} bytes, which is not a multiple of 4; the kernels move 32-bit words, so align it to 4 bytes"
     )]
     Misaligned {
         /// Which tensor.
@@ -160,7 +160,7 @@ pub enum Error {
         strides: [usize; 4],
     },
 
-    /// A buffer that a shader may not read.
+    /// A buffer without the usage `STORAGE`.
     #[error(
         "the buffer of {what} lacks the usage STORAGE; create it with wgpu::BufferUsages::STORAGE"
     )]
@@ -169,22 +169,22 @@ pub enum Error {
         what: &'static str,
     },
 
-    /// A view that spans more than one binding can.
+    /// A view that spans more bytes than the device binds at once.
     #[error(
         "{what} spans {bytes} bytes of its buffer, more than the {limit} that this device binds at once; update in pieces of fewer tokens, or request a device with a higher max_storage_buffer_binding_size"
     )]
     SourceTooLarge {
         /// Which tensor.
         what: &'static str,
-        /// Bytes from the view's first to its last, rounded out to the binding alignment.
+        /// Bytes from the view's first to its last, extended to the binding alignment.
         bytes: u64,
         /// The device's limit.
         limit: u64,
     },
 
-    /// New tokens are to be read from the very buffer that they are written to.
+    /// The new tokens are in a buffer of the layer that they are written to.
     #[error(
-        "{what} lies in the buffer of layer {layer} itself, which cannot be read and written in one dispatch; copy it to another buffer first"
+        "{what} is in a buffer of layer {layer} itself, which one dispatch cannot both read and write; copy it to another buffer first"
     )]
     SourceIsCache {
         /// Which tensor.
@@ -193,14 +193,14 @@ pub enum Error {
         layer: usize,
     },
 
-    /// A host slice does not fill its shape.
+    /// A host slice has another number of elements than its shape.
     #[error(
-        "the shape {shape:?} has {expected} elements, but the slice has {got}; pass exactly as many"
+        "the shape {shape:?} has {expected} elements, but the slice has {got}; pass exactly that many"
     )]
     SliceLength {
         /// The shape that was given.
         shape: Vec<usize>,
-        /// Elements that the shape asks for.
+        /// Elements of the shape.
         expected: usize,
         /// Elements in the slice.
         got: usize,
@@ -211,24 +211,24 @@ pub enum Error {
     PositionCount {
         /// The form of the positions.
         form: &'static str,
-        /// What fits.
+        /// The count that is needed.
         expected: String,
-        /// What was given.
+        /// The count that was given.
         got: String,
     },
 
-    /// A position past the end of a cache that is made for so many tokens.
+    /// A position past the end of a cache of bounded length.
     #[error("position {position} is past the end of a cache made for {bound} tokens ({range}); use lower positions (they count from the oldest live token, so crop() lowers them), or make the cache longer", range = range(*bound))]
     PositionOutOfBounds {
         /// The highest position named.
         position: usize,
-        /// Tokens that the cache is made for.
+        /// The most tokens of a row.
         bound: usize,
     },
 
-    /// An append past the end of a cache that is made for so many tokens.
+    /// An append past the end of a cache of bounded length.
     #[error(
-        "{new_tokens} new tokens behind {len} live ones exceed a cache made for {bound} tokens; {}make the cache longer",
+        "{new_tokens} new tokens after {len} live ones exceed a cache made for {bound} tokens; {}make the cache longer",
         if new_tokens > bound { "write fewer tokens, or " } else { "crop() to make room, or " }
     )]
     SequenceTooLong {
@@ -236,16 +236,16 @@ pub enum Error {
         len: usize,
         /// Tokens to append.
         new_tokens: usize,
-        /// Tokens that the cache is made for.
+        /// The most tokens of a row.
         bound: usize,
     },
 
-    /// A batch index past the batch.
+    /// A batch index that is not a row of the batch.
     #[error("index {index} (at place {place}) is past the batch of layer {layer}, which has rows {range}; beam indices count batch rows, not beams of one sample", range = range(*batch))]
     IndexOutOfRange {
         /// The index.
         index: u32,
-        /// Its place in the list.
+        /// Its index in the list.
         place: usize,
         /// The layer whose batch is too small.
         layer: usize,
@@ -253,8 +253,8 @@ pub enum Error {
         batch: usize,
     },
 
-    /// A batch selection that keeps no row.
-    #[error("no batch indices were given; name at least one row, or call reset() to drop them all")]
+    /// An empty list of batch indices.
+    #[error("no batch indices were given; give at least one row, or call reset() to drop them all")]
     NoIndices,
 
     /// A repeat count of zero.
@@ -263,16 +263,16 @@ pub enum Error {
     )]
     ZeroRepeats,
 
-    /// A layer past those that the cache is made for.
+    /// A layer index that is not below the cache's number of layers.
     #[error("layer {layer} is past the {num_layers} layers ({range}) that the cache was made for; make it for more", range = range(*num_layers))]
     LayerOutOfRange {
-        /// The layer that was named.
+        /// The layer that was given.
         layer: usize,
         /// Layers of the cache.
         num_layers: usize,
     },
 
-    /// A layer would need a larger buffer than the device makes or binds.
+    /// A layer would need a larger buffer than the device creates or binds.
     #[error(
         "layer {layer} needs {bytes} for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {dtype}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Use fewer tokens (of the sequence, or as the capacity or length that the cache is made with) or batch rows{or_type}, or request a device with higher max_storage_buffer_binding_size and max_buffer_size",
         bytes = byte_count(*needed),
@@ -285,23 +285,23 @@ pub enum Error {
         needed: u64,
         /// The device's limit, in bytes.
         limit: u64,
-        /// Tokens asked for.
+        /// Tokens that were requested.
         tokens: usize,
-        /// Tokens a row that would fit.
+        /// Tokens per row that would fit.
         fits: usize,
         /// Batch rows.
         batch: usize,
         /// K/V heads.
         heads: usize,
-        /// Elements a head, of the wider of K and V.
+        /// Elements per head, of the wider of K and V.
         head_dim: usize,
         /// Element type.
         dtype: DType,
     },
 
-    /// A pool that would have room for a write's new pages has none for copies of the pages that rows share.
+    /// A pool that can hold a write's new pages cannot hold the copies of shared pages that the write needs as well.
     #[error(
-        "layer {layer} needs {new} new pages of {page_tokens} tokens and {copies} copies of pages that rows share and write into, beside {used} in use, but {fits} pages are all that fit the {limit} bytes that this device binds as one buffer; append in place of writing into what rows share, truncate(), crop() or select fewer rows, or request a device with higher max_storage_buffer_binding_size and max_buffer_size"
+        "layer {layer} needs {new} new pages of {page_tokens} tokens and {copies} copies of shared pages that the call writes into, with {used} in use, but at most {fits} pages fit into the {limit} bytes that this device binds as one buffer; append instead of writing into shared pages, truncate(), crop() or select fewer rows, or request a device with higher max_storage_buffer_binding_size and max_buffer_size"
     )]
     PoolTooLarge {
         /// The layer.
@@ -310,32 +310,32 @@ pub enum Error {
         used: usize,
         /// New pages that the call needs.
         new: usize,
-        /// Copies that it needs of pages which several rows share.
+        /// Copies of shared pages that it needs.
         copies: usize,
-        /// Pages that fit.
+        /// The most pages that fit.
         fits: usize,
         /// The device's limit, in bytes.
         limit: u64,
-        /// Tokens of a page.
+        /// Tokens per page.
         page_tokens: usize,
     },
 
-    /// A bounded pool has no page left.
+    /// A bounded pool has too few free pages.
     #[error(
-        "{wanted} more pages of {page_tokens} tokens are wanted, beside {used} in use ({shared} of them shared by several rows or sequences), but the cache was made for {limit}; {}make the cache larger",
+        "the call needs {wanted} more pages of {page_tokens} tokens, with {used} in use ({shared} of them shared by several rows or sequences), but the cache was made for {limit}; {}make the cache larger",
         if *used == 0 { "write fewer tokens at once, or " } else { "truncate(), crop(), select fewer rows or remove sequences to give pages back, or " }
     )]
     OutOfPages {
         /// Pages in use.
         used: usize,
-        /// Those of them that several rows share.
+        /// Pages in use that several rows share.
         shared: usize,
-        /// Pages that the call needs beside them: new ones, and copies of shared ones that it writes into.
-        /// (Of a length that a single row could not have, the new ones alone.)
+        /// Further pages that the call needs: new ones, and copies of shared ones that it writes into. Copies are not
+        /// counted if a single row of that length would exceed the pool.
         wanted: usize,
         /// Pages that the cache was made for.
         limit: usize,
-        /// Tokens of a page.
+        /// Tokens per page.
         page_tokens: usize,
     },
 
@@ -430,57 +430,57 @@ pub enum Error {
         layer: usize,
     },
 
-    /// A page size that is no power of two, or too large a one.
+    /// A page size that is not a power of two, or is too large.
     #[error(
-        "pages of {page_tokens} tokens were asked for; it must be a power of two of at most 2147483648, such as 16"
+        "pages of {page_tokens} tokens were requested; it must be a power of two of at most 2147483648, such as 16"
     )]
     PageSize {
-        /// Tokens of a page.
+        /// Tokens per page.
         page_tokens: usize,
     },
 
-    /// A list that a kernel reads, longer than the device binds at once.
+    /// A list for a kernel that is longer than the device binds at once.
     #[error(
         "{what} takes {bytes} bytes, more than the {limit} that this device binds at once; {remedy}"
     )]
     ListTooLarge {
         /// Which list.
         what: &'static str,
-        /// Bytes of the list, and of what has to lie beside it.
+        /// Bytes of the list, and of the data that must be in the same buffer.
         bytes: u64,
         /// The device's limit.
         limit: u64,
-        /// What to do.
+        /// The remedy.
         remedy: &'static str,
     },
 
-    /// Attention over a view that does not fit the query or the output.
+    /// The shape of the query does not fit the view or the output of attention.
     #[error("{reason}: query {query:?}, {what} {other:?} (B, H, T, D); {remedy}")]
     AttentionShape {
-        /// What does not fit.
+        /// Why it does not fit.
         reason: &'static str,
-        /// What to do.
+        /// The remedy.
         remedy: &'static str,
         /// Shape of the query, (B, Hq, Tq, D).
         query: [usize; 4],
-        /// What the query does not fit: the output, or the live K.
+        /// The tensor that the query does not fit: the output, or the live K.
         what: &'static str,
         /// Its shape, (B, H, T, D).
         other: [usize; 4],
     },
 
-    /// A scale of attention that is infinite or no number.
+    /// A scale of attention that is infinite or NaN.
     #[error(
-        "the scale of attention is {scale}, with which no score would be a number; give a finite scale, or None for 1/sqrt(head_dim)"
+        "the scale of attention is {scale}, which makes scores infinite or NaN; give a finite scale, or None for 1/sqrt(head_dim)"
     )]
     AttentionScale {
         /// The scale that was given, as text.
         scale: String,
     },
 
-    /// The partial results of attention do not fit one buffer.
+    /// The partial results of attention do not fit into one buffer.
     #[error(
-        "attention over {tokens} tokens, in {splits} splits, needs {bytes} bytes for partial results, more than the {limit} that this device binds as one buffer; hand in fewer queries, heads or batch rows at once"
+        "attention over {tokens} tokens, in {splits} splits, needs {bytes} bytes for partial results, more than the {limit} that this device binds as one buffer; pass fewer queries, heads or batch rows at once"
     )]
     AttentionTooLarge {
         /// Live tokens.
@@ -493,9 +493,9 @@ pub enum Error {
         limit: u64,
     },
 
-    /// The output of attention lies in a buffer that a cache holds its content in.
+    /// The output of attention is in a buffer that holds a cache's content.
     #[error(
-        "the output of attention lies in the buffer of {what}, which would overwrite what a cache holds; give the output a buffer of its own, or a range of the query's"
+        "the output of attention is in the buffer of {what}, so it would overwrite a cache's content; give the output a buffer of its own, or a range of the query's"
     )]
     OutputIsRead {
         /// Which buffer: K, V or the page table of the view, or that of another layer or cache.
@@ -504,7 +504,7 @@ pub enum Error {
 
     /// The output of attention overlaps the query.
     #[error(
-        "the output of attention (bytes {output:?} of its buffer) and the query (bytes {query:?} of the same) overlap, or their elements interleave in a way that is not two sets of columns of the same rows; give the output a range of its own, or another buffer"
+        "the output of attention (bytes {output:?} of its buffer) and the query (bytes {query:?} of the same) overlap, or their elements interleave, but not as different columns of the same rows; give the output a range of its own, or another buffer"
     )]
     OutputOverlapsQuery {
         /// From the first byte of the query to one past its last.
@@ -513,22 +513,22 @@ pub enum Error {
         output: std::ops::Range<u64>,
     },
 
-    /// A product of sizes does not fit the types that carry it.
+    /// A count does not fit its integer type.
     #[error(
-        "the {what} would be {asked}, more than can be counted, which is {limit}; use fewer tokens, heads or batch rows, and lower positions"
+        "the {what} would be {asked}, more than the highest possible count of {limit}; use fewer tokens, heads or batch rows, and lower positions"
     )]
     SizeOverflow {
-        /// What was being counted.
+        /// The count.
         what: &'static str,
-        /// What was asked for.
+        /// The count that was requested.
         asked: String,
         /// The highest count.
         limit: u64,
     },
 
-    /// A dispatch would need more workgroups than the device starts.
+    /// A dispatch would need more workgroups than the device allows.
     #[error(
-        "{what} needs {needed} workgroups, more than a dispatch of this device holds ({limit} in each dimension); use fewer batch rows, heads or tokens at once"
+        "{what} needs {needed} workgroups, more than this device allows in a dispatch ({limit} in each dimension); use fewer batch rows, heads or tokens at once"
     )]
     TooManyWorkgroups {
         /// Which kernel.
@@ -541,55 +541,55 @@ pub enum Error {
 
     /// The device has no memory left.
     #[error(
-        "the device is out of memory: {bytes} bytes for '{label}' could not be allocated; the cache still holds all that it held. Free other buffers, or shorten the sequence or the batch"
+        "the device is out of memory: {bytes} bytes for '{label}' could not be allocated; the cache is unchanged. Free other buffers, or shorten the sequence or the batch"
     )]
     OutOfMemory {
-        /// Bytes asked for.
+        /// Bytes that were requested.
         bytes: u64,
         /// Label of the buffer.
         label: String,
     },
 
-    /// A buffer that is larger than the device makes.
+    /// A buffer that is larger than the device creates.
     #[error(
-        "'{label}' needs a buffer of {bytes} bytes, more than the {limit} that this device makes; use fewer tokens, heads or batch rows at once, or request a device with a higher max_buffer_size"
+        "'{label}' needs a buffer of {bytes} bytes, more than the {limit} that this device allows; use fewer tokens, heads or batch rows at once, or request a device with a higher max_buffer_size"
     )]
     BufferTooLarge {
         /// Label of the buffer.
         label: String,
-        /// Bytes asked for.
+        /// Bytes that were requested.
         bytes: u64,
         /// The device's limit, in bytes.
         limit: u64,
     },
 
-    /// The device refused to make something, for instance because it is lost.
+    /// The device failed to create something, for example because it is lost.
     #[error(
-        "the device refused '{label}': {reason}; if it is lost, make a new device and a new cache"
+        "the device could not create or run '{label}': {reason}; if it is lost, make a new device and a new cache"
     )]
     Device {
-        /// What was being made.
+        /// The object that was to be created.
         label: String,
-        /// What the device said.
+        /// The device's message.
         #[source]
         reason: Reason,
     },
 
-    /// A read-back did not arrive.
+    /// A read-back failed.
     #[error(
         "reading layer {layer} back failed: {reason}; if the device is lost, make a new device and a new cache"
     )]
     Readback {
         /// The layer.
         layer: usize,
-        /// What the device said.
+        /// The device's message.
         #[source]
         reason: Reason,
     },
 
     /// `get` was called while recorded work had not been submitted.
     #[error(
-        "{calls} calls on this cache are recorded in a pass that has not been submitted, so what they write cannot be read back yet; finish the encoder and queue.submit() it before get(). If it was submitted, it was a pass of another device than the cache's"
+        "{calls} calls on this cache are recorded in a pass that has not been submitted, so their results cannot be read back yet; finish the encoder and queue.submit() it before get(). If it was submitted, it was a pass of a device other than the cache's"
     )]
     NotSubmitted {
         /// Recorded calls that have not been submitted.
@@ -598,46 +598,46 @@ pub enum Error {
 
     /// A pass with work of this cache was dropped instead of submitted, or its submit failed.
     #[error(
-        "a pass with {calls} recorded calls on this cache never ran: it was dropped without being submitted, or the submit failed (the device's error handler was told why). The GPU does not hold what the cache counts on; reset() it and fill it again"
+        "a pass with {calls} recorded calls on this cache never ran: it was dropped without being submitted, or the submit failed (the device's error handler received the reason). The GPU's content no longer matches the cache; reset() the cache and fill it again"
     )]
     PassDropped {
         /// Recorded calls that never ran.
         calls: u64,
     },
 
-    /// A call into a pass although the cache has recorded into a later one since.
+    /// A call into a pass after the cache has recorded into a later one.
     #[error(
-        "this cache has recorded into another pass since it recorded into this one, and passes run one after the other; record into one pass at a time, and into a new one afterwards"
+        "this cache has recorded into a later pass since it recorded into this one, and passes run one after the other; record into one pass at a time, and go on with the later pass or a new one"
     )]
     EarlierPass,
 
     /// The device is lost: destroyed, or given up by the system.
-    #[error("the device is lost, and with it all that it held; make a new device and a new cache")]
+    #[error("the device is lost, and so is all of its memory; make a new device and a new cache")]
     DeviceLost,
 
-    /// A device that was made with less than the kernels need.
+    /// A device with a limit that is lower than the kernels need.
     #[error(
         "the device was made with {limit} {value}, but the kernels need {needed}; request it with wgpu::Limits::default() or more"
     )]
     DeviceLimit {
         /// Which limit, as a field of `wgpu::Limits`.
         limit: &'static str,
-        /// What the device was made with.
+        /// The device's value.
         value: u64,
         /// The least that is needed.
         needed: u64,
     },
 
-    /// A tensor or a view of another device.
+    /// A tensor, a view, a pass or a queue of another device.
     #[error(
         "{what} belongs to another device; caches, attention and their inputs must be of one device, which clones of a Gpu share"
     )]
     OtherDevice {
-        /// Which tensor or view.
+        /// Which object.
         what: &'static str,
     },
 
-    /// A kind of cache cannot be made without this option.
+    /// An option that this kind of cache needs is missing.
     #[error(
         "a {kind} cannot be made without the option {option}; set it with CacheOptions::with_{option}()"
     )]
@@ -648,9 +648,9 @@ pub enum Error {
         kind: &'static str,
     },
 
-    /// An option that this kind of cache has no use for.
+    /// An option that this kind of cache does not take.
     #[error(
-        "a {kind} has no use for the option {option}; leave it out, or make a cache of a kind that takes it"
+        "a {kind} does not take the option {option}; leave it out, or make a cache of a kind that takes it"
     )]
     UnusedOption {
         /// The option.
@@ -659,47 +659,49 @@ pub enum Error {
         kind: &'static str,
     },
 
-    /// A kind of cache that does not have what was asked of it.
-    #[error("this kind of cache has no {what}; it is up to those who made it to add one")]
+    /// A kind of cache that does not implement a call.
+    #[error("this kind of cache does not implement {what}; its authors can add it")]
     NotSupported {
-        /// What was asked for.
+        /// Which call.
         what: &'static str,
     },
 
-    /// There is no adapter.
+    /// No adapter was found.
     #[error(
-        "no wgpu adapter was found ({reason}). Without a GPU a software adapter does: on Debian or Ubuntu `sudo apt-get install mesa-vulkan-drivers`"
+        "no wgpu adapter was found ({reason}). Without a GPU, install a software adapter: on Debian or Ubuntu `sudo apt-get install mesa-vulkan-drivers`"
     )]
     NoAdapter {
-        /// What wgpu said.
+        /// wgpu's message.
         #[source]
         reason: Reason,
     },
 
-    /// The adapter gave no device.
-    #[error("the adapter '{adapter}' gave no device: {reason}")]
+    /// The adapter did not return a device.
+    #[error(
+        "the adapter '{adapter}' did not return a device: {reason}; request lower limits or fewer features, or another adapter"
+    )]
     NoDevice {
         /// Name of the adapter.
         adapter: String,
-        /// What wgpu said.
+        /// wgpu's message.
         #[source]
         reason: Reason,
     },
 }
 
 impl Error {
-    /// A count past what the types that carry it hold.
+    /// A count that does not fit its integer type.
     pub(crate) fn overflow(what: &'static str, asked: String, limit: u64) -> Self {
         Self::SizeOverflow { what, asked, limit }
     }
 
-    /// A count past 32 bits.
+    /// A count that does not fit 32 bits.
     pub(crate) fn too_many(what: &'static str, asked: u64) -> Self {
         Self::overflow(what, asked.to_string(), u64::from(u32::MAX))
     }
 }
 
-/// A number of bytes, which may have been too large to count.
+/// A number of bytes as text; `u64::MAX` means that it is too large to count.
 fn byte_count(bytes: u64) -> String {
     match bytes {
         u64::MAX => "more than 2^64 bytes".to_owned(),
@@ -707,7 +709,7 @@ fn byte_count(bytes: u64) -> String {
     }
 }
 
-/// The numbers of `count` things, counted from zero.
+/// The valid indices below `count`, as text.
 fn range(count: usize) -> String {
     match count {
         0 => "none".to_owned(),

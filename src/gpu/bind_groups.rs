@@ -1,18 +1,18 @@
-//! Bind groups kept for engines that hand in the same buffers at every step: one mechanism for all.
+//! Bind groups that are kept for engines that pass the same buffers at every step.
 //!
-//! A bind group keeps its buffers alive. So those that name a layer's buffers are kept with these, and go
-//! when the layer grows, is reset or is dropped; and one is only kept for buffers that have come twice: a
-//! prompt's large tensors, which come once, are let go.
+//! A bind group keeps its buffers alive. So bind groups over a layer's buffers are kept with the layer, and are
+//! dropped when the layer grows, is reset or is dropped. And a bind group is kept only from the second time on that
+//! the same buffers are passed, so that the large tensors of a prompt, which are passed once, are freed.
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::error::Result;
 
-/// Bind groups of a kernel kept at most; an engine that alternates between a few sets of buffers is served.
+/// The most bind groups that are kept for a kernel: an engine may alternate between so many sets of buffers.
 const KEPT: usize = 4;
 
-/// What a bind group is for.
+/// The kernel that a bind group is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     Append,
@@ -29,7 +29,7 @@ pub(crate) struct BindGroups(Mutex<[Kept; 4]>);
 #[derive(Debug, Default)]
 struct Kept {
     entries: Vec<Entry>,
-    /// Hashes of what has come once, without a hold on the buffers.
+    /// Hashes of bindings that were passed once; they do not keep the buffers alive.
     seen: [u64; KEPT],
     /// The next index to use in `entries` and in `seen`.
     next_entry: usize,
@@ -42,7 +42,7 @@ struct Entry {
     bindings: wgpu::BindGroup,
 }
 
-/// A buffer, and what is bound of it: offset and size.
+/// A buffer, and the range of it that is bound: offset and size.
 #[derive(Debug)]
 struct Bound {
     buffer: wgpu::Buffer,
@@ -59,8 +59,8 @@ impl Entry {
 }
 
 impl BindGroups {
-    /// The bind group of these bindings: a kept one, or what `make` makes of them. Says as well whether it
-    /// is kept from now on.
+    /// The bind group of these bindings: a kept one, or a new one from `make`. The flag is true if the bind group is
+    /// new and kept from now on.
     pub(crate) fn get<'a>(
         &self,
         purpose: Purpose,
@@ -79,12 +79,12 @@ impl BindGroups {
         Ok((made, is_kept))
     }
 
-    /// Lets go of all.
+    /// Drops all bind groups.
     pub(crate) fn clear(&self) {
         *self.kept() = Default::default();
     }
 
-    /// Lets go of those for attention.
+    /// Drops the bind groups for attention.
     fn clear_attention(&self) {
         let mut kept = self.kept();
         for purpose in [Purpose::Attention, Purpose::AttentionCombine] {
@@ -93,13 +93,13 @@ impl BindGroups {
     }
 
     fn kept(&self) -> MutexGuard<'_, [Kept; 4]> {
-        // What is kept is whole between any two statements, so a panic elsewhere does not harm it.
+        // The lists are consistent after every statement, so a panic of another holder does no harm.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Kept {
-    /// Whether these bindings have come before; from now on they have.
+    /// Whether these bindings were passed before. Remembers them.
     fn has_seen(&mut self, bindings: &[wgpu::BufferBinding<'_>]) -> bool {
         let mut hasher = BuildHasherDefault::<DefaultHasher>::default().build_hasher();
         for binding in bindings {
@@ -129,8 +129,8 @@ impl Kept {
     }
 }
 
-/// The layers that keep bind groups for an `Attention`, without a hold on them. They let go of these when it
-/// is dropped.
+/// Weak references to the layers that keep bind groups for an `Attention`. When it is dropped, the layers drop these
+/// bind groups.
 #[derive(Debug, Default)]
 pub(crate) struct Keepers(Vec<Weak<BindGroups>>);
 

@@ -1,4 +1,4 @@
-//! One call of a cache or of attention: its dispatches, recorded together and noted once.
+//! One call of a cache or of attention: its dispatches, recorded together and counted once.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -7,7 +7,7 @@ use crate::gpu::arena::RegionGuard;
 use crate::gpu::kernels::Dispatch;
 use crate::gpu::ledger::Ledger;
 
-/// What a call will record.
+/// The dispatches of a call, ready to be recorded, and the guards that they need.
 #[derive(Debug, Default)]
 pub(crate) struct Call {
     guards: Vec<RegionGuard>,
@@ -15,7 +15,7 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// Keeps these in place until the pass has run.
+    /// Holds `guards` until the pass has run.
     pub(crate) fn hold(&mut self, guards: Vec<RegionGuard>) {
         self.guards.extend(guards);
     }
@@ -24,12 +24,12 @@ impl Call {
         self.dispatches.push(dispatch);
     }
 
-    /// Records everything, the last dispatch as such. A call that has nothing to record and nothing to hold goes
-    /// unnoted.
+    /// Records all dispatches; the last one counts the call in the witness. A call without dispatches and guards is
+    /// not counted.
     ///
-    /// A pass does not tell which device it is of. wgpu panics if it is of another instance, because there the
-    /// numbers of the pipelines and bind groups are nobody's. That is an error here, and the cache has not moved
-    /// on yet.
+    /// wgpu does not reveal the device of a pass. If the pass is of another instance, in which the ids of the
+    /// pipelines and bind groups do not exist, wgpu panics. The panic is caught and returned as an error, before the
+    /// cache has changed its state.
     pub(crate) fn record(self, pass: &mut wgpu::ComputePass<'_>, ledger: &Ledger) -> Result<()> {
         let Self { mut guards, dispatches } = self;
         let count = dispatches.len();

@@ -1,4 +1,4 @@
-//! The device below the kernels: whatever is made on it goes through here, and a failure is an error.
+//! The device. Every resource is created through it, and a failure is returned as an error.
 
 use std::future::Future;
 use std::hash::{Hash, Hasher};
@@ -21,20 +21,20 @@ pub(crate) struct DeviceHandle {
     pub(crate) limits: wgpu::Limits,
     /// Whether the adapter runs kernels in software.
     pub(crate) is_cpu: bool,
-    /// Whether dispatches do anything: everywhere but on wgpu's backend without a driver.
+    /// Whether dispatches run. They do on all backends except wgpu's noop backend.
     pub(crate) runs_kernels: bool,
     /// The buffers that hold the content of caches.
     pub(crate) own_buffers: OwnBuffers,
-    /// A buffer that must not be written to.
+    /// A buffer without the usage `COPY_DST`: a write to it is a validation error.
     probe: wgpu::Buffer,
-    /// Whether the device was found to be lost. It stays so.
+    /// Whether the device is known to be lost. Never reset.
     is_lost: AtomicBool,
-    /// The pass for which that was last looked into.
+    /// The pass for which the device was last checked.
     last_pass: AtomicU64,
 }
 
 impl DeviceHandle {
-    /// Shares the register of own buffers with all that were made of the same device.
+    /// Handles of the same device share the set of buffers that hold caches' content.
     pub(crate) fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Arc<Self>> {
         let info = device.adapter_info();
         let probe = device.create_buffer(&wgpu::BufferDescriptor {
@@ -69,7 +69,7 @@ impl DeviceHandle {
         if cfg!(target_arch = "wasm32") {
             return Ok(());
         }
-        // A mistake that is the device's alone: a lost device makes it without a word.
+        // A validation error of the device alone. A lost device reports none.
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let _ = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("kvcache probe"),
@@ -80,8 +80,8 @@ impl DeviceHandle {
         if answer_now(scope.pop()).is_none() {
             return Err(Error::DeviceLost);
         }
-        // The same by way of the queue. That of another device has its errors elsewhere; that of another instance
-        // does not know the buffer, for which wgpu panics.
+        // A validation error through the queue. A queue of another device reports it to that device's scopes. In
+        // another instance the buffer's id does not exist, and wgpu panics.
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let made = catch_unwind(AssertUnwindSafe(|| self.make_an_error()));
         let is_own = answer_now(scope.pop()).is_some();
@@ -91,12 +91,12 @@ impl DeviceHandle {
         Ok(())
     }
 
-    /// Refuses to go on with a device that is lost.
+    /// Returns an error if the device is lost.
     ///
-    /// wgpu drops calls on a lost device without a word, and the callback that tells of the loss is the engine's
-    /// to set. But a device that is not lost checks its calls: so a call is made that is sure to be refused,
-    /// and where nothing refuses it the device is lost. It makes nothing, and does not wait. In a browser an
-    /// error scope answers later: there this knows nothing.
+    /// wgpu ignores calls on a lost device silently, and the callback that reports the loss belongs to the engine.
+    /// But a device that is not lost validates its calls. So this makes a call that fails validation: without an
+    /// error, the device is lost. It creates nothing and does not wait. In a browser an error scope resolves later, so
+    /// there this detects nothing.
     pub(crate) fn check_alive(&self) -> Result<()> {
         if cfg!(target_arch = "wasm32") {
             return Ok(());
@@ -110,24 +110,24 @@ impl DeviceHandle {
         self.check_known()
     }
 
-    /// As `check_alive`, once for each pass, so that recording stays cheap: the first call in a pass notices,
-    /// and what is recorded into a pass that was opened before the loss goes nowhere.
+    /// As `check_alive`, but once per pass, so that recording stays cheap. The first call into a pass detects the
+    /// loss. Later calls into a pass that was opened before the loss need no check: that pass never runs.
     pub(crate) fn check_alive_for(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
         let number = pass_number(pass);
         let last = self.last_pass.swap(number, Ordering::AcqRel);
         if last == number { self.check_known() } else { self.check_alive() }
     }
 
-    /// Refuses to go on with a device that was found to be lost before. Free.
+    /// Returns an error if an earlier check found the device lost. Costs nothing.
     pub(crate) fn check_known(&self) -> Result<()> {
         if self.is_lost.load(Ordering::Acquire) { Err(Error::DeviceLost) } else { Ok(()) }
     }
 
-    /// Whether both are one device.
+    /// Whether both are the same device.
     ///
-    /// wgpu numbers the devices of each instance from the start, so that those of two instances compare equal.
-    /// What tells them apart is where their errors go: an error that is sure to happen to the other device
-    /// is caught here only if it is this one.
+    /// wgpu numbers the devices of each instance from the start, so devices of two instances may compare equal. Their
+    /// error scopes differ: a validation error of the other device reaches a scope of this one only if both are the
+    /// same.
     pub(crate) fn is_device_of(&self, other: &Self) -> bool {
         if std::ptr::eq(self, other) {
             return true;
@@ -143,12 +143,12 @@ impl DeviceHandle {
         is_ours
     }
 
-    /// Makes a validation error, as long as the device is not lost, and has no other effect.
+    /// Causes a validation error unless the device is lost. Has no other effect.
     fn make_an_error(&self) {
         self.queue.write_buffer(&self.probe, 0, &[]);
     }
 
-    /// Makes a buffer, and says so where that fails.
+    /// Creates a buffer.
     pub(crate) fn create_buffer(
         &self,
         label: &str,
@@ -169,10 +169,11 @@ impl DeviceHandle {
         })
     }
 
-    /// Makes a buffer of zeros that several threads may write to.
+    /// Creates a buffer of zeros that several threads may write to.
     ///
-    /// wgpu clears what was never written of a buffer in the first submit that binds it. What another thread
-    /// writes during that submit is put before it, and would be cleared as well. So nothing is left to clear.
+    /// wgpu clears the unwritten ranges of a buffer in the first submit that binds it. Data that another thread
+    /// writes during that submit is uploaded before it, and would be cleared, too. So the whole buffer is written
+    /// here, and nothing is left to clear.
     pub(crate) fn create_shared_buffer(
         &self,
         label: &str,
@@ -184,20 +185,18 @@ impl DeviceHandle {
         Ok(buffer)
     }
 
-    /// Writes whole words to a buffer of this device before all that is submitted next, and says so where that
-    /// fails.
+    /// Writes whole words to a buffer of this device. The write takes effect before all commands of the next submit.
     pub(crate) fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
         self.checked("kvcache upload", bytes.len() as u64, |_| {
             self.queue.write_buffer(buffer, offset, bytes);
         })
     }
 
-    /// Binds buffers, numbered in order, and says so where that fails: where one was destroyed, was never made,
-    /// or is of another device.
+    /// Binds buffers, numbered in order. Fails if a buffer was destroyed, was never created, or is of another device.
     ///
-    /// The number by which wgpu knows a buffer of another *instance* may be nobody's here, for which wgpu panics.
-    /// It may also be that of another buffer, which nothing can tell: tensors and views of this crate know
-    /// their device, and are asked before.
+    /// The id of a buffer of another *instance* may not exist in this one: then wgpu panics, and the panic is returned
+    /// as an error. It may also be the id of another buffer, which cannot be detected here. Tensors and views of this
+    /// crate know their device, and are checked before.
     pub(crate) fn bind(
         &self,
         label: &str,
@@ -222,11 +221,11 @@ impl DeviceHandle {
         })
     }
 
-    /// Makes a part of the device, of so many bytes, and says so where that fails.
+    /// Creates a resource of `bytes` bytes through `make`, and returns wgpu's failure as an error.
     ///
-    /// Failures arrive in error scopes. On native backends a scope answers at once. In a browser it answers
-    /// later, and nothing here may wait: there no scope is opened, so that a failure reaches the device's
-    /// own error handler.
+    /// Failures are reported to error scopes. On native backends a scope resolves at once. In a browser it resolves
+    /// later, and no call may wait for it. So no scope is opened there, and a failure reaches the device's own error
+    /// handler.
     pub(crate) fn checked<T>(
         &self,
         label: &str,
@@ -254,14 +253,14 @@ impl DeviceHandle {
     }
 }
 
-/// A pass's number, which no other pass of the process has.
+/// The number of a pass, unique in the process.
 pub(crate) fn pass_number(pass: &wgpu::ComputePass<'_>) -> u64 {
     let mut number = Number(0);
     pass.hash(&mut number);
     number.0
 }
 
-/// Runs `make` with the handles of all devices in use, and adds what it makes to them.
+/// Runs `make` with the handles of all devices in use, and adds the new handle to them.
 #[cfg(not(target_arch = "wasm32"))]
 fn register(make: impl FnOnce(&[Arc<DeviceHandle>]) -> Arc<DeviceHandle>) -> Arc<DeviceHandle> {
     static ALL: Mutex<Vec<Weak<DeviceHandle>>> = Mutex::new(Vec::new());
@@ -273,13 +272,13 @@ fn register(make: impl FnOnce(&[Arc<DeviceHandle>]) -> Arc<DeviceHandle>) -> Arc
     handle
 }
 
-/// In a browser handles do not leave their thread, and each knows its own buffers alone.
+/// In a browser handles do not leave their thread, so each handle knows only its own buffers.
 #[cfg(target_arch = "wasm32")]
 fn register(make: impl FnOnce(&[Arc<DeviceHandle>]) -> Arc<DeviceHandle>) -> Arc<DeviceHandle> {
     make(&[])
 }
 
-/// What a pass hashes: its number, which no other pass of the process has.
+/// A hasher that returns the number which a pass hashes.
 struct Number(u64);
 
 impl Hasher for Number {
@@ -298,16 +297,16 @@ impl Hasher for Number {
     }
 }
 
-/// The largest buffer that can be made and bound as a whole.
+/// The largest buffer that can be created and bound as a whole, in bytes.
 ///
-/// Less than 4 GiB whatever the device says: Metal binds more, but wgpu hands its shaders the size of a
-/// binding in 32 bits, and moves what lies further on into it. So 32 bits count all words and slots, too.
+/// Always less than 4 GiB: Metal binds more, but wgpu passes the size of a binding to its shaders in 32 bits, and
+/// clamps accesses to that size. So 32 bits are enough for all words and slots, too.
 pub(crate) fn binding_limit(limits: &wgpu::Limits) -> u64 {
     let counted = u64::from(u32::MAX) / 16 * 16;
     limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(counted) / 4 * 4
 }
 
-/// What an error scope has to say without waiting for it.
+/// The error of a scope, if it resolves without waiting.
 pub(crate) fn answer_now(scope: impl Future<Output = Option<wgpu::Error>>) -> Option<wgpu::Error> {
     let mut scope = std::pin::pin!(scope);
     match scope.as_mut().poll(&mut Context::from_waker(Waker::noop())) {

@@ -1,4 +1,4 @@
-//! Keeps count of recorded calls: which have run, and which were lost with their pass.
+//! Counts recorded calls: those that have run, and those that were lost with their pass.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -9,33 +9,33 @@ use crate::gpu::device::pass_number;
 use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
 
-/// What has become of the calls that a cache has recorded since its last reset.
+/// The state of the calls that a cache has recorded since its last reset.
 ///
-/// The cache's host side moves on when a call is recorded; the GPU follows when the engine submits the
-/// pass. If the pass is dropped instead, or its submit fails, the two no longer agree, and from then on every
-/// call says so. A dropped pass is known at once. A submit that failed is known once something is read back:
-/// see [`crate::witness`].
+/// The cache's host state changes when a call is recorded; the GPU's content changes when the engine submits the
+/// pass. If the pass is dropped instead, or its submit fails, the two disagree, and every later call returns an
+/// error. A dropped pass is known at once. A failed submit is known at the next read-back: see
+/// [`crate::gpu::witness`].
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ledger(Arc<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// Calls recorded; of these: those whose pass was submitted and is done with, whether it ran or not, and
-    /// those whose pass was dropped.
+    /// Calls recorded. Of these, `done` counts those whose pass was submitted and has completed, whether it ran or
+    /// failed, and `dropped` those whose pass was dropped.
     recorded: AtomicU64,
     done: AtomicU64,
     dropped: AtomicU64,
-    /// Calls that were submitted and did not run, as far as is known.
+    /// Calls that were submitted and are known not to have run.
     failed: AtomicU64,
-    /// Calls that the witness is to see.
+    /// Calls that the witness must have counted once everything has run.
     due: AtomicU64,
     passes: Mutex<Passes>,
-    /// Of a cache without a recorded call, or on a device that runs no kernel, there is none.
+    /// Unset before the first recorded call, and on a device that runs no kernels.
     witness: OnceLock<Witness>,
 }
 
-/// The passes that calls were recorded into and that have neither run nor been dropped, in order of the first
-/// call, each by its number.
+/// The passes with recorded calls that have neither run nor been dropped, each by its number, in the order of their
+/// first call.
 #[derive(Debug, Default)]
 struct Passes(Vec<(u64, Weak<()>)>);
 
@@ -46,7 +46,7 @@ impl Passes {
         !is_latest && earlier.any(|(other, mark)| *other == number && mark.strong_count() > 0)
     }
 
-    /// A mark that lives as long as the calls in a pass do.
+    /// A mark that is dropped once the calls in the pass have run or were dropped.
     fn mark(&mut self, number: u64) -> Arc<()> {
         if let Some(mark) = self.0.last().filter(|(latest, _)| *latest == number) {
             if let Some(mark) = mark.1.upgrade() {
@@ -60,7 +60,7 @@ impl Passes {
     }
 }
 
-/// The counts as a read-back begins.
+/// The counts at the start of a read-back.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Snapshot {
     recorded: u64,
@@ -68,18 +68,18 @@ pub(crate) struct Snapshot {
     due: u64,
 }
 
-/// Whether a read-back has seen all that was recorded before it.
+/// Whether a read-back covers all calls that were recorded before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Whole,
-    /// Something was submitted behind it. What a second one does not see has failed.
+    /// Some calls were submitted after it. Calls that are missing from a second read-back have failed.
     Overtaken,
-    /// So many calls are not known to have been submitted.
+    /// This many calls are not known to have been submitted.
     Waiting(u64),
 }
 
 impl Ledger {
-    /// Makes everything that recording needs, so that it cannot fail.
+    /// Creates everything that recording needs, so that recording cannot fail.
     pub(crate) fn prepare(&self, uploads: &Uploads) -> Result<()> {
         if uploads.device().runs_kernels && self.0.witness.get().is_none() {
             let witness = uploads.witness()?;
@@ -88,12 +88,12 @@ impl Ledger {
         Ok(())
     }
 
-    /// The word that counts the calls that ran, where there is one.
+    /// The word that counts the calls that ran, if there is one.
     pub(crate) fn witness(&self) -> Option<&Witness> {
         self.0.witness.get()
     }
 
-    /// Notes one recorded call, and holds `guards` until the GPU has run it.
+    /// Counts one recorded call, and holds `guards` until the GPU has run it.
     pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, guards: Vec<RegionGuard>) {
         self.0.recorded.fetch_add(1, Ordering::Relaxed);
         let mark = self.passes().mark(pass_number(pass));
@@ -101,13 +101,13 @@ impl Ledger {
         pass.on_submitted_work_done(move || ticket.finish());
     }
 
-    /// Notes that the witness is to see one more call.
+    /// Adds one call to the count that the witness must reach.
     pub(crate) fn expect(&self) {
         self.0.due.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Refuses a pass that is not the latest: passes run one after the other, so what is recorded into an earlier
-    /// one now would run before what was recorded last.
+    /// Refuses a pass that is not the latest. Passes run one after the other, so a call that is recorded into an
+    /// earlier one now would run before calls that were recorded earlier.
     pub(crate) fn check_pass(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
         match self.passes().is_before_the_latest(pass_number(pass)) {
             true => Err(Error::EarlierPass),
@@ -119,7 +119,7 @@ impl Ledger {
         self.0.passes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses to go on after a pass was lost.
+    /// Returns an error if a pass was lost.
     pub(crate) fn check(&self) -> Result<()> {
         let dropped = self.0.dropped.load(Ordering::Acquire);
         match dropped + self.0.failed.load(Ordering::Acquire) {
@@ -136,15 +136,15 @@ impl Ledger {
         }
     }
 
-    /// What a read-back has seen, to be asked when everything that was submitted before it has run. `ran` is
-    /// the witness's count, of 32 bits, as the read-back found it.
+    /// Whether a read-back covers what was recorded. To be called when everything that was submitted before the
+    /// read-back has run. `ran` is the witness's 32-bit count in that read-back.
     pub(crate) fn verdict(&self, before: Snapshot, ran: Option<u32>) -> Result<Verdict> {
         self.check()?;
-        // Negative if a foreign pass has counted in this cache's word: its content cannot be trusted either.
+        // Negative if a foreign pass has counted in this cache's word: then the content cannot be trusted either.
         let missing = ran.map_or(0, |ran| low_word(before.due).wrapping_sub(ran).cast_signed());
         let missing = missing.unsigned_abs();
         let waiting = before.recorded.saturating_sub(self.0.done.load(Ordering::Acquire));
-        // A browser calls back in an order of its own, so there the witness alone decides.
+        // In a browser callbacks may come in another order, so there the witness alone decides.
         if waiting > 0 && !(cfg!(target_arch = "wasm32") && missing == 0) {
             return Ok(Verdict::Waiting(waiting));
         }
@@ -164,7 +164,7 @@ fn low_word(count: u64) -> u32 {
     u32::try_from(count & u64::from(u32::MAX)).unwrap_or_default()
 }
 
-/// Travels with a recorded pass; learns whether it was submitted or dropped.
+/// Belongs to the callback of a recorded pass, and so detects whether the pass was submitted or dropped.
 #[derive(Debug)]
 struct Ticket {
     ledger: Ledger,
@@ -185,7 +185,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if !self.is_done {
             self.ledger.0.dropped.fetch_add(1, Ordering::AcqRel);
-            // That this pass is gone says nothing about those that were recorded before it.
+            // Passes that were recorded before this one may still run and read the same data.
             self.guards.iter().for_each(|guard| guard.abandon());
         }
     }

@@ -1,4 +1,4 @@
-//! The device: an engine's own, or one that is found without a window.
+//! The device: an engine's own, or one that is requested without a window.
 
 pub(crate) mod arena;
 pub(crate) mod bind_groups;
@@ -43,7 +43,7 @@ struct Inner {
     kernels: Kernels,
 }
 
-/// What [`Gpu::headless_with`] looks for.
+/// Options of [`Gpu::headless_with`].
 #[derive(Clone, Debug)]
 #[must_use = "options do nothing until a device is made with them"]
 pub struct HeadlessOptions {
@@ -53,8 +53,8 @@ pub struct HeadlessOptions {
 }
 
 impl Default for HeadlessOptions {
-    /// Every backend (narrowed by the variable `WGPU_BACKEND`, e.g. `vulkan` or `gl`), immediates
-    /// where the adapter has them, and its best limits.
+    /// Every backend (narrowed by the environment variable `WGPU_BACKEND`, e.g. `vulkan` or `gl`), immediates if
+    /// the adapter supports them, and all limits of the adapter.
     fn default() -> Self {
         Self {
             backends: wgpu::Backends::from_env().unwrap_or_default(),
@@ -65,7 +65,7 @@ impl Default for HeadlessOptions {
 }
 
 impl HeadlessOptions {
-    /// Backends to look through.
+    /// Backends to search.
     pub fn with_backends(self, backends: wgpu::Backends) -> Self {
         Self { backends, ..self }
     }
@@ -75,7 +75,7 @@ impl HeadlessOptions {
         Self { features, ..self }
     }
 
-    /// Limits to ask for; `None` for all that the adapter offers.
+    /// Limits to request; `None` for all that the adapter offers.
     pub fn with_limits(self, limits: impl Into<Option<wgpu::Limits>>) -> Self {
         Self { limits: limits.into(), ..self }
     }
@@ -85,16 +85,17 @@ impl Gpu {
     /// Takes an engine's own device and queue. Compiles nothing yet: a kernel is compiled when it is
     /// first used.
     ///
-    /// WebGPU's default limits and no optional feature suffice. Where the device was made with
-    /// [`wgpu::Features::IMMEDIATES`], parameters of up to `max_immediate_size` bytes travel that way: up to 128
-    /// for the kernels of caches, 136 for attention.
-    /// `queue` must be the device's own.
+    /// WebGPU's default limits and no optional feature are enough. If the device has
+    /// [`wgpu::Features::IMMEDIATES`], parameters of up to `max_immediate_size` bytes are passed as immediates: up to
+    /// 128 bytes for the kernels of caches, 136 for attention. `queue` must be the device's own.
     ///
     /// # Errors
     ///
-    /// [`Error::DeviceLimit`] where the device was made with a limit below what the kernels need, such as fewer
-    /// storage buffers a stage than the six that they bind; [`Error::DeviceLost`]; [`Error::OutOfMemory`] or
-    /// [`Error::Device`] where it cannot make three buffers of 64 KiB.
+    /// - [`Error::DeviceLimit`] if a limit of the device is lower than the kernels need, for example fewer storage
+    ///   buffers per stage than the six that they bind.
+    /// - [`Error::OtherDevice`] for a queue of another device.
+    /// - [`Error::DeviceLost`]; [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot create three buffers
+    ///   of 64 KiB.
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         crate::gpu::kernels::check_limits(&device.limits())?;
         let device = DeviceHandle::new(device, queue)?;
@@ -103,16 +104,16 @@ impl Gpu {
         Ok(Self(Arc::new(Inner { uploads, kernels })))
     }
 
-    /// Finds an adapter without a window, a GPU before a software adapter, and makes a device.
+    /// Requests an adapter without a window, a GPU in preference to a software adapter, and creates a device.
     ///
     /// # Errors
     ///
-    /// [`Error::NoAdapter`], which says how to get one, and [`Error::NoDevice`].
+    /// [`Error::NoAdapter`], which names a software adapter to install, and [`Error::NoDevice`].
     pub fn headless() -> Result<Self> {
         Self::headless_with(&HeadlessOptions::default())
     }
 
-    /// As [`Gpu::headless`], with a say in backends, features and limits.
+    /// As [`Gpu::headless`], with a choice of backends, features and limits.
     ///
     /// # Errors
     ///
@@ -121,7 +122,7 @@ impl Gpu {
         pollster::block_on(Self::headless_async(options))
     }
 
-    /// As [`Gpu::headless_with`], for where blocking is not possible: a browser.
+    /// As [`Gpu::headless_with`], without blocking: for a browser.
     ///
     /// # Errors
     ///
@@ -148,12 +149,12 @@ impl Gpu {
         Self::new(device, queue)
     }
 
-    /// Compiles the kernels that caches will need ahead of the first step, on several threads: those of layers of
-    /// these shapes whose views have one of these layouts, for one new token and for many. What they need in rare
-    /// forms (positions as a list, inputs that are not aligned to 16 bytes, q and output in one buffer) is compiled
-    /// when it is first used.
+    /// Compiles the kernels that caches need, before the first step and on several threads: for layers of these
+    /// shapes whose views have one of these layouts, for one new token and for many. Kernels for rare cases (positions
+    /// as a list, inputs that are not aligned to 16 bytes, q and output in one buffer) are compiled when they are
+    /// first used.
     ///
-    /// Blocks until all of it is compiled. Some drivers, llvmpipe among them, leave a part of the work to a kernel's
+    /// Blocks until everything is compiled. Some drivers, llvmpipe among them, do a part of the work at a kernel's
     /// first dispatch.
     ///
     /// # Examples
@@ -192,8 +193,8 @@ impl Gpu {
         &self.handle().queue
     }
 
-    /// Opens a compute pass, runs `record` in it, and submits it: for those who have no pass of their
-    /// own. Does not wait.
+    /// Opens a compute pass, runs `record` in it, and submits it: for callers without a pass of their own. Does not
+    /// wait.
     ///
     /// The pass is submitted whatever `record` returns; a call that failed has recorded nothing.
     pub fn submit_pass<R>(
@@ -212,7 +213,7 @@ impl Gpu {
         result
     }
 
-    /// Puts a host slice, row-major (B, H, T, D), into a storage buffer of its own.
+    /// Uploads a host slice, row-major (B, H, T, D), to a storage buffer of its own.
     ///
     /// # Examples
     ///
@@ -228,7 +229,8 @@ impl Gpu {
     /// # Errors
     ///
     /// [`Error::WrongRank`], [`Error::ZeroExtent`], [`Error::SliceLength`], [`Error::OutOfMemory`] and
-    /// [`Error::DeviceLost`]; [`Error::Device`] for a tensor larger than a buffer may be.
+    /// [`Error::DeviceLost`]; [`Error::BufferTooLarge`] for a tensor larger than the device's `max_buffer_size`;
+    /// [`Error::SizeOverflow`] for a shape whose elements cannot be counted.
     pub fn upload<E: Element>(&self, data: &[E], shape: &[usize]) -> Result<Tensor> {
         let four = checked_shape(shape)?;
         let expected = four
@@ -273,7 +275,7 @@ impl Gpu {
         &self.0.kernels
     }
 
-    /// The device, which makes buffers and other parts.
+    /// The device, which creates buffers and other resources.
     pub(crate) fn handle(&self) -> &Arc<DeviceHandle> {
         self.0.uploads.device()
     }
@@ -284,7 +286,7 @@ impl Gpu {
     }
 }
 
-/// An adapter of `backends`. GL comes last, and is not even looked at where another backend answers.
+/// An adapter of `backends`. GL is only searched if no other backend has an adapter.
 async fn find_adapter(backends: wgpu::Backends) -> Result<wgpu::Adapter> {
     let mut reason = format!("this build has none of the backends {backends:?}");
     let last = wgpu::Backends::GL;

@@ -1,15 +1,15 @@
-//! Which buffers hold a cache's content: an engine reads them, and must not hand them in to be written.
+//! Which buffers hold a cache's content. An engine may read them, but must not pass them as an output.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The buffers of a device that hold a cache's content, by identity and without a hold on them.
+/// The buffers of a device that hold a cache's content. They are identified by hash and not kept alive.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct OwnBuffers(Arc<Mutex<HashSet<u64>>>);
 
 impl OwnBuffers {
-    /// Counts `buffer` in, for as long as what is returned lives.
+    /// Adds `buffer` until the returned value is dropped.
     pub(crate) fn add(&self, buffer: &wgpu::Buffer) -> OwnBuffer {
         let identity = identity(buffer);
         self.all().insert(identity);
@@ -25,7 +25,7 @@ impl OwnBuffers {
     }
 }
 
-/// Goes with a buffer that holds a cache's content.
+/// Removes its buffer from the set when it is dropped.
 #[derive(Debug)]
 pub(crate) struct OwnBuffer {
     identity: u64,
@@ -38,7 +38,7 @@ impl Drop for OwnBuffer {
     }
 }
 
-/// The same for all clones of a buffer, and for no other buffer of the device.
+/// Equal for all clones of a buffer, and different for other buffers of the device.
 fn identity(buffer: &wgpu::Buffer) -> u64 {
     BuildHasherDefault::<DefaultHasher>::default().hash_one(buffer)
 }

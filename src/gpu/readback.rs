@@ -1,4 +1,4 @@
-//! From the GPU to the host: staging buffers and mapping. The only code that submits and waits.
+//! Read-back from the GPU to the host: staging buffers and mapping. The only calls of caches that submit and wait.
 
 use std::future::poll_fn;
 use std::ops::Range;
@@ -19,10 +19,10 @@ use crate::view::LayerView;
 /// How long a blocking read-back waits for the device, all earlier submissions included.
 #[cfg(not(target_arch = "wasm32"))]
 const TIMEOUT: Duration = Duration::from_secs(120);
-/// How long callbacks that are due may take to run on another thread.
+/// How long another thread may take to run callbacks of completed work.
 #[cfg(not(target_arch = "wasm32"))]
-const GRACE: Duration = Duration::from_millis(500);
-/// Between two looks at what another thread or the device does: at first, and at most.
+const CALLBACK_TIMEOUT: Duration = Duration::from_millis(500);
+/// The pause between two polls: the first one, and the longest.
 #[cfg(not(target_arch = "wasm32"))]
 const PAUSES: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(1)];
 
@@ -32,40 +32,42 @@ pub(crate) struct Readback {
     layer: usize,
     /// K and V.
     tensors: [Staging; 2],
-    /// Where the count of the calls that have run was copied to, and from which byte on it lies there.
+    /// The buffer that the witness was copied to, and its byte offset in it.
     witness: Option<(wgpu::Buffer, u64)>,
     arrivals: Arc<Arrivals>,
     #[cfg(not(target_arch = "wasm32"))]
     submission: wgpu::SubmissionIndex,
-    /// What was recorded when the read-back began.
+    /// The counts of calls at the start of the read-back.
     before: Snapshot,
 }
 
-/// One tensor's live bytes in mappable buffers: one, or several where they are more than a buffer may have.
+/// One tensor's live bytes in mappable buffers: one buffer, or several if the bytes exceed `max_buffer_size`.
 #[derive(Debug)]
 struct Staging {
     dtype: DType,
     shape: [usize; 4],
-    /// The buffers, and the bytes of each that are the tensor's.
+    /// The buffers, and how many bytes of each belong to the tensor.
     pieces: Vec<(wgpu::Buffer, u64)>,
 }
 
-/// What is still to be mapped.
+/// The state of the mappings.
 #[derive(Debug, Default)]
 struct Arrivals(Mutex<Awaited>);
 
 #[derive(Debug, Default)]
 struct Awaited {
+    /// Buffers that are not mapped yet.
     buffers: usize,
     failure: Option<String>,
     waker: Option<Waker>,
     #[cfg(not(target_arch = "wasm32"))]
-    has_alarm: bool,
+    /// Whether a thread wakes the task from time to time.
+    has_timer: bool,
 }
 
 impl Readback {
-    /// Copies the live tokens aside, and no others, submits, and asks for the mapping. `ring_slots` are the slots
-    /// of the live tokens, oldest first; not used for a paged view.
+    /// Copies the live tokens, and no others, to staging buffers, submits, and requests the mapping. `ring_slots` are
+    /// the slots of the live tokens, oldest first; a paged view does not use them.
     pub(crate) fn start(
         gpu: &Gpu,
         layer: usize,
@@ -74,7 +76,7 @@ impl Readback {
         ledger: &Ledger,
     ) -> Result<Self> {
         let before = ledger.snapshot();
-        let rows = rows_of_a_piece(gpu, view);
+        let rows = rows_per_piece(gpu, view);
         let mut tensors = [view.key_shape(), view.value_shape()].map(|shape| Staging {
             dtype: view.dtype(),
             shape,
@@ -106,7 +108,7 @@ impl Readback {
             buffers.push(buffer);
         }
         let arrivals = Arrivals::of(&buffers);
-        // On a device that is lost every one of these fails, some without a word.
+        // On a lost device all of these calls fail, some of them silently.
         if let Some(error) = answer_now(scope.pop()) {
             return Err(Error::Readback { layer, reason: error.to_string().into() });
         }
@@ -126,7 +128,7 @@ impl Readback {
         self.tensors.iter().flat_map(|tensor| &tensor.pieces).map(|(_, bytes)| bytes).sum()
     }
 
-    /// Blocks until the bytes are here.
+    /// Blocks until the bytes have arrived.
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn wait(&self, gpu: &Gpu) -> Result<()> {
         let deadline = Instant::now() + TIMEOUT;
@@ -136,7 +138,7 @@ impl Readback {
                 timeout: Some(TIMEOUT),
             })
             .map_err(|error| self.failed(&error.to_string()))?;
-        // The work is done. Its callbacks have run, or are about to run on another thread that polled.
+        // The work has completed. Its callbacks have run, or will run soon on another thread that polled.
         loop {
             if let Some(outcome) = self.outcome() {
                 return outcome;
@@ -148,11 +150,11 @@ impl Readback {
         }
     }
 
-    /// Waits a moment for the callbacks of calls recorded before, which another thread may be about to run;
-    /// then says whether these bytes are what was recorded. If not, they are to be asked for again.
+    /// Waits briefly for the callbacks of earlier calls, which another thread may be about to run. Returns whether
+    /// the bytes are those that were recorded; if not, the caller must read them again.
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn wait_for_calls(&self, ledger: &Ledger) -> Result<bool> {
-        let deadline = Instant::now() + GRACE;
+        let deadline = Instant::now() + CALLBACK_TIMEOUT;
         loop {
             match ledger.verdict(self.before, self.ran()?)? {
                 Verdict::Whole => return Ok(true),
@@ -165,10 +167,10 @@ impl Readback {
         }
     }
 
-    /// Completes when the bytes are here.
+    /// Completes when the bytes have arrived.
     pub(crate) async fn arrive(&self, gpu: &Gpu) -> Result<()> {
         poll_fn(|context| {
-            if let Err(error) = self.look_again(gpu, context) {
+            if let Err(error) = self.poll_and_schedule(gpu, context) {
                 return Poll::Ready(Err(error));
             }
             self.outcome().map_or(Poll::Pending, Poll::Ready)
@@ -180,7 +182,7 @@ impl Readback {
     pub(crate) async fn settle(&self, gpu: &Gpu, ledger: &Ledger) -> Result<bool> {
         let ran = self.ran()?;
         #[cfg(not(target_arch = "wasm32"))]
-        let deadline = Instant::now() + GRACE;
+        let deadline = Instant::now() + CALLBACK_TIMEOUT;
         poll_fn(|context| {
             let waiting = match ledger.verdict(self.before, ran) {
                 Err(error) => return Poll::Ready(Err(error)),
@@ -190,7 +192,7 @@ impl Readback {
             };
             #[cfg(not(target_arch = "wasm32"))]
             if Instant::now() < deadline {
-                return match self.look_again(gpu, context) {
+                return match self.poll_and_schedule(gpu, context) {
                     Ok(()) => Poll::Pending,
                     Err(error) => Poll::Ready(Err(error)),
                 };
@@ -201,26 +203,26 @@ impl Readback {
         .await
     }
 
-    /// Lets the device call back, without waiting, and has the task woken to look again.
+    /// Polls the device without waiting, and schedules the next poll of the task.
     ///
-    /// The mapping's callback wakes it. On native backends callbacks only run when somebody polls the device.
-    /// That is done here, and because nobody else may do it, a thread wakes the task now and then until the
-    /// bytes are here or the future is dropped.
-    fn look_again(&self, gpu: &Gpu, context: &Context<'_>) -> Result<()> {
+    /// The mapping's callback wakes the task. On native backends callbacks run only while the device is polled. This
+    /// polls it. Because nothing else may poll the device, a thread wakes the task from time to time, until the bytes
+    /// have arrived or the future is dropped.
+    fn poll_and_schedule(&self, gpu: &Gpu, context: &Context<'_>) -> Result<()> {
         self.arrivals.lock().waker = Some(context.waker().clone());
         #[cfg(not(target_arch = "wasm32"))]
         {
             gpu.device()
                 .poll(wgpu::PollType::Poll)
                 .map_err(|error| self.failed(&error.to_string()))?;
-            self.arrivals.set_alarm();
+            self.arrivals.start_timer();
         }
         #[cfg(target_arch = "wasm32")]
         let _ = gpu;
         Ok(())
     }
 
-    /// K and V, once all is mapped.
+    /// K and V, once all buffers are mapped.
     pub(crate) fn finish(&self) -> Result<(HostTensor, HostTensor)> {
         Ok((self.tensor(&self.tensors[0])?, self.tensor(&self.tensors[1])?))
     }
@@ -239,17 +241,17 @@ impl Readback {
         Ok(HostTensor::new(staging.dtype, staging.shape, words))
     }
 
-    /// How many calls the witness had counted.
+    /// The number of calls that the witness had counted.
     fn ran(&self) -> Result<Option<u32>> {
         let Some((buffer, at)) = &self.witness else { return Ok(None) };
-        // Ranges begin at multiples of 8 bytes.
+        // A mapped range must begin at a multiple of 8 bytes.
         let range = buffer
             .get_mapped_range(at / 8 * 8..at + 4)
             .map_err(|error| self.failed(&error.to_string()))?;
         Ok(bytemuck::pod_collect_to_vec::<u8, u32>(&range).last().copied())
     }
 
-    /// `None` as long as a mapping is under way.
+    /// `None` while a mapping is pending.
     fn outcome(&self) -> Option<Result<()>> {
         let awaited = self.arrivals.lock();
         (awaited.buffers == 0).then(|| match &awaited.failure {
@@ -264,7 +266,7 @@ impl Readback {
 }
 
 impl Arrivals {
-    /// Maps the buffers.
+    /// Requests the mapping of the buffers.
     fn of(buffers: &[&wgpu::Buffer]) -> Arc<Self> {
         let awaited = Awaited { buffers: buffers.len(), ..Awaited::default() };
         let arrivals = Arc::new(Self(Mutex::new(awaited)));
@@ -290,14 +292,14 @@ impl Arrivals {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has whoever waits woken now and then, by one thread for as long as somebody may wait.
+    /// Starts a thread that wakes the waiting task from time to time, until the read-back is dropped.
     #[cfg(not(target_arch = "wasm32"))]
-    fn set_alarm(self: &Arc<Self>) {
-        if std::mem::replace(&mut self.lock().has_alarm, true) {
+    fn start_timer(self: &Arc<Self>) {
+        if std::mem::replace(&mut self.lock().has_timer, true) {
             return;
         }
         let waiting = Arc::downgrade(self);
-        let alarm = move || {
+        let timer = move || {
             let mut pause = PAUSES[0];
             loop {
                 std::thread::sleep(pause);
@@ -309,10 +311,10 @@ impl Arrivals {
             }
         };
         let thread = std::thread::Builder::new().name("kvcache get".to_owned());
-        if thread.spawn(alarm).is_err() {
-            // Without a thread there is nothing but to be asked again at once.
+        if thread.spawn(timer).is_err() {
+            // Without a thread the task is woken at once, so that it polls again.
             let mut awaited = self.lock();
-            awaited.has_alarm = false;
+            awaited.has_timer = false;
             let waker = awaited.waker.take();
             drop(awaited);
             waker.into_iter().for_each(Waker::wake);
@@ -320,9 +322,9 @@ impl Arrivals {
     }
 }
 
-/// Batch rows of which both tensors fit a buffer. Rows that share their pages are there once, and come out as
-/// often as they are read, so all of them may be more than that. A row alone is never larger than the pool.
-fn rows_of_a_piece(gpu: &Gpu, view: &LayerView) -> usize {
+/// How many batch rows of K, and of V, fit one buffer. Shared pages are stored once but read back for each row that
+/// shares them, so all rows together may exceed a buffer. A single row never exceeds the pool.
+fn rows_per_piece(gpu: &Gpu, view: &LayerView) -> usize {
     let row = view.heads * view.len * view.key_dim.max(view.value_dim) * view.dtype().size();
     let rows = gpu.limits().max_buffer_size / (row as u64).max(1);
     usize::try_from(rows).unwrap_or(view.batch).clamp(1, view.batch)
@@ -334,7 +336,7 @@ fn collect_rows(
     encoder: &mut wgpu::CommandEncoder,
     view: &LayerView,
     tensors: &[Staging; 2],
-    rows_of_a_piece: usize,
+    rows_per_piece: usize,
 ) -> Result<()> {
     if view.is_empty() {
         return Ok(());
@@ -342,18 +344,18 @@ fn collect_rows(
     let batch = view.batch;
     let row_bytes = tensors.each_ref().map(|tensor| tensor.bytes() / batch as u64);
     let limit = binding_limit(gpu.limits()) / row_bytes[0].max(row_bytes[1]);
-    let rows = usize::try_from(limit).unwrap_or(batch).clamp(1, rows_of_a_piece);
+    let rows = usize::try_from(limit).unwrap_or(batch).clamp(1, rows_per_piece);
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-    let straight = [
+    let gathered = [
         gpu.handle().create_buffer("kvcache get", row_bytes[0] * rows as u64, usage)?,
         gpu.handle().create_buffer("kvcache get", row_bytes[1] * rows as u64, usage)?,
     ];
-    for (piece, start) in (0..batch).step_by(rows_of_a_piece).enumerate() {
-        let end = batch.min(start + rows_of_a_piece);
+    for (piece, start) in (0..batch).step_by(rows_per_piece).enumerate() {
+        let end = batch.min(start + rows_per_piece);
         for first in (start..end).step_by(rows) {
             let some = first..end.min(first + rows);
             let count = some.len() as u64;
-            let [keys, values] = &straight;
+            let [keys, values] = &gathered;
             let collect = gpu.kernels().collect(view, some, [keys, values])?;
             let descriptor =
                 wgpu::ComputePassDescriptor { label: Some("kvcache get"), timestamp_writes: None };
@@ -362,7 +364,7 @@ fn collect_rows(
             call.add(collect);
             call.record(&mut pass, &Ledger::default())?;
             drop(pass);
-            for ((from, to), bytes) in straight.iter().zip(tensors).zip(row_bytes) {
+            for ((from, to), bytes) in gathered.iter().zip(tensors).zip(row_bytes) {
                 let at = (first - start) as u64 * bytes;
                 encoder.copy_buffer_to_buffer(from, 0, &to.pieces[piece].0, at, count * bytes);
             }
@@ -376,7 +378,7 @@ impl Staging {
         (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
     }
 
-    /// Makes buffers of `rows` batch rows each and, if asked for, finds room for the witness behind the last.
+    /// Creates buffers of `rows` batch rows each and, if asked for, space for the witness at the end of the last one.
     fn make_pieces(
         &mut self,
         gpu: &Gpu,
@@ -416,7 +418,7 @@ impl Staging {
         ring_slots: &[Range<usize>; 2],
         from: &wgpu::Buffer,
     ) {
-        // Of a ring all rows are one piece, as its own buffer is.
+        // A ring has all rows in one piece, because the ring itself is one buffer.
         let Some((buffer, _)) = self.pieces.first() else { return };
         let [batch, heads, len, dim] = self.shape;
         let token = dim * view.dtype().size();

@@ -1,13 +1,12 @@
-//! Words on the GPU that say how much of what was recorded has run.
+//! Words on the GPU that count how many of the recorded calls have run.
 //!
-//! wgpu calls back when work that was submitted is done, and it also does so when the submit failed and nothing
-//! ran: an engine's mistake elsewhere in its encoder is enough, where an error handler keeps it from being a
-//! panic. Only the GPU knows. So each cache has a word in a storage buffer, and the last dispatch of each call
-//! adds one to it. A read-back copies the word along with the content, in the same submit, and compares it with
-//! the number of calls that were recorded.
+//! wgpu's callback for completed work also runs when the submit failed and nothing ran. One wrong command elsewhere
+//! in the engine's encoder is enough for that, if an error handler prevents the panic. Only the GPU can count what
+//! has run. So each cache has a word in a storage buffer, and the last dispatch of each call adds one to it. A read-back
+//! copies the word along with the content, in the same submit, and compares it with the number of recorded calls.
 //!
-//! This costs an atomic addition a call, in a dispatch that is made anyway. The word is bound beside the lists
-//! that every such kernel binds, at a dynamic offset, so no bind group is made for it.
+//! This costs one atomic addition per call, in a dispatch that is needed anyway. The word is bound in the bind group
+//! of the lists, which every such kernel binds, at a dynamic offset, so it needs no bind group of its own.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,7 +16,7 @@ use crate::gpu::device::DeviceHandle;
 /// Bytes of a page of witnesses.
 const PAGE_BYTES: u32 = 64 << 10;
 
-/// Where a witness lies.
+/// The address of a witness.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Word {
     page: usize,
@@ -25,8 +24,8 @@ struct Word {
     offset: u32,
 }
 
-/// A word of a cache's own: it counts the calls of which the last dispatch has run. Holds nothing of wgpu's,
-/// as a guard does not.
+/// The word of one cache: it counts the calls whose last dispatch has run. Like a guard it holds no wgpu object, so
+/// that callbacks which hold it are `Send`.
 #[derive(Debug)]
 pub(crate) struct Witness {
     word: Word,
@@ -34,15 +33,15 @@ pub(crate) struct Witness {
 }
 
 impl Witness {
-    /// The page, which picks the bind group, and the dynamic offset in it, in bytes.
+    /// The page, which selects the bind group, and the dynamic offset in it, in bytes.
     pub(crate) fn binding(&self) -> (usize, u32) {
         (self.word.page, self.word.offset)
     }
 }
 
 impl Drop for Witness {
-    /// The word is used anew. Every pass that counts in it has run or is gone: each holds the cache's ledger,
-    /// and that holds this.
+    /// Frees the word for reuse. Every pass that counts in it has run or was dropped, because each pass holds the
+    /// cache's ledger, which holds this.
     fn drop(&mut self) {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.word);
     }
@@ -56,7 +55,7 @@ pub(crate) struct Witnesses {
 }
 
 impl Witnesses {
-    /// One page, whose first word is nobody's: dispatches count there that are not the last of their call.
+    /// One page. Its first word belongs to no cache: dispatches that are not the last of their call count there.
     pub(crate) fn new(handle: &DeviceHandle) -> Result<Self> {
         let mut new = Self { pages: Vec::new(), free: Arc::default() };
         let page = new.new_page(handle)?;
@@ -69,7 +68,7 @@ impl Witnesses {
         &self.pages
     }
 
-    /// A page, to be added once it is bound.
+    /// Creates a page, to be added once it is bound.
     pub(crate) fn new_page(&self, handle: &DeviceHandle) -> Result<wgpu::Buffer> {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::COPY_SRC
@@ -81,16 +80,16 @@ impl Witnesses {
         let page = self.pages.len();
         self.pages.push(buffer);
         let stride = handle.limits.min_storage_buffer_offset_alignment.max(4);
-        // Words are taken from the end.
+        // Words are taken from the end of the list.
         let words = (0..PAGE_BYTES / stride).rev();
         self.free().extend(words.map(|word| Word { page, offset: word * stride }));
     }
 
-    /// A witness that has seen nothing yet; `None` where the pages have no word left.
+    /// A witness with a count of zero; `None` if the pages have no free word.
     pub(crate) fn take(&self, handle: &DeviceHandle) -> Result<Option<Witness>> {
         let Some(word) = self.free().pop() else { return Ok(None) };
         let witness = Witness { word, free: Arc::clone(&self.free) };
-        // It may have counted for another cache before. Nothing that is still to run counts in it.
+        // It may have counted for another cache before. No pass that is still in flight counts in it.
         handle.write(&self.pages[word.page], u64::from(word.offset), &[0; 4])?;
         Ok(Some(witness))
     }

@@ -1,4 +1,4 @@
-//! Says which adapter headless work runs on, or how to get one.
+//! Prints the adapter that headless work uses, or how to install one.
 
 use std::process::ExitCode;
 

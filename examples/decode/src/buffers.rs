@@ -11,45 +11,43 @@ use crate::kernels::{Bound, BoundMatrix, Kernels};
 use crate::model::{Config, Model};
 use crate::weights::Matrix;
 
-/// The most tokens of a prompt in one step; longer prompts take several. It bounds the size of the
-/// buffers.
+/// The most tokens of a prompt in one step; longer prompts take several steps. It bounds the size of the buffers.
 const PROMPT_ROWS: usize = 256;
 
-/// Rows that the matrix product computes at a time: what it writes has room for a whole number of them.
+/// Rows that the matrix product computes at a time. Its outputs have space for a multiple of this.
 const TILE: usize = 8;
 
-/// Panels of a step, at most: a matrix product reads whole steps.
+/// The most panels of a step. A matrix product reads whole steps.
 const PANELS: usize = 8;
 
-/// Bytes from one set of parameters to the next in a uniform buffer: the alignment that suffices on
-/// every device.
+/// Bytes from one set of parameters to the next in a uniform buffer: the alignment that every device accepts.
 pub(crate) const SLOT: usize = 256;
 
 /// Working memory, reused by every layer and step. `rows` are the new tokens of all batch rows:
 /// `[batch, tokens]`.
 pub(crate) struct Buffers {
     /// The most rows of a step.
-    pub(crate) room: usize,
-    /// Two slots of parameters: for the layers, whose rows are all new tokens, and for the head,
-    /// whose rows are the batch rows.
+    pub(crate) max_rows: usize,
+    /// Two slots of parameters: one for the layers, whose rows are all new tokens, and one for the head, whose rows
+    /// are the batch rows.
     pub(crate) stage: wgpu::Buffer,
     /// Token ids: `[rows]`.
     pub(crate) tokens: wgpu::Buffer,
-    /// Cosines and sines of each position: `[max_tokens, head_dim / 2, 2]`.
+    /// Cosines and sines of the rotary angles of each position: `[max_tokens, head_dim / 2, 2]`.
     pub(crate) turns: wgpu::Buffer,
     /// The residual stream: `[rows, width]`.
     pub(crate) hidden: wgpu::Buffer,
-    /// Its RMS norm. What a matrix product reads is a texture.
+    /// Its RMS norm. A matrix product reads its input from a texture.
     pub(crate) normed: wgpu::TextureView,
     /// The fused projection: `[rows, heads + 2 * kv_heads, head_dim]`.
     pub(crate) projected: wgpu::Buffer,
-    /// Turned queries: `[rows, heads, head_dim]`.
+    /// Queries after the rotary embedding: `[rows, heads, head_dim]`.
     pub(crate) query: wgpu::Buffer,
     /// New keys: `[batch, tokens, kv_heads, head_dim]` in the cache's type.
     pub(crate) key: wgpu::Buffer,
     /// New values, as the keys.
     pub(crate) value: wgpu::Buffer,
-    /// What the heads read from the cache: `[rows, heads, head_dim]`.
+    /// The output of attention: `[rows, heads, head_dim]`.
     pub(crate) mixed: wgpu::Buffer,
     /// The same, for the matrix product.
     pub(crate) mixed_texels: wgpu::TextureView,
@@ -63,11 +61,11 @@ pub(crate) struct Buffers {
     pub(crate) logits: wgpu::Buffer,
     /// The best token of each batch row: `[batch]`.
     pub(crate) chosen: wgpu::Buffer,
-    /// Where the host reads results: as large as the logits.
+    /// A mappable buffer for results, as large as the logits.
     pub(crate) readback: wgpu::Buffer,
 }
 
-/// Bind groups that no step changes.
+/// Bind groups that stay the same in every step.
 pub(crate) struct Groups {
     pub(crate) embed: BoundMatrix,
     pub(crate) rope: wgpu::BindGroup,
@@ -90,17 +88,17 @@ pub(crate) struct LayerGroups {
 }
 
 impl Buffers {
-    /// Makes the buffers for a model.
+    /// Creates the buffers for a model.
     ///
     /// # Errors
     ///
-    /// Where a buffer would be larger than the device binds at once.
+    /// If a buffer would be larger than the device binds at once.
     pub(crate) fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
         let Config { width, heads, kv_heads, head_dim, feed_forward, vocabulary, .. } =
             model.config;
         let storage = wgpu::BufferUsages::STORAGE;
-        let room = options.max_tokens.min(PROMPT_ROWS).max(options.max_batch);
-        let rows = room.next_multiple_of(TILE);
+        let max_rows = options.max_tokens.min(PROMPT_ROWS).max(options.max_batch);
+        let rows = max_rows.next_multiple_of(TILE);
         let batch = options.max_batch.next_multiple_of(TILE);
         let floats =
             |label, rows: usize, elements: usize| buffer(gpu, label, 4 * rows * elements, storage);
@@ -110,7 +108,7 @@ impl Buffers {
         let written = wgpu::BufferUsages::COPY_DST;
         let read = storage | wgpu::BufferUsages::COPY_SRC;
         Ok(Self {
-            room,
+            max_rows,
             stage: buffer(gpu, "stage", 2 * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
             tokens: buffer(gpu, "tokens", 4 * rows, storage | written)?,
             turns: gpu.device().create_buffer_init(&BufferInitDescriptor {
@@ -140,13 +138,12 @@ impl Buffers {
         })
     }
 
-    /// The new keys and values of a step as the cache takes them. They stay in the order in which
-    /// the projection left them, `[batch, tokens, heads, elements]`, which is all that `bthd` has
-    /// to say; nothing is transposed.
+    /// The new keys and values of a step, as inputs of the cache. They stay in the projection's order,
+    /// `[batch, tokens, heads, elements]`, which is what `bthd` declares; nothing is transposed.
     ///
     /// # Errors
     ///
-    /// Where an extent is zero.
+    /// If an extent is zero.
     pub(crate) fn new_keys_and_values(
         &self,
         config: &Config,
@@ -161,12 +158,12 @@ impl Buffers {
         ))
     }
 
-    /// The queries of a step as attention takes them, and where it leaves what the heads read.
-    /// Both are in the order of the projections, so again `bthd` says it all.
+    /// The queries and the output of attention of a step. Both are in the projections' order, so `bthd` declares them,
+    /// too.
     ///
     /// # Errors
     ///
-    /// Where an extent is zero.
+    /// If an extent is zero.
     pub(crate) fn query_and_mixed(
         &self,
         config: &Config,
@@ -182,11 +179,11 @@ impl Buffers {
 }
 
 impl Groups {
-    /// Makes the bind groups over a model's weights and the buffers.
+    /// Creates the bind groups over a model's weights and the buffers.
     ///
     /// # Errors
     ///
-    /// Where the pipelines were compiled for another model.
+    /// If the pipelines were compiled for another model.
     pub(crate) fn new(
         gpu: &Gpu,
         model: &Model,
@@ -231,7 +228,7 @@ impl Groups {
     }
 }
 
-/// All of a buffer.
+/// A whole buffer.
 fn whole(buffer: &wgpu::Buffer) -> Bound<'_> {
     Bound::Buffer(buffer.as_entire_buffer_binding())
 }
@@ -243,15 +240,15 @@ fn slot(buffer: &wgpu::Buffer, index: usize) -> Bound<'_> {
     Bound::Buffer(wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(bytes) })
 }
 
-/// A texture of `rows` rows of at least `elements` numbers, four a texel. It is as wide as whole panels, so that
-/// a matrix product reads zeros past the last element.
+/// A texture of `rows` rows of at least `elements` numbers, four per texel. Its width is a multiple of the panels of a
+/// step, so that a matrix product reads zeros past the last element.
 fn texture(gpu: &Gpu, label: &str, rows: usize, elements: usize) -> Result<wgpu::TextureView> {
     let limit = gpu.device().limits().max_texture_dimension_2d;
     let [width, height] = [elements.next_multiple_of(PANELS * 32) / 4, rows].map(u32::try_from);
     let (width, height) = (width?, height?);
     ensure!(
         width <= limit && height <= limit,
-        "the texture of {label} is {width} x {height}, and the device's are at most {limit} wide and high"
+        "the texture of {label} would be {width} x {height}, but the device allows at most {limit} in each dimension; use fewer tokens or batch rows"
     );
     let texture = gpu.device().create_texture(&wgpu::TextureDescriptor {
         label: Some(label),
@@ -272,7 +269,7 @@ fn buffer(gpu: &Gpu, label: &str, bytes: usize, usage: wgpu::BufferUsages) -> Re
     let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
     ensure!(
         size <= limit,
-        "the buffer of {label} takes {size} bytes, and the device binds at most {limit} at once"
+        "the buffer of {label} would take {size} bytes, but the device binds at most {limit} at once; use fewer tokens or batch rows"
     );
     Ok(gpu.device().create_buffer(&wgpu::BufferDescriptor {
         label: Some(label),
@@ -282,9 +279,8 @@ fn buffer(gpu: &Gpu, label: &str, bytes: usize, usage: wgpu::BufferUsages) -> Re
     }))
 }
 
-/// The cosine and sine by which each pair of a head turns at each position:
-/// `[positions, head_dim / 2, 2]`. A shader's own powers and sines are too coarse far into a text,
-/// so they are computed here, in `f64`.
+/// The cosine and sine of the rotary angle of each pair of elements at each position: `[positions, head_dim / 2, 2]`.
+/// A shader's own powers and sines are too inaccurate at high positions, so they are computed here, in `f64`.
 fn turns(model: &Model, positions: usize) -> Result<Vec<f32>> {
     let Config { head_dim, rope_base, .. } = model.config;
     let pairs = u32::try_from(head_dim / 2)?;

@@ -1,16 +1,14 @@
 //! One step of the model: new tokens in, a choice or logits out, one compute pass.
 //!
-//! The cache's part in a step is small, and all of it is in [`Engine::record`]:
+//! All uses of the cache in a step are in [`Engine::record`]:
 //!
-//! 1. Beam search first moves the batch rows of the cache: `batch_repeat_interleave` or
-//!    `reorder_cache`.
-//! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the
-//!    tokens that the layer holds. It returns a view of where the layer's tokens lie now.
-//! 3. `Attention::record` attends to that view in place, whatever kind of cache returned it: the
-//!    engine never asks how the tokens lie.
+//! 1. Beam search first moves the batch rows of the cache: `batch_repeat_interleave` or `reorder_cache`.
+//! 2. In each layer the projection writes K and V to a buffer, and `update` appends them to the layer's tokens. It
+//!    returns a view of the layer.
+//! 3. `Attention::record` reads that view in place. The engine does not depend on the kind of cache or its layout.
 //!
-//! The library records its dispatches into the same pass as the model's own kernels, so that a
-//! whole step is one submission, and all that comes back to the host is its result.
+//! The library records its dispatches into the same pass as the model's own kernels. So a whole step is one
+//! submission, and only its result is copied to the host.
 
 use std::time::{Duration, Instant};
 
@@ -21,10 +19,10 @@ use crate::buffers::{Buffers, Groups, SLOT};
 use crate::kernels::Kernels;
 use crate::model::{Config, Model};
 
-/// A token id that no vocabulary has, for a step that bans none.
+/// A token id that no vocabulary contains, for a step without a banned token.
 const NO_TOKEN: u32 = u32::MAX;
 
-/// What an engine is made for.
+/// The limits of an engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// The type in which K and V are cached.
@@ -35,29 +33,29 @@ pub struct Options {
     pub max_batch: usize,
 }
 
-/// What becomes of the cache's batch rows before a step.
+/// How the cache's batch rows change before a step.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {
     /// They stay.
     Keep,
-    /// Each row becomes so many equal rows.
+    /// Each row becomes this many equal rows.
     Repeat(usize),
-    /// Row i becomes what row `parents[i]` was.
+    /// New row i is old row `parents[i]`.
     Reorder(&'a [u32]),
 }
 
-/// What a step ends with.
+/// The last part of a step.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
-    /// Nothing: a part of a prompt that is not its last.
+    /// No result: a part of a prompt, but not its last.
     Cache,
     /// The logits of each batch row's last token.
     Logits,
-    /// Those, and the best token of each row.
+    /// The logits, and the best token of each row.
     Token,
 }
 
-/// A model with its pipelines, buffers and bind groups, made once; a step creates none of them.
+/// A model with its pipelines, buffers and bind groups, created once; a step creates none of them.
 #[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct Engine {
     gpu: Gpu,
@@ -66,7 +64,7 @@ pub struct Engine {
     kernels: Kernels,
     buffers: Buffers,
     groups: Groups,
-    /// One for all layers: it keeps the bind groups over their buffers in the cache.
+    /// One for all layers: it keeps bind groups over the cache's buffers.
     attention: Attention,
 }
 
@@ -75,17 +73,17 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Where the options ask for more than the model or the device can do.
+    /// If the options exceed the limits of the model or the device.
     pub fn new(gpu: &Gpu, model: &Model, options: Options) -> Result<Self> {
         let context = model.config.context;
         ensure!(
             options.max_tokens <= context,
-            "{} tokens are asked for, prompt and new ones together, and the model's context holds {context}",
+            "{} tokens were requested, prompt and new ones together, but the model's context holds {context}",
             options.max_tokens
         );
         ensure!(
             options.max_tokens > 0 && options.max_batch > 0,
-            "an engine needs room for a token in a batch row"
+            "max_tokens and max_batch must be at least 1"
         );
         let kernels = Kernels::new(gpu, model, options.dtype)?;
         let buffers = Buffers::new(gpu, model, options)?;
@@ -106,9 +104,9 @@ impl Engine {
         &self.model.config
     }
 
-    /// Runs every shape of step once. Drivers finish compiling a pipeline when it first runs, which
-    /// is then not counted as work on the first prompt. `cache` is one of the kind that follows, as
-    /// kinds differ in their pipelines; its memory is given back.
+    /// Runs every kind of step once. Drivers finish the compilation of a pipeline at its first dispatch; after a
+    /// warm-up this does not add to the time of the first prompt. `cache` must be of the kind that is used later,
+    /// because kinds differ in their pipelines; its memory is freed.
     ///
     /// # Errors
     ///
@@ -120,17 +118,17 @@ impl Engine {
                 cache.reset();
             }
         }
-        // Its bind groups hold on to the cache's buffers; the pipelines stay with the `Gpu`.
+        // The old one's bind groups keep the cache's buffers alive. The pipelines belong to the `Gpu`.
         self.attention = Attention::new(&self.gpu);
         Ok(())
     }
 
-    /// Runs `tokens`, `[batch, tokens]`, behind what the cache holds, and returns the best next
-    /// token of each batch row, other than `banned`.
+    /// Runs `tokens`, `[batch, tokens]`, after the tokens in the cache, and returns the best next token of each batch
+    /// row other than `banned`.
     ///
     /// # Errors
     ///
-    /// Where the tokens do not fit the engine or the cache. The cache is then of no more use.
+    /// If the tokens do not fit the engine or the cache. The cache cannot be used any more then.
     pub fn next_tokens(
         &mut self,
         cache: &mut dyn KVCache,
@@ -142,8 +140,8 @@ impl Engine {
         self.read(batch)
     }
 
-    /// Moves the cache's batch rows, runs `tokens`, `[batch, tokens]`, behind what they hold, and
-    /// returns the logits of each row's last token: `[batch, vocabulary]`.
+    /// Moves the cache's batch rows, runs `tokens`, `[batch, tokens]`, after their tokens, and returns the logits of
+    /// each row's last token: `[batch, vocabulary]`.
     ///
     /// # Errors
     ///
@@ -159,14 +157,13 @@ impl Engine {
         self.read(batch * self.model.config.vocabulary)
     }
 
-    /// The time that the cache's own dispatches of a step take, from submission to the end of the
-    /// work: for each layer a new token, written over the last one, after a reordering of the batch
-    /// rows. This spoils what the cache holds. With `parents` as `None` the pass is empty, which
-    /// tells what a submission costs by itself.
+    /// The time of the cache's own dispatches of a step, from the start of recording to the end of the work: a reorder
+    /// of the batch rows, then for each layer a new token that overwrites the last one. This destroys the cache's
+    /// content. If `parents` is `None`, the pass is empty, and the time is that of a submission alone.
     ///
     /// # Errors
     ///
-    /// Where the cache refuses.
+    /// If a call of the cache fails.
     pub fn time_cache_alone(
         &self,
         cache: &mut dyn KVCache,
@@ -209,28 +206,28 @@ impl Engine {
         let most = self.options.max_batch;
         ensure!(
             (1..=most).contains(&batch),
-            "{batch} batch rows, and the engine was made for 1 to {most}"
+            "{batch} batch rows were passed, but the engine was made for 1 to {most}"
         );
         ensure!(
             !tokens.is_empty() && tokens.len().is_multiple_of(batch),
-            "{} tokens are no whole number for each of {batch} batch rows, or none",
+            "{} tokens cannot be divided among {batch} batch rows; pass the same number, at least 1, for each",
             tokens.len()
         );
         let vocabulary = self.model.config.vocabulary;
         for &token in tokens {
             let known = usize::try_from(token).is_ok_and(|token| token < vocabulary);
-            ensure!(known, "there is no token {token}; the model knows {vocabulary}");
+            ensure!(known, "token {token} does not exist; the model has {vocabulary} tokens");
         }
-        let room = self.buffers.room;
-        if tokens.len() <= room {
+        let max_rows = self.buffers.max_rows;
+        if tokens.len() <= max_rows {
             return self.step(cache, tokens, batch, rows, banned, ending);
         }
         ensure!(
             batch == 1,
-            "{} new tokens in {batch} batch rows, and a step holds {room}",
+            "{} new tokens in {batch} batch rows, but a step holds at most {max_rows}",
             tokens.len()
         );
-        let mut parts = tokens.chunks(room).peekable();
+        let mut parts = tokens.chunks(max_rows).peekable();
         let mut rows = rows;
         while let Some(part) = parts.next() {
             let ending = if parts.peek().is_some() { Ending::Cache } else { ending };
@@ -250,18 +247,16 @@ impl Engine {
         banned: Option<u32>,
         ending: Ending,
     ) -> Result<()> {
-        // A position is the number of tokens before it, which is the cache's length as long as
-        // nothing is cropped.
+        // A token's position is the number of tokens before it: the cache's length, because nothing is cropped.
         let past = cache.get_seq_length(0)?;
         let count = tokens.len() / batch;
         let most = self.options.max_tokens;
         ensure!(
             past + count <= most,
-            "{past} tokens and {count} more; the engine was made for {most}"
+            "the cache holds {past} tokens and {count} are new, but the engine was made for {most}"
         );
 
-        // `write_buffer` takes effect before all of the step's dispatches, so everything is written
-        // to a place of its own, once a step.
+        // `write_buffer` takes effect before all of the step's dispatches, so each range is written once per step.
         let queue = self.gpu.queue().clone();
         queue.write_buffer(&self.buffers.tokens, 0, bytemuck::cast_slice(tokens));
         for (slot, rows) in [(0, tokens.len()), (1, batch)] {
@@ -358,7 +353,7 @@ impl Engine {
         let readback = self.buffers.readback.slice(..bytes_of(words)?);
         let (sender, receiver) = std::sync::mpsc::channel();
         readback.map_async(wgpu::MapMode::Read, move |result| {
-            // The receiver is gone only where waiting has failed, which is reported there.
+            // The receiver is dropped only if waiting has failed, which is reported there.
             let _ = sender.send(result);
         });
         self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
@@ -369,12 +364,12 @@ impl Engine {
     }
 }
 
-/// A count as a shader takes it.
+/// A count in 32 bits, as shaders take it.
 fn size(n: usize) -> Result<u32> {
     Ok(u32::try_from(n)?)
 }
 
-/// The bytes of so many 32-bit words.
+/// The bytes of this many 32-bit words.
 fn bytes_of(words: usize) -> Result<u64> {
     Ok(4 * u64::try_from(words)?)
 }

@@ -1,19 +1,19 @@
-//! How GGUF stores numbers, and how they lie in the textures that `../shaders/weights.wgsl` reads.
+//! How GGUF stores numbers, and their layout in the textures that `../shaders/weights.wgsl` reads.
 //!
-//! Nothing is converted: bytes of a file's blocks only change places, so that what four outputs need at a time
-//! lies in neighbouring texels.
+//! Nothing is converted: the bytes of a file's blocks are only reordered, so that the data which four outputs need at
+//! a time is in neighbouring texels.
 
 use anyhow::{Result, bail};
 use gguf_rs_lib::prelude::GGUFTensorType;
 use half::{bf16, f16};
 
-/// Rows of a matrix that lie together: `4 * LANES` in `weights.wgsl`.
+/// Rows of a matrix that form a group: `4 * LANES` in `weights.wgsl`.
 pub(crate) const GROUP: usize = 32;
-/// Outputs that neighbouring threads work on.
+/// Outputs that neighbouring invocations compute.
 const LANES: usize = 8;
 /// Bytes of a texel: four 32-bit words.
 pub(crate) const TEXEL: usize = 16;
-/// Inputs of a panel, which is what a thread unpacks at a time.
+/// Inputs of a panel, which an invocation unpacks at a time.
 const PANEL: usize = 32;
 
 /// How a matrix is stored.
@@ -32,17 +32,17 @@ pub enum Format {
     Q6K,
 }
 
-/// What one block of a format holds.
+/// The parts of one block of a format.
 struct Block {
     /// Numbers.
     numbers: usize,
     /// Bytes.
     bytes: usize,
-    /// Blocks of a step, whose scales lie together.
+    /// Blocks of a step. Their scales are stored together.
     step: usize,
-    /// First and last byte of the quantised numbers.
+    /// Bytes of the quantised numbers: first, and one past the last.
     quants: (usize, usize),
-    /// First and last byte of each kind of scale.
+    /// Bytes of each kind of scale: first, and one past the last.
     scales: &'static [(usize, usize)],
 }
 
@@ -64,7 +64,7 @@ impl Format {
     ///
     /// # Errors
     ///
-    /// Where it is not served.
+    /// If it is not supported.
     pub fn of(kind: GGUFTensorType) -> Result<Self> {
         Ok(match kind {
             GGUFTensorType::F32 => Self::F32,
@@ -77,13 +77,13 @@ impl Format {
             GGUFTensorType::Q4_K => Self::Q4K,
             GGUFTensorType::Q6_K => Self::Q6K,
             other => bail!(
-                "it is stored as {}, and this engine reads F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K and Q6_K",
+                "it is stored as {}, but this engine reads F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K and Q6_K",
                 other.name()
             ),
         })
     }
 
-    /// The text that unpacks it.
+    /// The WGSL that unpacks it.
     pub fn wgsl(self) -> &'static str {
         match self {
             Self::F32 => include_str!("../shaders/format/f32.wgsl"),
@@ -98,11 +98,11 @@ impl Format {
         }
     }
 
-    /// Bytes of a row of so many inputs; `None` where that is no whole number of blocks.
+    /// Bytes of a row of `inputs` inputs; `None` if that is not a whole number of blocks.
     pub(crate) fn row_bytes(self, inputs: usize) -> Option<usize> {
         let Block { numbers, bytes, .. } = self.block();
         match self {
-            // One by one: a block of these is only what a panel takes.
+            // Stored one by one; their blocks are only panels.
             Self::F32 | Self::F16 | Self::BF16 => inputs.checked_mul(bytes / numbers),
             _ if inputs.is_multiple_of(numbers) => (inputs / numbers).checked_mul(bytes),
             _ => None,
@@ -131,7 +131,7 @@ impl Format {
         }
     }
 
-    /// How rows of so many inputs lie in the textures.
+    /// The layout of rows of `inputs` inputs in the textures.
     pub(crate) fn layout(self, inputs: usize) -> Layout {
         let block = self.block();
         let scale_bytes: usize =
@@ -145,31 +145,31 @@ impl Format {
     }
 }
 
-/// How the rows of a matrix lie in the textures.
+/// The layout of the rows of a matrix in the textures.
 pub(crate) struct Layout {
     /// Steps of a row.
     pub(crate) steps: usize,
-    /// Texels of quantised numbers that a row takes in a step.
+    /// Texels of quantised numbers per row and step.
     quant_texels: usize,
-    /// Words of scales that a row takes in a step.
+    /// Words of scales per row and step.
     scale_words: usize,
     block: Block,
 }
 
 impl Layout {
-    /// Texels of quantised numbers of a group of rows.
+    /// Texels of quantised numbers per group of rows.
     pub(crate) fn group_quants(&self) -> usize {
         GROUP * self.steps * self.quant_texels
     }
 
-    /// Texels of scales of a group of rows.
+    /// Texels of scales per group of rows.
     pub(crate) fn group_scales(&self) -> usize {
         LANES * self.steps * self.scale_words
     }
 
-    /// Puts some rows of a group, as the file stores them, where `weights.wgsl` looks for them. `rows` has
-    /// `row_bytes` for each; rows that a group lacks stay zero.
-    pub(crate) fn place_group(
+    /// Writes some rows of a group, as the file stores them, in the order that `weights.wgsl` reads. Each row has
+    /// `row_bytes` bytes in `rows`; rows that the group lacks stay zero.
+    pub(crate) fn write_group(
         &self,
         rows: &[u8],
         row_bytes: usize,
@@ -183,7 +183,7 @@ impl Layout {
         for (row, bytes) in rows.chunks_exact(row_bytes).enumerate() {
             let (output, lane) = (row / LANES, row % LANES);
             for (step, bytes) in bytes.chunks(step_bytes).enumerate() {
-                self.take_step(bytes, &mut row_quants, &mut row_scales);
+                self.split_step(bytes, &mut row_quants, &mut row_scales);
                 let first = (output * steps + step) * quant_texels;
                 for (i, texel) in row_quants.chunks_exact(TEXEL).enumerate() {
                     let at = TEXEL * ((first + i) * LANES + lane);
@@ -197,9 +197,9 @@ impl Layout {
         }
     }
 
-    /// Takes a step of one row apart: the quantised numbers of its blocks, and its scales kind by kind. The
-    /// last step of a row may be a part of one; the rest is zero.
-    fn take_step(&self, bytes: &[u8], quants: &mut Vec<u8>, scales: &mut Vec<u8>) {
+    /// Splits a step of one row into the quantised numbers of its blocks and its scales, kind by kind. The last step of
+    /// a row may be incomplete; the rest is zero.
+    fn split_step(&self, bytes: &[u8], quants: &mut Vec<u8>, scales: &mut Vec<u8>) {
         let Block { bytes: block_bytes, step, quants: (from, to), scales: kinds, .. } = self.block;
         quants.clear();
         scales.clear();
@@ -225,7 +225,7 @@ impl Layout {
 ///
 /// # Errors
 ///
-/// Where they are stored in blocks.
+/// If they are stored in blocks.
 pub(crate) fn plain_numbers(kind: GGUFTensorType, bytes: &[u8]) -> Result<Vec<f32>> {
     let pairs = || bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
     Ok(match kind {
@@ -236,7 +236,7 @@ pub(crate) fn plain_numbers(kind: GGUFTensorType, bytes: &[u8]) -> Result<Vec<f3
         GGUFTensorType::F16 => pairs().map(|pair| f16::from_le_bytes(pair).to_f32()).collect(),
         GGUFTensorType::BF16 => pairs().map(|pair| bf16::from_le_bytes(pair).to_f32()).collect(),
         other => bail!(
-            "a vector is stored as {}, and this engine reads vectors of F32, F16 and BF16",
+            "a vector is stored as {}, but this engine reads vectors of F32, F16 and BF16",
             other.name()
         ),
     })

@@ -7,38 +7,38 @@ use wgpu_kvcache::KVCache;
 
 use crate::engine::{Engine, Rows};
 
-/// When to stop, and on what not to.
+/// When generation ends.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// The most tokens to generate.
     pub max_new_tokens: usize,
     /// The token that ends an answer.
     pub end: Option<u32>,
-    /// Never choose `end`, and so go on to the last of `max_new_tokens`.
+    /// Never choose `end`, so that `max_new_tokens` tokens are generated.
     pub ignore_end: bool,
 }
 
-/// What came out, and how long it took.
+/// The generated tokens, and the times.
 #[derive(Debug, Default)]
 pub struct Generation {
     /// Generated ids, without the end token: the best list first, and only one for greedy decoding.
     pub beams: Vec<Vec<u32>>,
-    /// For each list of a beam search the sum of the log-probabilities of its tokens; empty for
-    /// greedy decoding, which never sees the logits.
+    /// For each list of a beam search, the sum of the log-probabilities of its tokens. Empty for greedy decoding, which
+    /// does not read the logits.
     pub scores: Vec<f64>,
     /// From the prompt to the first choice.
     pub prompt_time: Duration,
-    /// The steps after that, one by one.
+    /// The times of the steps after that.
     pub step_times: Vec<Duration>,
     /// How the cache's batch rows moved before the last step: `[0]` for greedy decoding.
     pub last_parents: Vec<u32>,
 }
 
-/// Takes the best token at every step. `on_token` hears of each as it comes.
+/// Chooses the best token at every step, and passes it to `on_token`.
 ///
 /// # Errors
 ///
-/// Where a step fails, or `on_token` does.
+/// If a step or `on_token` fails.
 pub fn greedy(
     engine: &mut Engine,
     cache: &mut dyn KVCache,
@@ -73,7 +73,7 @@ struct Beam {
     score: f64,
 }
 
-/// One way to go on: a beam, and a token after it.
+/// A continuation: a beam, and the next token.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     score: f64,
@@ -81,16 +81,15 @@ struct Candidate {
     token: u32,
 }
 
-/// Keeps the `width` best lists of ids at every step. Scores are sums of log-probabilities, with no
-/// correction for length. A list that chooses the end token is finished and keeps its score.
+/// Keeps the `width` best lists of ids at every step. Scores are sums of log-probabilities, without a correction for
+/// length. A list that chooses the end token is finished and keeps its score.
 ///
-/// The prompt is run once, for one batch row of the cache. That row is then repeated for each beam,
-/// and before every further step the rows follow their beams: row i becomes the row of the beam
-/// that beam i grew from.
+/// The prompt is prefilled once, in one batch row of the cache. That row is then repeated for each beam. Before every
+/// further step, the rows are reordered: new row i is the row of beam i's parent.
 ///
 /// # Errors
 ///
-/// Where a step fails.
+/// If a step fails.
 pub fn beam_search(
     engine: &mut Engine,
     cache: &mut dyn KVCache,
@@ -99,8 +98,11 @@ pub fn beam_search(
     settings: Settings,
 ) -> Result<Generation> {
     let vocabulary = engine.config().vocabulary;
-    // The first step offers the tokens of a single row, the end token perhaps among them.
-    ensure!(width > 0 && width < vocabulary, "{width} beams, and a choice of {vocabulary} tokens");
+    // The first step has candidates from one row only, and the end token may be one of them.
+    ensure!(
+        width > 0 && width < vocabulary,
+        "{width} beams were requested, but the model has {vocabulary} tokens; use at least 1 and fewer than that"
+    );
     let mut result = Generation::default();
     let mut finished = Vec::new();
     let mut beams = vec![Beam { ids: Vec::new(), score: 0.0 }];
@@ -136,8 +138,7 @@ pub fn beam_search(
             _ => result.step_times.push(start.elapsed()),
         }
 
-        // A score only falls, so lists that are finished and better than every other are the
-        // answer.
+        // Scores only decrease, so finished lists that are better than all others are the result.
         finished.sort_by(|a: &Beam, b| b.score.total_cmp(&a.score));
         finished.truncate(width);
         if finished.len() == width && finished[width - 1].score >= beams[0].score {
@@ -154,8 +155,8 @@ pub fn beam_search(
     Ok(result)
 }
 
-/// The best ways to go on from `beams`, best first: enough that `width` of them do not end.
-/// `logits` are `[beams, vocabulary]`.
+/// The best continuations of `beams`, best first: enough that at least `width` of them do not end. `logits` are
+/// `[beams, vocabulary]`.
 fn best_candidates(
     logits: &[f32],
     beams: &[Beam],
@@ -163,7 +164,7 @@ fn best_candidates(
     width: usize,
     settings: Settings,
 ) -> Vec<Candidate> {
-    // Each beam may offer the end token once.
+    // At most one candidate per beam is the end token.
     let enough = width + beams.len();
     let banned = settings.end.filter(|_| settings.ignore_end);
     let mut best: Vec<Candidate> = Vec::with_capacity(enough + 1);
@@ -184,8 +185,7 @@ fn best_candidates(
     best
 }
 
-/// The logarithm of the sum of the exponentials, with the greatest taken out so that none
-/// overflows.
+/// The logarithm of the sum of the exponentials. The maximum is subtracted first, so that none overflows.
 fn log_sum_exp(row: &[f32]) -> f64 {
     let highest = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     highest + row.iter().map(|&logit| (f64::from(logit) - highest).exp()).sum::<f64>().ln()

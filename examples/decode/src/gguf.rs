@@ -1,4 +1,4 @@
-//! A GGUF file: its keys, and its tensors as they are stored.
+//! A GGUF file: its keys, and its tensors as stored.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -12,70 +12,68 @@ use gguf_rs_lib::reader::GGUFReaderConfig;
 
 use crate::format::{self, Format};
 
-/// Bytes of memory that a byte of the file's keys can at most take, lists of one-byte numbers being
-/// the worst.
+/// The most bytes of memory per byte of the file's keys. Lists of one-byte numbers take most.
 const DECODED: u64 = 64;
 
-/// Where a matrix lies in the file: `[outputs, inputs]`, row by row. A vector has one output.
+/// The location of a matrix in the file: `[outputs, inputs]`, row by row. A vector has one output.
 #[derive(Clone, Copy, Debug)]
 pub struct Stored {
     kind: GGUFTensorType,
-    /// First byte in the file.
+    /// Offset of the first byte in the file.
     start: u64,
     /// Bytes of the whole matrix.
     pub bytes: u64,
     /// Rows: GGUF's second dimension.
     pub outputs: usize,
-    /// Elements a row: GGUF's first dimension.
+    /// Elements per row: GGUF's first dimension.
     pub inputs: usize,
 }
 
 impl Stored {
-    /// How its numbers are stored.
+    /// The format of its numbers.
     ///
     /// # Errors
     ///
-    /// Where that is not served.
+    /// If it is not supported.
     pub fn format(&self) -> Result<Format> {
         Format::of(self.kind)
     }
 
     /// Bytes of one row.
     pub fn row_bytes(&self) -> usize {
-        // The whole matrix was found to fit the file, and a row is a part of it.
+        // `open` has checked that the whole matrix is inside the file, so a row's size fits.
         usize::try_from(self.bytes / (self.outputs as u64).max(1)).unwrap_or(usize::MAX)
     }
 }
 
-/// An open GGUF file whose every tensor is known to lie inside it.
+/// An open GGUF file. All of its tensors are checked to be inside the file.
 #[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct GgufFile {
     path: PathBuf,
     reader: GGUFFileReader<BufReader<File>>,
-    /// The same file once more, to read tensors from piece by piece.
+    /// The same file opened again, to read tensors in pieces.
     data: File,
-    /// Tensors that were taken, to tell at the end which the engine does not know.
+    /// Tensors that the engine has used, to find those that it does not know.
     taken: HashSet<String>,
 }
 
 impl GgufFile {
-    /// Opens a file and reads its keys and its list of tensors, none of their bytes.
+    /// Opens a file and reads its keys and its list of tensors, but not their data.
     ///
     /// # Errors
     ///
-    /// Where the file cannot be read, is no GGUF file, or ends before its last tensor does.
+    /// If the file cannot be read, is not a GGUF file, or ends before its last tensor does.
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.display();
         let file = File::open(path).with_context(|| format!("cannot open {name}"))?;
         let found = file.metadata().with_context(|| format!("cannot read {name}"))?;
         ensure!(found.is_file(), "{name} is not a file; --model takes a GGUF file");
 
-        // The reader's own check of the ranges cannot say how much is missing, so it comes after
-        // ours.
+        // The reader's own check of the ranges does not report how much is missing, so ours comes first.
         let data = File::open(path).with_context(|| format!("cannot open {name}"))?;
         let mut config = GGUFReaderConfig { validate_integrity: false, ..Default::default() };
-        // The header may promise any number of keys. The reader makes room for them before it reads
-        // them, so it is told how much there can be.
+        // The header may state any number of keys, and the reader allocates memory for them before it reads them. So
+        // the memory is bounded in proportion to the file.
         config.max_decoded_metadata_size = usize::try_from(found.len().saturating_mul(DECODED))
             .unwrap_or(usize::MAX)
             .min(config.max_decoded_metadata_size);
@@ -108,7 +106,7 @@ impl GgufFile {
     ///
     /// # Errors
     ///
-    /// Where the file lacks the key, or keeps something else under it.
+    /// If the file lacks the key, or its value has another type.
     pub fn text(&self, key: &str) -> Result<&str> {
         self.keys().get_string(key).ok_or_else(|| self.missing(key, "a text"))
     }
@@ -131,7 +129,7 @@ impl GgufFile {
     ///
     /// # Errors
     ///
-    /// Where the number is too large for this machine.
+    /// If the number is too large for this machine.
     pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let number = self.keys().get_u64(key).map(usize::try_from).transpose();
         number.with_context(|| format!("{}: {key} is too large", self.path.display()))
@@ -146,7 +144,7 @@ impl GgufFile {
         self.keys().get_f64(key).ok_or_else(|| self.missing(key, "a number"))
     }
 
-    /// The key's truth value; false where the file lacks it.
+    /// The key's truth value; false if the file lacks it.
     pub fn flag(&self, key: &str) -> bool {
         self.keys().get_bool(key).unwrap_or(false)
     }
@@ -183,7 +181,7 @@ impl GgufFile {
     ///
     /// # Errors
     ///
-    /// Where the file lacks the tensor, or its shape is not served.
+    /// If the file lacks the tensor, or its shape is not supported.
     pub fn tensor(&mut self, name: &str) -> Result<Stored> {
         let path = self.path.display().to_string();
         let info = self
@@ -194,7 +192,7 @@ impl GgufFile {
             [inputs] => (inputs, 1),
             [inputs, outputs] => (inputs, outputs),
             ref other => {
-                bail!("{path}: tensor {name} has {} dimensions; 1 or 2 are served", other.len())
+                bail!("{path}: tensor {name} has {} dimensions; 1 or 2 are supported", other.len())
             }
         };
         let stored = Stored {
@@ -208,11 +206,11 @@ impl GgufFile {
         Ok(stored)
     }
 
-    /// Reads rows `first..first + rows` of a tensor as they are stored, behind what `bytes` holds.
+    /// Reads rows `first..first + rows` of a tensor as stored, and appends them to `bytes`.
     ///
     /// # Errors
     ///
-    /// Where the file cannot be read.
+    /// If the file cannot be read.
     pub fn read_rows(
         &mut self,
         tensor: &Stored,
@@ -236,14 +234,14 @@ impl GgufFile {
     ///
     /// # Errors
     ///
-    /// Where it is stored in another way, or the file cannot be read.
+    /// If it is stored in another format, or the file cannot be read.
     pub fn read_vector(&mut self, tensor: &Stored) -> Result<Vec<f32>> {
         let mut bytes = Vec::new();
         self.read_rows(tensor, 0, tensor.outputs, &mut bytes)?;
         format::plain_numbers(tensor.kind, &bytes)
     }
 
-    /// Fails where a tensor was never taken: the model has a part that the engine would leave out.
+    /// Fails if a tensor was never used: the engine would ignore a part of the model.
     ///
     /// # Errors
     ///
@@ -280,7 +278,7 @@ impl GgufFile {
     }
 }
 
-/// Says what a reader's error means for whoever chose the file.
+/// Translates a reader's error for the user who chose the file.
 fn explain(error: GGUFError, path: &Path, size: u64) -> anyhow::Error {
     let name = path.display();
     match error {
@@ -297,7 +295,7 @@ fn explain(error: GGUFError, path: &Path, size: u64) -> anyhow::Error {
 
 fn cut_short(path: &Path, size: u64) -> anyhow::Error {
     anyhow!(
-        "{} is no whole GGUF file: it is cut short inside its header, after {size} bytes; fetch it again",
+        "{} is not a complete GGUF file: it is cut short inside its header, after {size} bytes; fetch it again",
         path.display()
     )
 }

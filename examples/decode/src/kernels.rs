@@ -1,5 +1,5 @@
-//! The model's own compute pipelines, one a file in `../shaders/`, with its dimensions as pipeline
-//! constants. Attention is not among them: it is the library's.
+//! The model's own compute pipelines, one per file of `../shaders/`, with its dimensions as pipeline constants.
+//! Attention is the library's.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +10,7 @@ use crate::format::Format;
 use crate::model::{Config, Model};
 use crate::weights::{Matrix, Part};
 
-/// What a shader does with a binding.
+/// How a shader uses a binding.
 #[derive(Clone, Copy)]
 enum Bind {
     Uniform,
@@ -25,15 +25,15 @@ enum Bind {
 }
 use Bind::{Read, Store, Texels, Uniform, Words, Write};
 
-/// The bindings of the matrix product: those of `weights.wgsl`, then its own.
+/// The bindings of the matrix product: first those of `weights.wgsl`, then its own.
 const MATMUL_BINDS: &[Bind] = &[Uniform, Words, Words, Uniform, Texels, Write];
 /// The bindings of the embedding.
 const EMBED_BINDS: &[Bind] = &[Uniform, Words, Words, Read, Write];
 
-/// Quads of inputs in a panel: what `weights` of a format is asked for.
+/// Vectors of four inputs in a panel: the calls of `weights` per panel.
 const QUADS: usize = 8;
 
-/// What a binding is bound to.
+/// The resource of a binding.
 #[derive(Clone)]
 pub(crate) enum Bound<'a> {
     Buffer(wgpu::BufferBinding<'a>),
@@ -81,7 +81,7 @@ impl Kernel {
     }
 }
 
-/// Rows of the input and groups of outputs that a thread of a matrix product computes.
+/// Rows of the input and groups of outputs that an invocation of a matrix product computes.
 #[derive(Clone, Copy)]
 struct Tile {
     tokens: usize,
@@ -106,11 +106,11 @@ struct BoundPart {
 }
 
 impl MatMul {
-    /// Bind groups that every tile takes, added or not: their layouts are equal.
+    /// Bind groups for every tile and for both kinds of product: their bind group layouts are equal.
     ///
     /// # Errors
     ///
-    /// Where the pipelines were compiled for other matrices.
+    /// If the pipelines were compiled for other matrices.
     pub(crate) fn bind(
         &self,
         gpu: &Gpu,
@@ -199,9 +199,9 @@ impl Embed {
     }
 }
 
-/// All pipelines of one model.
+/// The pipelines of one model.
 pub(crate) struct Kernels {
-    /// Tokens to the residual stream.
+    /// The embedding of tokens.
     pub(crate) embed: Embed,
     /// RMS norm of every row.
     pub(crate) norm: Kernel,
@@ -209,11 +209,11 @@ pub(crate) struct Kernels {
     pub(crate) norm_last: Kernel,
     /// Matrix products.
     pub(crate) matmul: MatMul,
-    /// Matrix products added onto the residual stream.
+    /// Matrix products that are added to the residual stream.
     pub(crate) matmul_add: MatMul,
-    /// Rotary positions, and K and V in the cache's type.
+    /// The rotary embedding, and the conversion of K and V to the cache's type.
     pub(crate) rope: Kernel,
-    /// What the heads read, to the texture that the matrix product takes.
+    /// Copies the output of attention to a texture for the matrix product.
     pub(crate) to_texture: Kernel,
     /// The feed-forward activation.
     pub(crate) swiglu: Kernel,
@@ -226,7 +226,7 @@ impl Kernels {
     ///
     /// # Errors
     ///
-    /// Where a dimension is too large for a shader.
+    /// If a dimension is too large for a shader.
     pub(crate) fn new(gpu: &Gpu, model: &Model, dtype: DType) -> Result<Self> {
         let config: &Config = &model.config;
         let size = |n: usize| -> Result<f64> { Ok(f64::from(u32::try_from(n)?)) };
@@ -297,9 +297,9 @@ fn embed(gpu: &Gpu, model: &Model, constants: &[(&str, f64)]) -> Embed {
 }
 
 fn matmul(gpu: &Gpu, label: &'static str, matrices: &[&Matrix], add: f64) -> MatMul {
-    // A software adapter runs the threads of a workgroup one after another: sharing an output among
-    // them only costs, and more outputs a thread read the input less often. On a GPU a thread has too few
-    // registers for that.
+    // A software adapter runs the invocations of a workgroup one after another: to share an output among them only
+    // costs time, and with more outputs per invocation the input is read less often. On a GPU an invocation has too
+    // few registers for that.
     let on_cpu = gpu.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
     let (split, groups) = if on_cpu { (1.0, [1, 2, 4]) } else { (16.0, [1, 1, 1]) };
     let tiles = [1, 4, 8].into_iter().zip(groups).map(|(tokens, groups)| Tile { tokens, groups });
@@ -336,8 +336,8 @@ fn joined(format: Format, kernel: &str, numbers: &[(&str, usize)]) -> String {
     [weights, format.wgsl(), &expanded(kernel, numbers)].join("\n")
 }
 
-/// A text with the numbers put in, and with the lines between `//: each x in NAME` and `//: end` once for each x
-/// below the number of that name.
+/// Expands a shader's text: `{NAME}` becomes the number of that name, and the lines between `//: each x in NAME` and
+/// `//: end` are repeated for each x below it.
 fn expanded(text: &str, numbers: &[(&str, usize)]) -> String {
     let mut out = String::new();
     let mut lines = text.lines();
@@ -404,7 +404,7 @@ fn kernel(
         entry_point: Some("main"),
         compilation_options: wgpu::PipelineCompilationOptions {
             constants,
-            // Every kernel writes its shared memory before it reads it.
+            // Every kernel writes its workgroup memory before it reads it.
             zero_initialize_workgroup_memory: false,
         },
         cache: None,

@@ -1,18 +1,17 @@
 //! A small Llama inference engine in wgpu that keeps its K/V cache in `wgpu_kvcache`.
 //!
-//! Read `engine.rs` first: it is the one file in which the cache is at work. The rest is what a
-//! language model needs around it.
+//! Read `engine.rs` first: it is the one file that uses the cache. The rest is what a language model needs besides.
 //!
-//! - `gguf.rs`: opens a model file and hands out its keys and tensors; `format.rs`: how their numbers
-//!   are stored, and how they lie on the GPU.
-//! - `model.rs`: checks that the file is a Llama model that the kernels serve, and uploads its
-//!   weights; `weights.rs`: a matrix in textures.
+//! - `gguf.rs`: opens a model file and returns its keys and tensors; `format.rs`: how their numbers are stored in the
+//!   file and on the GPU.
+//! - `model.rs`: checks that the file is a Llama model that the kernels support, and uploads its weights;
+//!   `weights.rs`: a matrix in textures.
 //! - `tokenizer.rs`: text to token ids and back, from the file's own vocabulary.
-//! - `kernels.rs`: the compute pipelines over `../shaders/`, which are all but attention.
-//! - `buffers.rs`: working memory and bind groups, made once.
+//! - `kernels.rs`: the compute pipelines of `../shaders/`: all kernels except attention.
+//! - `buffers.rs`: working memory and bind groups, created once.
 //! - `engine.rs`: one step of the model, one compute pass.
 //! - `generate.rs`: the greedy loop and beam search.
-//! - `share.rs`: how much of a step the cache takes.
+//! - `share.rs`: the share of a step's time that the cache takes.
 
 mod buffers;
 mod engine;

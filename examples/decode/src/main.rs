@@ -1,5 +1,4 @@
-//! Generates text with a Llama model whose K/V cache lives on the GPU: the first user of this
-//! crate.
+//! Generates text with a Llama model whose K/V cache is on the GPU.
 //!
 //! ```sh
 //! cargo run --release -p decode -- --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt "The capital of France is"
@@ -25,7 +24,7 @@ use decode_engine::{
     cache_share, greedy,
 };
 
-/// Generates text with a Llama model, its K/V cache kept on the GPU.
+/// Generates text with a Llama model. Its K/V cache is on the GPU.
 #[derive(Parser)]
 #[command(name = "decode")]
 struct Arguments {
@@ -35,26 +34,25 @@ struct Arguments {
         help = "Model: a GGUF file of the llama architecture (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K or Q6_K)"
     )]
     model: PathBuf,
-    /// Text to go on from, taken as it is.
+    /// Text to continue, without a chat template.
     #[arg(long, value_name = "TEXT")]
     prompt: String,
-    /// Most tokens to generate.
+    /// The most tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
     max_new_tokens: usize,
-    /// Beams of a beam search; 1 takes the best token at every step. The text of a search comes at
-    /// its end.
+    /// Beams of a beam search; 1 chooses the best token at every step. The text of a search is printed at its end.
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = positive)]
     beams: usize,
     /// Kind of cache.
     #[arg(long, value_enum, default_value_t = CacheKind::Dynamic)]
     cache: CacheKind,
-    /// Type in which K and V are cached: f32, f16 or bf16.
+    /// Type of K and V in the cache: f32, f16 or bf16.
     #[arg(long, default_value_t = DType::F32)]
     dtype: DType,
-    /// Never choose the end token: generate as many tokens as allowed.
+    /// Never choose the end token, so that --max-new-tokens tokens are generated.
     #[arg(long)]
     ignore_eos: bool,
-    /// Print one JSON object in place of text.
+    /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,
 }
@@ -63,9 +61,9 @@ struct Arguments {
 enum CacheKind {
     /// Grows with the text.
     Dynamic,
-    /// Made at once for the prompt and all new tokens.
+    /// Allocated at once for the prompt and all new tokens.
     Static,
-    /// In pages that beams share; grows with the text.
+    /// Pages that beams share; grows with the text.
     Paged,
 }
 
@@ -77,11 +75,11 @@ struct Report<'a> {
     ids: &'a [u32],
     /// Their text.
     text: &'a str,
-    /// All lists of ids, best first; one without beam search.
+    /// All lists of ids, best first; a single one without beam search.
     beams: &'a [Vec<u32>],
-    /// Sums of log-probabilities; none without beam search.
+    /// Sums of log-probabilities; empty without beam search.
     beam_scores: &'a [f64],
-    /// Of decoding: steps a second. Null where the first token was the last.
+    /// Decode steps per second. Null if the first token was the last.
     tokens_per_second: Option<f64>,
     prompt_tokens_per_second: Option<f64>,
     /// Bytes that the cache has allocated.
@@ -104,10 +102,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    // What can be refused without the weights is refused before they are read.
+    // Checks that need no weights come before they are read.
     ensure!(
         !arguments.prompt.is_empty(),
-        "the prompt is empty; --prompt takes the text to go on from"
+        "the prompt is empty; --prompt takes the text to continue"
     );
     let mut file = GgufFile::open(&arguments.model)?;
     let config = Config::from_gguf(&file)?;
@@ -172,7 +170,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Reads and uploads the weights behind a progress bar on stderr.
+/// Reads and uploads the weights, with a progress bar on stderr.
 fn load(gpu: &Gpu, file: &mut GgufFile) -> Result<Model> {
     let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}")?;
     let bar = ProgressBar::new(file.tensor_bytes()).with_style(style);
@@ -181,7 +179,7 @@ fn load(gpu: &Gpu, file: &mut GgufFile) -> Result<Model> {
     model
 }
 
-/// Generates, and unless JSON is asked for prints the text as it comes.
+/// Generates text, and prints it token by token unless --json is given.
 fn generate(
     arguments: &Arguments,
     engine: &mut Engine,

@@ -8,7 +8,7 @@ use crate::format::{Format, GROUP};
 use crate::gguf::{GgufFile, Stored};
 use crate::weights::{Matrix, Part, PartRange, PartWriter, most_groups};
 
-/// Bytes that are handed to the queue before it is waited for. It keeps a copy of each until then.
+/// Bytes in flight before the loader waits for the queue, which keeps a copy of each until then.
 const IN_FLIGHT: usize = 8 << 20;
 
 /// The dimensions of a model.
@@ -26,33 +26,32 @@ pub struct Config {
     pub head_dim: usize,
     /// Elements inside the feed-forward part.
     pub feed_forward: usize,
-    /// Tokens that the model knows.
+    /// Tokens of the vocabulary.
     pub vocabulary: usize,
-    /// Tokens that the model can look back on.
+    /// The longest sequence, in tokens.
     pub context: usize,
     /// Base of the rotary frequencies.
     pub rope_base: f64,
-    /// What RMS norm adds under its root.
+    /// The epsilon of RMS norm.
     pub epsilon: f64,
 }
 
 impl Config {
-    /// Reads the dimensions, and refuses what the kernels do not serve.
+    /// Reads the dimensions, and refuses those that the kernels do not support.
     ///
     /// # Errors
     ///
-    /// Where the file is of another architecture, lacks a key, or has dimensions that are not
-    /// served.
+    /// If the file is of another architecture, lacks a key, or has dimensions that are not supported.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let architecture = file.text("general.architecture")?;
         ensure!(
             architecture == "llama",
-            "the model is of the architecture {architecture}; llama is served"
+            "the model has the architecture {architecture}; llama is supported"
         );
         if let Some(scaling) = file.optional_text("llama.rope.scaling.type") {
             ensure!(
                 scaling == "none",
-                "the model scales its positions ({scaling}), which is not served"
+                "the model scales its positions ({scaling}), which is not supported"
             );
         }
         let width = file.count("llama.embedding_length")?;
@@ -78,11 +77,11 @@ impl Config {
         );
         ensure!(
             head_dim > 0 && head_dim <= 256 && head_dim.is_multiple_of(4),
-            "a head of {head_dim} elements is not served: at most 256, a multiple of 4"
+            "a head of {head_dim} elements is not supported; it must be a multiple of 4 and at most 256"
         );
         ensure!(
             [width, feed_forward, vocabulary].iter().all(|&n| n > 0 && n.is_multiple_of(4)),
-            "widths of {width} and {feed_forward} and {vocabulary} tokens: multiples of 4 above 0 are served"
+            "widths of {width} and {feed_forward} and {vocabulary} tokens: only multiples of 4 above 0 are supported"
         );
         ensure!(
             heads.checked_mul(head_dim).is_some(),
@@ -101,7 +100,7 @@ impl Config {
             let found = file.optional_count(key)?.unwrap_or(head_dim);
             ensure!(
                 found == head_dim,
-                "{key} is {found}; only {head_dim}, a whole head, is served"
+                "{key} is {found}; only {head_dim}, a whole head, is supported"
             );
         }
         Ok(config)
@@ -113,15 +112,15 @@ impl Config {
 pub struct LayerWeights {
     /// Scale before attention: `[width]`.
     pub attention_norm: wgpu::Buffer,
-    /// Query, key and value projections, one below the other.
+    /// Query, key and value projections, stacked.
     pub qkv: Matrix,
-    /// From the heads back to the residual stream.
+    /// The projection from the heads to the residual stream.
     pub attention_output: Matrix,
     /// Scale before the feed-forward part: `[width]`.
     pub feed_forward_norm: wgpu::Buffer,
-    /// Gate and up projections, one below the other.
+    /// Gate and up projections, stacked.
     pub gate_up: Matrix,
-    /// From the feed-forward part back to the residual stream.
+    /// The projection from the feed-forward part to the residual stream.
     pub down: Matrix,
 }
 
@@ -136,7 +135,7 @@ pub struct Model {
     pub layers: Vec<LayerWeights>,
     /// Scale before the head: `[width]`.
     pub output_norm: wgpu::Buffer,
-    /// The head: the embedding itself, where the model ties the two.
+    /// The head; the embedding itself if the model ties the two.
     pub head: Matrix,
     /// Divisors of the rotary frequencies, `[head_dim / 2]`, for models that have them.
     pub rope_divisors: Option<Vec<f32>>,
@@ -145,13 +144,12 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads and uploads all weights. `progress` hears of stored bytes done, out of
+    /// Reads and uploads all weights. `progress` receives the number of stored bytes that are done, of
     /// [`GgufFile::tensor_bytes`].
     ///
     /// # Errors
     ///
-    /// Where the file does not hold a model that is served, or a matrix is too large for the
-    /// device.
+    /// If the file's model is not supported, or a matrix is too large for the device.
     pub fn load(gpu: &Gpu, file: &mut GgufFile, progress: &mut dyn FnMut(u64)) -> Result<Self> {
         let config = Config::from_gguf(file)?;
         let Config { width, head_dim, feed_forward, vocabulary, .. } = config;
@@ -171,7 +169,7 @@ impl Model {
         } else {
             None
         };
-        // Grows with what the file has: the key may promise any number of layers.
+        // Grows with the layers found in the file: the key may state any number.
         let mut layers = Vec::new();
         for layer in 0..config.layers {
             let name = |part: &str| format!("blk.{layer}.{part}");
@@ -199,7 +197,7 @@ impl Model {
 }
 
 impl Model {
-    /// The matrices whose products are added onto the residual stream, or the others.
+    /// The matrices whose products are added to the residual stream, or the other matrices.
     pub(crate) fn product_matrices(&self, are_added: bool) -> Vec<&Matrix> {
         let layers = self.layers.iter();
         if are_added {
@@ -211,20 +209,20 @@ impl Model {
     }
 }
 
-/// Takes tensors from a file, checks their shapes, and uploads them.
+/// Reads tensors from a file, checks their shapes, and uploads them.
 struct Loader<'a> {
     gpu: &'a Gpu,
     file: &'a mut GgufFile,
     progress: &'a mut dyn FnMut(u64),
-    /// Stored bytes that were read.
+    /// Stored bytes read so far.
     done: u64,
-    /// Bytes that the queue has not been waited for.
+    /// Bytes passed to the queue since the last wait.
     in_flight: usize,
     /// Bytes on the GPU.
     bytes: u64,
 }
 
-/// Rows of one tensor among those of a part.
+/// Consecutive rows of one tensor.
 #[derive(Clone, Copy)]
 struct Rows {
     tensor: Stored,
@@ -267,7 +265,7 @@ impl Loader<'_> {
         (self.progress)(self.done);
     }
 
-    /// Some matrices of the same input, one below the other, as one.
+    /// Several matrices with the same input, stacked into one.
     fn matrix(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Matrix> {
         let label = names.join(" + ");
         // Neighbours in the same format become one part.
@@ -278,7 +276,7 @@ impl Loader<'_> {
             let row_bytes = format.row_bytes(inputs);
             ensure!(
                 row_bytes == Some(tensor.row_bytes()),
-                "tensor {name}.weight has rows of {inputs} numbers, which are no whole blocks of {format:?}"
+                "tensor {name}.weight has rows of {inputs} numbers, which are not whole blocks of {format:?}"
             );
             let rows = Rows { tensor, first: 0, count: outputs };
             match runs.last_mut() {
@@ -307,7 +305,7 @@ impl Loader<'_> {
         Ok(Matrix { parts })
     }
 
-    /// Uploads some rows, of which the first is row `first` of the `total` of the matrix.
+    /// Uploads some rows as one part of a matrix.
     fn part(
         &mut self,
         label: &str,
@@ -337,7 +335,7 @@ impl Loader<'_> {
     }
 }
 
-/// Takes at most `most` rows from the front of a list.
+/// Removes at most `most` rows from the front of a list.
 fn take_rows(rest: &mut Vec<Rows>, most: usize) -> Vec<Rows> {
     let (mut taken, mut left) = (Vec::new(), most);
     while left > 0 && !rest.is_empty() {

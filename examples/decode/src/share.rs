@@ -1,4 +1,4 @@
-//! How much of a step the cache takes.
+//! The share of a step's time that the cache takes.
 
 use std::time::Duration;
 
@@ -8,20 +8,18 @@ use wgpu_kvcache::KVCache;
 use crate::engine::Engine;
 use crate::generate::Generation;
 
-/// Times that a pass is repeated; the median is taken.
+/// How often a pass is repeated for a median.
 const REPEATS: usize = 15;
 
-/// The share of a decode step that the cache's own dispatches take, from 0 to 1; nothing where
-/// there was no step.
+/// The share of a decode step that the cache's own dispatches take, from 0 to 1; `None` if there was no step.
 ///
-/// Timestamps inside a pass are an optional feature and on software adapters say little, so the
-/// cache's dispatches of one step are run again alone, in a pass of their own, several times. From
-/// the median of these, the median of an empty pass is taken off, because the step pays for its
-/// submission anyway. What the cache held is spoiled.
+/// Timestamps inside a pass are an optional feature and mean little on software adapters. So the cache's dispatches of
+/// one step are run again, alone in a pass, several times. The median of an empty pass is subtracted from their
+/// median, because the step has the cost of its submission anyway. The cache's content is overwritten.
 ///
 /// # Errors
 ///
-/// Where a pass fails.
+/// If a pass fails.
 pub fn cache_share(
     engine: &Engine,
     cache: &mut dyn KVCache,
@@ -31,7 +29,7 @@ pub fn cache_share(
         return Ok(None);
     };
     let mut time = |parents: Option<&[u32]>| -> Result<Duration> {
-        // The first time may compile something.
+        // The first run may compile something.
         engine.time_cache_alone(cache, parents)?;
         let times =
             (0..REPEATS).map(|_| engine.time_cache_alone(cache, parents)).collect::<Result<_>>()?;
@@ -42,7 +40,7 @@ pub fn cache_share(
     Ok(Some(alone.saturating_sub(empty).as_secs_f64() / step.as_secs_f64()))
 }
 
-/// The middle one of some times.
+/// The median of some times.
 fn median(mut times: Vec<Duration>) -> Option<Duration> {
     times.sort_unstable();
     times.get(times.len() / 2).copied()

@@ -14,14 +14,14 @@ use tokenizers::{AddedToken, DecodeStream};
 
 use crate::gguf::GgufFile;
 
-/// GGUF's mark of a token that stands for itself and is never split.
+/// GGUF's type of control tokens, which are never split.
 const CONTROL: i64 = 3;
 
 /// A byte-level BPE tokenizer.
 #[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The token that opens every text, for models that want one.
+    /// The token that begins every text, if the model has one.
     opening: Option<u32>,
     /// The token that ends an answer.
     pub end: Option<u32>,
@@ -32,18 +32,15 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// Where the file describes a kind that is not served, or lacks a key.
+    /// If the file describes a kind that is not supported, or lacks a key.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let model = file.text("tokenizer.ggml.model")?;
         ensure!(
             model == "gpt2",
-            "the model's tokenizer is of the kind {model}; gpt2 (byte-level BPE) is served"
+            "the model's tokenizer is {model}; gpt2 (byte-level BPE) is supported"
         );
         let split = file.text("tokenizer.ggml.pre")?;
-        ensure!(
-            split == "smollm",
-            "the model's text is split the way of {split}; smollm is served"
-        );
+        ensure!(split == "smollm", "the model's pre-tokenizer is {split}; smollm is supported");
 
         let tokens = file.texts("tokenizer.ggml.tokens")?;
         let kinds = file.integers("tokenizer.ggml.token_type")?;
@@ -57,8 +54,9 @@ impl Tokenizer {
             (0_u32..).zip(&tokens).map(|(id, &token)| (token.to_owned(), id)).collect();
         let merges = file.texts("tokenizer.ggml.merges")?;
         let merges = merges.into_iter().map(|merge| {
-            let (left, right) =
-                merge.split_once(' ').ok_or_else(|| anyhow!("the merge {merge:?} is no pair"))?;
+            let (left, right) = merge
+                .split_once(' ')
+                .ok_or_else(|| anyhow!("the merge {merge:?} is not a pair"))?;
             Ok((left.to_owned(), right.to_owned()))
         });
         let bpe = BPE::builder().vocab_and_merges(vocabulary, merges.collect::<Result<Vec<_>>>()?);
@@ -90,11 +88,11 @@ impl Tokenizer {
         Ok(Self { inner, opening, end: id("tokenizer.ggml.eos_token_id")? })
     }
 
-    /// The ids of a text, taken as it is.
+    /// The ids of a text, without a chat template.
     ///
     /// # Errors
     ///
-    /// Where the text cannot be split.
+    /// If the text cannot be split.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(anyhow::Error::from_boxed)?;
         Ok(self.opening.into_iter().chain(encoding.get_ids().iter().copied()).collect())
@@ -104,12 +102,12 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// Where the ids cannot be decoded.
+    /// If the ids cannot be decoded.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(anyhow::Error::from_boxed)
     }
 
-    /// Starts a text that comes token by token.
+    /// Starts a text that is decoded token by token.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream {
             tokenizer: self,
@@ -120,8 +118,8 @@ impl Tokenizer {
     }
 }
 
-/// A text that comes token by token, in whole characters: one that spans tokens waits for its last
-/// byte.
+/// A text that is decoded token by token, in whole characters: a character that spans tokens is held back until its
+/// last byte.
 #[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
@@ -134,16 +132,16 @@ pub struct TextStream<'a> {
         DecoderWrapper,
     >,
     ids: Vec<u32>,
-    /// Bytes of text handed out.
+    /// Bytes of text returned so far.
     given: usize,
 }
 
 impl TextStream<'_> {
-    /// The text that one more token completes; often all of its own, sometimes none.
+    /// Adds a token and returns the text that it completes, which may be empty.
     ///
     /// # Errors
     ///
-    /// Where the id cannot be decoded.
+    /// If the id cannot be decoded.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.inner.step(id).map_err(anyhow::Error::from_boxed)?.unwrap_or_default();
@@ -151,11 +149,11 @@ impl TextStream<'_> {
         Ok(text)
     }
 
-    /// What is still held back: a character that was never completed, as a replacement mark.
+    /// The rest of the text: an incomplete character becomes a replacement character.
     ///
     /// # Errors
     ///
-    /// Where the ids cannot be decoded.
+    /// If the ids cannot be decoded.
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.ids)?;
         Ok(text.get(self.given..).unwrap_or_default().to_owned())

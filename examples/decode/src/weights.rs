@@ -6,23 +6,23 @@ use wgpu_kvcache::{Gpu, wgpu};
 
 use crate::format::{Format, GROUP, Layout, TEXEL};
 
-/// The most bytes of a texture: what drivers make without trouble.
+/// The most bytes of a texture that drivers create reliably.
 const PART_BYTES: usize = 256 << 20;
-/// The least texels in a row of a texture, as a power of two: 4 KiB, of which the last row wastes a part.
+/// log2 of the fewest texels in a row of a texture: rows of 4 KiB, of which the last one may be incomplete.
 const LEAST_SHIFT: u32 = 8;
-/// Bytes that a writer gathers before it hands them on.
+/// Bytes that a writer collects before it passes them to the queue.
 const PENDING: usize = 1 << 20;
 
-/// A weight matrix on the GPU, `[outputs, inputs]`, as the file stores it: some rows after the others, each part
-/// in one format and in textures of its own.
+/// A weight matrix on the GPU, `[outputs, inputs]`, with the numbers as the file stores them. Its rows are divided into
+/// parts, each in one format and in textures of its own.
 #[derive(Clone, Debug)]
 pub struct Matrix {
     pub(crate) parts: Vec<Part>,
 }
 
 impl Matrix {
-    /// Parts: more than one where a device's textures are too small, or where tensors in different formats lie
-    /// one below the other.
+    /// The number of parts: more than one if a device's textures are too small, or if stacked tensors have different
+    /// formats.
     pub fn parts(&self) -> usize {
         self.parts.len()
     }
@@ -40,18 +40,18 @@ pub(crate) struct Part {
     pub(crate) scales: wgpu::TextureView,
 }
 
-/// Which rows of a matrix a part holds.
+/// The rows of a matrix that a part holds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PartRange {
-    /// The first.
+    /// The first row.
     pub(crate) first: u32,
-    /// How many.
+    /// The number of rows.
     pub(crate) rows: u32,
     /// Rows of the whole matrix.
     pub(crate) total: u32,
 }
 
-/// Groups of rows of `inputs` numbers that the textures of a device hold.
+/// How many groups of rows of `inputs` numbers the textures of a device hold.
 pub(crate) fn most_groups(gpu: &Gpu, format: Format, inputs: usize) -> usize {
     let layout = format.layout(inputs);
     let side = gpu.device().limits().max_texture_dimension_2d as usize;
@@ -69,17 +69,17 @@ pub(crate) struct PartWriter<'a> {
     row_bytes: usize,
     quants: TexelWriter<'a>,
     scales: TexelWriter<'a>,
-    /// One group, as it lies in the textures.
+    /// One group, in the layout of the textures.
     group_quants: Vec<u8>,
     group_scales: Vec<u8>,
 }
 
 impl<'a> PartWriter<'a> {
-    /// Makes the textures of a part of at most [`most_groups`] groups.
+    /// Creates the textures of a part of at most [`most_groups`] groups.
     ///
     /// # Errors
     ///
-    /// Where rows of `inputs` numbers are no whole blocks.
+    /// If rows of `inputs` numbers are not whole blocks.
     pub(crate) fn new(
         gpu: &'a Gpu,
         label: &'a str,
@@ -88,7 +88,7 @@ impl<'a> PartWriter<'a> {
         range: PartRange,
     ) -> Result<Self> {
         let layout = format.layout(inputs);
-        let row_bytes = format.row_bytes(inputs).context("rows are no whole blocks")?;
+        let row_bytes = format.row_bytes(inputs).context("rows are not whole blocks")?;
         let groups = (range.rows as usize).div_ceil(GROUP);
         let [quants, scales] = [layout.group_quants(), layout.group_scales()];
         Ok(Self {
@@ -105,15 +105,15 @@ impl<'a> PartWriter<'a> {
         })
     }
 
-    /// Takes the next 32 rows as the file stores them; fewer at the end. Returns how many bytes were handed to
-    /// the queue.
+    /// Writes the next 32 rows, as the file stores them; fewer at the end. Returns how many bytes were passed to the
+    /// queue.
     pub(crate) fn write_group(&mut self, rows: &[u8]) -> usize {
         let Self { layout, row_bytes, group_quants, group_scales, .. } = self;
         if rows.len() < *row_bytes * GROUP {
             group_quants.fill(0);
             group_scales.fill(0);
         }
-        layout.place_group(rows, *row_bytes, group_quants, group_scales);
+        layout.write_group(rows, *row_bytes, group_quants, group_scales);
         self.quants.write(group_quants) + self.scales.write(group_scales)
     }
 
@@ -134,7 +134,7 @@ impl<'a> PartWriter<'a> {
     }
 }
 
-/// A texture that is filled texel by texel, row by row.
+/// A texture that is filled in order, row by row.
 struct TexelWriter<'a> {
     queue: &'a wgpu::Queue,
     texture: wgpu::Texture,
@@ -146,7 +146,7 @@ struct TexelWriter<'a> {
 }
 
 impl<'a> TexelWriter<'a> {
-    /// A texture of `texels` texels, each four 32-bit words. The caller knows that they fit.
+    /// A texture of `texels` texels, each four 32-bit words. The caller has checked that they fit.
     fn new(gpu: &'a Gpu, label: &str, texels: usize) -> Self {
         let side = gpu.device().limits().max_texture_dimension_2d;
         let mut shift = LEAST_SHIFT.min(side.ilog2());
@@ -157,7 +157,7 @@ impl<'a> TexelWriter<'a> {
         let texture = gpu.device().create_texture(&wgpu::TextureDescriptor {
             label: Some(label),
             size: wgpu::Extent3d {
-                // A format without scales has a texture that nothing reads.
+                // A format without scales has a texture of one texel that nothing reads.
                 width: if texels == 0 { 1 } else { 1 << shift },
                 height: height.max(1),
                 depth_or_array_layers: 1,
@@ -172,13 +172,13 @@ impl<'a> TexelWriter<'a> {
         Self { queue: gpu.queue(), texture, shift, row: 0, pending: Vec::new() }
     }
 
-    /// Takes the next texels, and returns how many bytes it has handed to the queue.
+    /// Appends texels, and returns how many bytes were passed to the queue.
     fn write(&mut self, bytes: &[u8]) -> usize {
         self.pending.extend_from_slice(bytes);
         if self.pending.len() < PENDING { 0 } else { self.flush() }
     }
 
-    /// Hands on the whole rows that are pending.
+    /// Passes the complete rows that are pending to the queue.
     fn flush(&mut self) -> usize {
         let row_bytes = TEXEL << self.shift;
         let rows = self.pending.len() / row_bytes;
@@ -207,7 +207,7 @@ impl<'a> TexelWriter<'a> {
         bytes
     }
 
-    /// Fills the last row up, and returns the texture, its shift and its bytes.
+    /// Completes the last row with zeros, and returns the texture, its shift and its bytes.
     fn finish(mut self) -> (wgpu::TextureView, u32, u64) {
         let row_bytes = TEXEL << self.shift;
         self.pending.resize(self.pending.len().next_multiple_of(row_bytes), 0);

@@ -1,24 +1,24 @@
-//! Compiling ahead of the first step.
+//! Compilation before the first step.
 
 use std::collections::HashSet;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+#[cfg(not(target_arch = "wasm32"))]
+use std::sync::{Mutex, PoisonError};
 
 use super::{Kernel, Kernels, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::layout::Layout;
 
-/// A layer, as far as its kernels depend on it.
+/// The properties of a layer that select its kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LayerShape {
     /// Type of an element of K and V.
     pub dtype: DType,
     /// K/V heads.
     pub heads: usize,
-    /// Elements a head of K.
+    /// Elements per head of K.
     pub key_dim: usize,
-    /// Elements a head of V.
+    /// Elements per head of V.
     pub value_dim: usize,
 }
 
@@ -26,14 +26,14 @@ pub struct LayerShape {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CompileScope {
-    /// Those of caches.
+    /// The kernels of caches.
     Caches,
-    /// These, and those of [`Attention`](crate::Attention).
+    /// The kernels of caches and of [`Attention`](crate::Attention).
     CachesAndAttention,
 }
 
 impl Kernels {
-    /// Compiles what layers of these shapes need if their views have one of these layouts.
+    /// Compiles the kernels for layers of these shapes whose views have one of these layouts.
     pub(crate) fn compile(
         &self,
         layers: &[LayerShape],
@@ -97,7 +97,7 @@ fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
     })
 }
 
-/// A browser compiles elsewhere by itself.
+/// A browser compiles on threads of its own.
 #[cfg(target_arch = "wasm32")]
 fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
     wanted.into_iter().try_for_each(|(kernel, variant)| kernel.pipeline(variant).map(|_| ()))

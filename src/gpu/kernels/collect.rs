@@ -1,4 +1,4 @@
-//! `shaders/collect.wgsl`: live tokens out of their pages, for reading back.
+//! `shaders/collect.wgsl`: copies live tokens from their pages to contiguous rows, for read-back.
 
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ pub(super) const SOURCE: super::Source = super::Source {
 };
 
 params! {
-    /// `struct Params` of the shader, which says what each field is.
+    /// `struct Params` of the shader, where each field is described.
     struct Params {
         kv: KvLayout,
         key_units: u32,
@@ -33,7 +33,7 @@ params! {
 }
 
 impl Kernels {
-    /// A copy of the live tokens of some batch rows of a paged or ragged view into `targets`, oldest first.
+    /// Copies the live tokens of some batch rows of a paged or ragged view to `targets`, row-major, with zeros behind shorter rows.
     pub(crate) fn collect(
         &self,
         view: &LayerView,

@@ -1,4 +1,4 @@
-//! `shaders/gather.wgsl`: batch rows change places, in place.
+//! `shaders/gather.wgsl`: moves batch rows within their buffers.
 
 use super::params::params;
 use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
@@ -16,7 +16,7 @@ pub(super) const SOURCE: super::Source = super::Source {
 };
 
 params! {
-    /// `struct Params` of the shader, which says what each field is.
+    /// `struct Params` of the shader, where each field is described.
     struct Params {
         key_units: u32,
         value_units: u32,
@@ -34,19 +34,19 @@ params! {
 /// The live part of a layer whose rows move.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GatherShape<'a> {
-    /// Bytes of one token of one head, of K and of V.
+    /// Bytes of one token of one head, for K and for V.
     pub(crate) row_bytes: [u64; 2],
     pub(crate) heads: usize,
     pub(crate) start: usize,
     pub(crate) len: usize,
     pub(crate) capacity: usize,
-    /// The moves in order: copies, then from word `cycles_at` on cycles.
+    /// The moves in order: copies, then cycles from word `cycles_at` on.
     pub(crate) moves: &'a [u32],
     pub(crate) cycles_at: usize,
 }
 
 impl Kernels {
-    /// Binds a layer's buffers for any number of gathers.
+    /// Binds a layer's buffers; one bind group serves all gathers.
     pub(crate) fn bind_gather(
         &self,
         key: &wgpu::Buffer,
@@ -78,7 +78,7 @@ impl Kernels {
         };
         let wanted = variant(unit, [shape.cycles_at > 0, shape.cycles_at < shape.moves.len()]);
         if !self.gather.is_compiled(&wanted) {
-            // All three at once: a beam search should not compile one in its midst.
+            // All three at once, so that a beam search compiles nothing in a later step.
             for form in FORMS {
                 self.gather.pipeline(variant(unit, form))?;
             }
@@ -93,7 +93,7 @@ impl Kernels {
     }
 }
 
-/// Whether a list of moves has copies, and whether it has cycles.
+/// The variants: whether a list of moves has copies, and whether it has cycles.
 pub(super) const FORMS: [[bool; 2]; 3] = [[true, false], [false, true], [true, true]];
 
 pub(super) fn variant(unit: Unit, form: [bool; 2]) -> Variant {
@@ -101,7 +101,7 @@ pub(super) fn variant(unit: Unit, form: [bool; 2]) -> Variant {
     Variant { unit, constants: [has_copies, has_cycles, 0, 0, 0, 0, 0, 0], ..Variant::default() }
 }
 
-/// Workgroups for the live tokens of a head, for kernels whose threads take four units.
+/// Workgroups for the live tokens of one head, for kernels whose invocations move four units each.
 pub(super) fn tiles(unit: Unit, row_bytes: [u64; 2], len: usize) -> Result<u32> {
     let live = unit.count(row_bytes[0].max(row_bytes[1]))?;
     let units = u64::from(live).saturating_mul(len as u64);

@@ -1,17 +1,17 @@
-//! What the kernels need of a device.
+//! The limits that the kernels need.
 
 use super::WORKGROUP;
 use crate::error::{Error, Result};
 use crate::gpu::arena::{CHUNK_BYTES, PARAMS_BYTES};
 
-/// Bytes of memory that a workgroup shares, in the kernel that takes most.
+/// Bytes of workgroup memory in the kernel that uses most.
 pub(super) const WORKGROUP_BYTES: u32 = 8 << 10;
 
-/// Refuses a device that was made with less than the kernels need, naming the limit.
+/// Refuses a device with a limit that is lower than the kernels need, and names the limit.
 pub(crate) fn check_limits(limits: &wgpu::Limits) -> Result<()> {
     let (workgroup, params) = (u64::from(WORKGROUP), u64::from(PARAMS_BYTES));
     let needed: [(&str, u64, u64); 15] = [
-        // K and V, read and written, a list and a witness.
+        // K and V as inputs and as outputs, a list, and a witness.
         (
             "max_storage_buffers_per_shader_stage",
             limits.max_storage_buffers_per_shader_stage.into(),

@@ -1,4 +1,4 @@
-//! The kernels, a file each, and what they share: variants, parameters, and a dispatch ready to record.
+//! The kernels, one per file, and what they share: variants, parameters, and dispatches that are ready to record.
 
 mod ahead;
 mod append;
@@ -29,11 +29,11 @@ use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
 use crate::layout::Layout;
 
-/// Invocations of a workgroup: what every WebGPU device allows.
+/// Invocations per workgroup: the most that every WebGPU device allows.
 pub(crate) const WORKGROUP: u32 = 256;
 
-/// Row moves of a dispatch at most. Mesa's llvmpipe ends the loops of an invocation without a word after
-/// 65,535 rounds, all of them counted together, and a move takes up to two.
+/// The most row moves of a dispatch. Mesa's llvmpipe silently ends the loops of an invocation after 65,535 iterations
+/// in total, and a move takes up to two iterations.
 pub(crate) const MOST_MOVES: usize = 8192;
 
 /// All kernels of a device.
@@ -69,29 +69,29 @@ impl Kernels {
     }
 }
 
-/// A kernel as it stands in `shaders/`.
+/// The source of a kernel.
 #[derive(Debug)]
 pub(crate) struct Source {
     label: &'static str,
     wgsl: &'static str,
-    /// A text that it has in common with other kernels, joined to its own; empty where it has all itself.
+    /// A text that several kernels share, appended to `wgsl`; may be empty.
     common: &'static str,
-    /// Which bindings of group 0 are written; they are numbered in order.
+    /// For each binding of group 0, in order, whether the kernel writes it.
     writes: &'static [bool],
     /// Bytes of its parameters.
     params_bytes: u32,
     /// The names of its pipeline constants.
     constants: &'static [&'static str],
-    /// The layouts that it is joined with; none where it knows its own. For the tests.
-    #[cfg_attr(not(test), expect(dead_code, reason = "tells the tests which variants there are"))]
+    /// The layouts that it is joined with; empty if it is joined with none. For the tests.
+    #[cfg_attr(not(test), expect(dead_code, reason = "only tests list all variants"))]
     layouts: &'static [Layout],
-    /// The element types that it is joined with; none where it moves bits.
-    #[cfg_attr(not(test), expect(dead_code, reason = "tells the tests which variants there are"))]
+    /// The element types that it is joined with; empty if it moves bits. For the tests.
+    #[cfg_attr(not(test), expect(dead_code, reason = "only tests list all variants"))]
     dtypes: &'static [DType],
 }
 
 impl Source {
-    /// Whether the kernel writes K or V of a cache, and counts in the cache's witness that it has run.
+    /// Whether the kernel writes K or V of a cache, and therefore counts in the cache's witness.
     fn is_witnessed(&self) -> bool {
         self.wgsl.contains(" witness: atomic<u32>;")
     }
@@ -108,12 +108,12 @@ const SOURCES: [&Source; 6] = [
     &collect::SOURCE,
 ];
 
-/// A kernel with its variants, each compiled when it is first used.
+/// A kernel with its compiled variants. Each is compiled when it is first used.
 #[derive(Debug)]
 struct Kernel {
     uploads: Arc<Uploads>,
     source: &'static Source,
-    /// Whether it counts in a cache's witness that it has run.
+    /// Whether it counts in a cache's witness.
     is_witnessed: bool,
     path: ParamsPath,
     bindings: wgpu::BindGroupLayout,
@@ -160,12 +160,13 @@ impl Kernel {
         self.pipelines().contains_key(variant)
     }
 
-    /// The pipeline of a variant, compiled where it is not yet. One that does not compile is not kept.
+    /// The pipeline of a variant, which is compiled if it is not yet. A variant that fails to compile is not kept.
     fn pipeline(&self, variant: Variant) -> Result<wgpu::ComputePipeline> {
         if let Some(compiled) = self.pipelines().get(&variant) {
             return Ok(compiled.clone());
         }
-        // Other variants may be compiled meanwhile, and this one by another thread, too: the first one stays.
+        // Compiled without the lock, so that threads compile in parallel. If two compile the same variant, the first
+        // one is kept.
         let make = |device: &wgpu::Device| self.compile(device, variant);
         let compiled = self.uploads.device().checked(self.source.label, 0, make)?;
         Ok(self.pipelines().entry(variant).or_insert(compiled).clone())
@@ -187,8 +188,8 @@ impl Kernel {
             entry_point: Some("main"),
             compilation_options: wgpu::PipelineCompilationOptions {
                 constants: &constants,
-                // Kernels write what threads share before they read it, and on some backends a single
-                // thread of each workgroup would write the zeros.
+                // Kernels write workgroup memory before they read it. On some backends a single invocation of
+                // each workgroup would write the zeros.
                 zero_initialize_workgroup_memory: false,
             },
             cache: None,
@@ -199,7 +200,7 @@ impl Kernel {
         self.uploads.device().bind(self.source.label, &self.bindings, resources)
     }
 
-    /// Makes a dispatch of numbered workgroups ready.
+    /// Prepares a dispatch whose workgroups are numbered by one index.
     fn prepare(
         &self,
         variant: Variant,
@@ -216,7 +217,7 @@ impl Kernel {
         self.prepare_sides(variant, bindings, list, params, sides.map(u64::from))
     }
 
-    /// Makes a dispatch ready: everything that can fail happens here, so that recording cannot.
+    /// Prepares a dispatch. Everything that can fail happens here, so that recording cannot fail.
     fn prepare_sides(
         &self,
         variant: Variant,
@@ -262,7 +263,7 @@ enum Parameters {
     Uniform(Allocation),
 }
 
-/// A checked dispatch with all that it needs, ready to be recorded.
+/// A checked dispatch with all its resources, ready to be recorded.
 #[derive(Debug)]
 #[must_use = "nothing happens until the dispatch is recorded"]
 pub(crate) struct Dispatch {
@@ -276,7 +277,7 @@ pub(crate) struct Dispatch {
 }
 
 impl Dispatch {
-    /// Records the dispatch, which counts in `witness`, and notes in `guards` what it reads. Cannot fail.
+    /// Records the dispatch, which counts in `witness`, and adds to `guards` the data that it reads. Cannot fail.
     pub(crate) fn record(
         self,
         pass: &mut wgpu::ComputePass<'_>,
@@ -286,7 +287,7 @@ impl Dispatch {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bindings, &[]);
         if self.is_witnessed {
-            // The first word of the first page is nobody's.
+            // The first word of the first page belongs to no cache.
             let (page, offset) = witness.map_or((0, 0), Witness::binding);
             pass.set_bind_group(1, &self.lists.witnessed(page), &[offset]);
         } else {
@@ -307,27 +308,27 @@ impl Dispatch {
     }
 }
 
-/// Spreads workgroups, which a kernel numbers in 32 bits, over three dimensions; a few more where that does
-/// not come out even. `None` where they are too many.
+/// Distributes workgroups, which a kernel numbers in 32 bits, over three dimensions. The grid may have a few more
+/// workgroups than asked for. `None` if there are too many.
 fn grid(workgroups: u64, limit: u32) -> Option<[u32; 3]> {
     let total = u32::try_from(workgroups).ok()?.max(1);
     let rest = total.div_ceil(limit);
     let z = rest.div_ceil(limit);
-    // No longer than they must be: so the three hold few more than the total.
+    // The shortest sides that suffice, so that the grid has few more workgroups than the total.
     let y = rest.div_ceil(z);
     let x = u64::from(total).div_ceil(u64::from(y) * u64::from(z));
     let x = u32::try_from(x).ok()?;
-    // The last number, of those that are too many, must not begin again at zero.
+    // The number of the last workgroup must not overflow 32 bits.
     let numbered = u64::from(x) * u64::from(y) * u64::from(z) <= u64::from(u32::MAX);
     (z <= limit && numbered).then_some([x, y, z])
 }
 
-/// A count that a kernel is told, in 32 bits.
+/// A count in 32 bits, as kernels take it.
 fn narrow(count: usize) -> Result<u32> {
-    u32::try_from(count).map_err(|_| Error::too_many("count that a kernel is told", count as u64))
+    u32::try_from(count).map_err(|_| Error::too_many("count that a kernel takes", count as u64))
 }
 
-/// The whole of a cache buffer, as a binding.
+/// A whole cache buffer, as a binding.
 fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
     buffer.as_entire_buffer_binding()
 }

@@ -1,6 +1,6 @@
-//! Parameters of kernels: structs of words that are laid out as `struct Params` of their WGSL.
+//! Parameters of kernels: structs of words with the same layout as `struct Params` in WGSL.
 
-/// Declares the parameters of a kernel, field by field as in its WGSL; a test compares both.
+/// Declares the parameters of a kernel with the fields of its WGSL struct; a test compares both.
 macro_rules! params {
     ($(#[$meta:meta])* struct $name:ident { $($field:ident: $type:ty,)* }) => {
         $(#[$meta])*
@@ -31,7 +31,7 @@ macro_rules! params {
 }
 pub(super) use params;
 
-/// Where a tensor lies, in units or elements: its first element, and strides along (B, H, T).
+/// The address of a tensor, in units or elements: its first element, and its strides along (B, H, T).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 pub(super) struct Strided {

@@ -1,4 +1,4 @@
-//! `shaders/repeat_interleave.wgsl`: live tokens into fresh buffers, each row as often as asked for.
+//! `shaders/repeat_interleave.wgsl`: copies live tokens to new buffers, each row to one or several rows.
 
 use super::gather::tiles;
 use super::params::params;
@@ -17,7 +17,7 @@ pub(super) const SOURCE: super::Source = super::Source {
 };
 
 params! {
-    /// `struct Params` of the shader, which says what each field is.
+    /// `struct Params` of the shader, where each field is described.
     struct Params {
         key_units: u32,
         value_units: u32,
@@ -32,10 +32,10 @@ params! {
     }
 }
 
-/// The live part of a layer that is copied, and the ring that it goes to.
+/// The live part of a layer that is copied, and the ring that receives it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyShape<'a> {
-    /// Bytes of one token of one head, of K and of V.
+    /// Bytes of one token of one head, for K and for V.
     pub(crate) row_bytes: [u64; 2],
     pub(crate) heads: usize,
     pub(crate) start: usize,
@@ -47,7 +47,7 @@ pub(crate) struct CopyShape<'a> {
 }
 
 impl Kernels {
-    /// A copy from the old K and V to the new ones.
+    /// Copies rows from the old K and V to the new ones.
     pub(crate) fn copy_rows(
         &self,
         [old, new]: [[&wgpu::Buffer; 2]; 2],

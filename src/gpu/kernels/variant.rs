@@ -1,17 +1,17 @@
-//! The forms that a kernel's text takes.
+//! The variants of a kernel's WGSL.
 
 use super::Source;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
-/// What a thread moves at once.
+/// What an invocation moves at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) enum Unit {
     /// 16 bytes: `vec4<u32>`.
     #[default]
     Vector,
-    /// 4 bytes: `u32`, for rows that are no multiple of 16 bytes.
+    /// 4 bytes: `u32`, for rows that are not multiples of 16 bytes.
     Word,
 }
 
@@ -26,24 +26,24 @@ impl Unit {
         }
     }
 
-    /// The widest unit that rows of these many bytes are a multiple of.
+    /// The widest unit that divides rows of this many bytes.
     pub(crate) fn for_rows(row_bytes: [u64; 2]) -> Self {
         if row_bytes.iter().all(|bytes| bytes % 16 == 0) { Self::Vector } else { Self::Word }
     }
 
-    /// A byte count, in units. Sizes are checked against the device's limits before they get here.
+    /// A byte count, in units. The caller has checked sizes against the device's limits.
     pub(crate) fn count(self, bytes: u64) -> Result<u32> {
         let units = bytes / self.bytes();
         u32::try_from(units).map_err(|_| Error::too_many("offset or stride, in units", units))
     }
 }
 
-/// How parameters reach a kernel.
+/// How parameters are passed to a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ParamsPath {
     /// `var<immediate>`: recorded with the dispatch.
     Immediate,
-    /// `var<uniform>` in the arena, at a dynamic offset: for devices without immediates.
+    /// `var<uniform>` in the arena, at a dynamic offset: for devices without immediates, or with too few bytes.
     Uniform,
 }
 
@@ -55,11 +55,11 @@ impl ParamsPath {
 /// Pipeline constants of a kernel at most.
 pub(crate) const CONSTANTS: usize = 8;
 
-/// Which of its forms a kernel takes.
+/// Selects a variant of a kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Variant {
     pub(crate) unit: Unit,
-    /// For kernels that are joined with one.
+    /// For kernels that are joined with a layout's text.
     pub(crate) layout: Option<Layout>,
     /// For kernels that read elements.
     pub(crate) dtype: Option<DType>,
@@ -68,7 +68,7 @@ pub(crate) struct Variant {
 }
 
 impl Variant {
-    /// The WGSL of a kernel in this form.
+    /// The WGSL of this variant of a kernel.
     pub(crate) fn text(&self, source: &Source, path: ParamsPath) -> String {
         let mut text = source.wgsl.to_owned() + source.common;
         if self.unit == Unit::Word {
@@ -111,7 +111,7 @@ mod tests {
         if all.is_empty() { vec![None] } else { all.iter().copied().map(Some).collect() }
     }
 
-    /// Every form of every kernel that a device can be given, with its name.
+    /// Every variant of every kernel, with its name.
     fn all() -> Vec<(String, String, ParamsPath)> {
         let mut all = Vec::new();
         for source in super::super::SOURCES {
@@ -131,12 +131,12 @@ mod tests {
         all
     }
 
-    /// Within what WebGPU's baseline has; immediates are only used where the device has them.
+    /// Valid within WebGPU's baseline. Immediates are only used if the device has them.
     #[test]
     fn every_variant_is_valid_for_the_baseline() {
         use naga::valid::{Capabilities, ValidationFlags, Validator};
         for (name, text, path) in all() {
-            // `unpack2x16float` is a part of WGSL that naga lists as optional, for old GL.
+            // `unpack2x16float` is a part of WGSL; naga lists it as optional because old GL lacks it.
             let baseline = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
             let capabilities = match path {
                 ParamsPath::Uniform => baseline,
@@ -164,24 +164,24 @@ mod tests {
         }
     }
 
-    /// Chrome's compiler, `tint`, takes every form that a browser can be given: it is parsed, and written as
-    /// SPIR-V, MSL and HLSL where the build of `tint` at hand has these writers. On machines without the
-    /// program there is nothing to ask; a line on stderr says which of it all was done.
+    /// Chrome's compiler, `tint`, accepts every variant that a browser can use: it parses them and writes WGSL, and
+    /// SPIR-V, MSL and HLSL if the installed build of `tint` has these writers. Without `tint` the test passes. A line
+    /// on stderr says what was not checked.
     #[test]
-    fn every_variant_passes_tint_where_it_is_at_hand() {
-        let tell = |line: &str| {
-            // Straight to the terminal: the test harness holds back what a passing test prints.
+    fn every_variant_passes_tint_if_it_is_installed() {
+        let print = |line: &str| {
+            // To stderr itself: the test harness hides the output of a passing test.
             std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("a stderr");
         };
         if Command::new("tint").arg("--help").output().is_err() {
-            return tell("tint is not at hand: shaders are validated by naga alone\n");
+            return print("tint is not installed: shaders are validated by naga alone\n");
         }
         let folder = std::env::temp_dir().join(format!("kvcache-tint-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder for temporary files");
         let file = folder.join("shader.wgsl");
         let mut missing = Vec::new();
-        let forms = all().into_iter().filter(|(_, _, path)| *path == ParamsPath::Uniform);
-        for (name, text, _) in forms {
+        let variants = all().into_iter().filter(|(_, _, path)| *path == ParamsPath::Uniform);
+        for (name, text, _) in variants {
             std::fs::write(&file, &text).expect("a writable folder");
             for format in ["wgsl", "spirv", "msl", "hlsl"] {
                 if missing.contains(&format) {
@@ -202,7 +202,7 @@ mod tests {
         std::fs::remove_dir_all(&folder).expect("the folder made above");
         assert!(!missing.contains(&"wgsl"), "tint parses and writes WGSL");
         if !missing.is_empty() {
-            tell(&format!("this build of tint does not write {}\n", missing.join(", ")));
+            print(&format!("this build of tint does not write {}\n", missing.join(", ")));
         }
     }
 

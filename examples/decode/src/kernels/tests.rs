@@ -8,15 +8,15 @@ use super::*;
 use crate::format::GROUP;
 use crate::weights::{PartRange, PartWriter};
 
-/// Numbers that a scale may be: zero, both signs, and halves below the normal ones.
+/// Values of scales: zero, both signs, and subnormal halves.
 const SCALES: [u16; 12] = [
     0x0000, 0x8000, 0x0001, 0x8001, 0x03ff, 0x83ff, 0x0400, 0x2e66, 0xae66, 0x3c00, 0x1419, 0x9e21,
 ];
 
-/// Rows: two groups and a part of a third.
+/// Rows: two groups and an incomplete third one.
 const OUTPUTS: usize = 70;
 
-/// A block: numbers, bytes, and where its f16 scales lie.
+/// A block: numbers, bytes, and the offsets of its f16 scales.
 fn block(format: Format) -> (usize, usize, &'static [usize]) {
     match format {
         Format::F32 => (1, 4, &[]),
@@ -77,7 +77,7 @@ fn decode(format: Format, b: &[u8]) -> Vec<f32> {
     }
 }
 
-/// Random rows of a format, with scales of every kind among them.
+/// Random rows of a format, with every kind of scale.
 fn rows(format: Format, inputs: usize, seed: &[u8]) -> (Vec<u8>, Vec<f32>) {
     let (numbers, bytes, scales) = block(format);
     let mut state = seed.iter().fold(7_u64, |state, &byte| state * 31 + u64::from(byte));
@@ -94,7 +94,7 @@ fn rows(format: Format, inputs: usize, seed: &[u8]) -> (Vec<u8>, Vec<f32>) {
             block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
         }
         if numbers == 1 {
-            // A plain number of any sign, small ones among them, none infinite or NaN.
+            // Finite numbers of any sign, small ones included.
             let number =
                 (f32::from(random()) - 127.5) * [1.0, 1e-3, 1e-6][usize::from(random()) % 3];
             block = match format {
@@ -134,7 +134,7 @@ fn buffer(gpu: &Gpu, words: &[u32], usage: wgpu::BufferUsages) -> wgpu::Buffer {
     })
 }
 
-/// Numbers in a texture, `columns` a row.
+/// Numbers in a texture, `columns` per row.
 fn texture(gpu: &Gpu, columns: usize, numbers: &[f32]) -> wgpu::TextureView {
     let rows = numbers.len() / columns;
     let [width, height] = [columns / 4, rows].map(|n| u32::try_from(n).expect("few"));
@@ -174,7 +174,7 @@ fn read(gpu: &Gpu, buffer: &wgpu::Buffer) -> Vec<f32> {
     bytemuck::cast_slice(&copy.get_mapped_range(..).expect("a mapping")).to_vec()
 }
 
-/// Inputs of the matrices: a last step that is a part of one, where the format allows it.
+/// Inputs of the matrices: with an incomplete last step, if the format allows it.
 fn widths(format: Format) -> [usize; 2] {
     match block(format).0 {
         256 => [256, 512],
@@ -183,7 +183,7 @@ fn widths(format: Format) -> [usize; 2] {
     }
 }
 
-/// The embedding gives a row's numbers as they are, so it shows each of them.
+/// The embedding copies a row's numbers, so it shows each of them.
 #[test]
 fn every_format_unpacks_to_the_numbers_that_it_stores() {
     let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
@@ -208,7 +208,7 @@ fn every_format_unpacks_to_the_numbers_that_it_stores() {
     }
 }
 
-/// The size of what is added up to number `i`: a difference of two large numbers may be small.
+/// The magnitude of the terms of number `i`: a difference of two large numbers may be small.
 fn block_scale(format: Format, stored: &[u8], inputs: usize, i: usize) -> f32 {
     let (numbers, bytes, scales) = block(format);
     let block = (i / inputs * (inputs / numbers) + i % inputs / numbers) * bytes;
@@ -222,7 +222,7 @@ fn block_scale(format: Format, stored: &[u8], inputs: usize, i: usize) -> f32 {
     scales.iter().map(|&at| scale(at).abs() * most).sum()
 }
 
-/// The products of a format, added onto their output, as a software adapter or as a GPU runs them.
+/// The products of a format, added to their output, in the form for a software adapter or for a GPU.
 fn product(gpu: &Gpu, format: Format, is_split: bool) -> MatMul {
     let (split, groups) = if is_split { (16.0, [1, 1, 1]) } else { (1.0, [1, 2, 4]) };
     let constants = [("SPLIT", split), ("ADD", 1.0)];
@@ -275,13 +275,13 @@ fn check_product(
     }
 }
 
-/// Every tile, whole and in part, over random blocks: as a software adapter runs them.
+/// Every tile, complete and incomplete, over random blocks: the form for a software adapter.
 #[test]
 fn every_format_multiplies() {
     multiply(false);
 }
 
-/// The same with threads that share an output: as a GPU runs them.
+/// The same with invocations that share an output: the form for a GPU.
 #[test]
 fn every_format_multiplies_where_threads_share_an_output() {
     multiply(true);
@@ -300,7 +300,7 @@ fn multiply(is_split: bool) {
     }
 }
 
-/// The numbers that a format's text and the host's table must agree on.
+/// The constants of a format's text agree with the host's table.
 #[test]
 fn texts_and_layouts_agree() {
     for &format in Format::ALL {
@@ -318,11 +318,11 @@ fn texts_and_layouts_agree() {
     }
 }
 
-/// Chrome's compiler takes every text, where the program is at hand; a line on stderr says so where not.
+/// Chrome's compiler, `tint`, accepts every text. Without it the test passes, and a line on stderr says so.
 #[test]
-fn every_text_passes_tint_where_it_is_at_hand() {
+fn every_text_passes_tint_if_it_is_installed() {
     if Command::new("tint").arg("--help").output().is_err() {
-        let line = b"tint is not at hand: shaders are validated by naga alone\n";
+        let line = b"tint is not installed: shaders are validated by naga alone\n";
         std::io::Write::write_all(&mut std::io::stderr(), line).expect("a stderr");
         return;
     }
