@@ -32,7 +32,7 @@ pub use format::Format;
 pub use generate::{Generation, Settings, beam_search, greedy};
 pub use gguf::GgufFile;
 pub use model::{Config, Model};
-pub use serve::{Event, Prompts, Served, serve};
+pub use serve::{Event, Request, Served, serve};
 pub use share::{cache_share, sequences_share};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Matrix;

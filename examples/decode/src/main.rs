@@ -25,7 +25,7 @@ use wgpu_kvcache::{
 };
 
 use decode_engine::{
-    Config, Engine, Generation, GgufFile, Model, Options, Prompts, Settings, Tokenizer,
+    Config, Engine, Generation, GgufFile, Model, Options, Request, Settings, Tokenizer,
     beam_search, cache_share, greedy, sequences_share, serve,
 };
 
@@ -317,10 +317,13 @@ fn serve_all(
     let mut cache = SequenceCache::with_options(gpu, &engine.layer_shapes(), options)?;
     engine.warm_up(Layout::RaggedPaged)?;
     let mut progress = Progress::new(tokenizer, work.own.len(), !arguments.json);
+    let requests = work.own.iter().map(|ids| Request { ids: ids.clone(), max_new_tokens: None });
+    let requests: Vec<_> = requests.collect();
     let served = serve(
         engine,
         &mut cache,
-        Prompts { shared: &work.shared, own: &work.own },
+        &work.shared,
+        &requests,
         arguments.settings(tokenizer),
         &mut |event, stats| progress.follow(event, stats),
     )?;

@@ -16,16 +16,16 @@ use wgpu_kvcache::{SequenceCache, SequenceId, Stats};
 use crate::engine::{Engine, Piece};
 use crate::generate::Settings;
 
-/// Prompts to serve, as token ids.
-#[derive(Clone, Copy, Debug)]
-pub struct Prompts<'a> {
-    /// What all of them begin with; may be empty.
-    pub shared: &'a [u32],
-    /// The ids of each prompt after that: at least one.
-    pub own: &'a [Vec<u32>],
+/// A prompt to serve.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Its token ids, after those that all prompts begin with: at least one.
+    pub ids: Vec<u32>,
+    /// The most tokens to generate, if not as many as for the other prompts.
+    pub max_new_tokens: Option<usize>,
 }
 
-/// What happens to a prompt, named by its number in [`Prompts::own`].
+/// What happens to a prompt, named by its number among the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Its sequence joined.
@@ -58,12 +58,20 @@ struct Active {
     /// Its number.
     prompt: usize,
     id: SequenceId,
-    /// Tokens of its own ids that are in the cache: fewer than all while it prefills.
+    /// How many of its own ids are in the cache: fewer than all while it prefills.
     prefilled: usize,
 }
 
-/// Generates greedily after each prompt, as many at a time as the engine has room for. Each prompt gets the ids that
-/// it gets alone. `on_event` hears of each token as it comes, with the cache's counts.
+impl Active {
+    /// What is left to prefill: nothing once it decodes.
+    fn rest<'a>(&self, requests: &'a [Request]) -> &'a [u32] {
+        &requests[self.prompt].ids[self.prefilled..]
+    }
+}
+
+/// Generates greedily after each prompt, for as many at a time as the engine takes in a step. All prompts begin with
+/// `shared`, which may be empty. Each prompt gets the ids that it gets alone. `on_event` hears of each token as it
+/// comes, with the cache's counts.
 ///
 /// # Errors
 ///
@@ -71,15 +79,15 @@ struct Active {
 pub fn serve(
     engine: &mut Engine,
     cache: &mut SequenceCache,
-    prompts: Prompts<'_>,
+    shared: &[u32],
+    requests: &[Request],
     settings: Settings,
     on_event: &mut dyn FnMut(Event, &Stats) -> Result<()>,
 ) -> Result<Served> {
-    let Prompts { shared, own } = prompts;
-    ensure!(own.iter().all(|ids| !ids.is_empty()), "a prompt has no token of its own");
+    ensure!(requests.iter().all(|it| !it.ids.is_empty()), "a prompt has no token of its own");
     let banned = settings.end.filter(|_| settings.ignore_end);
-    let mut served = Served { ids: vec![Vec::new(); own.len()], ..Default::default() };
-    let mut waiting: VecDeque<usize> = (0..own.len()).collect();
+    let mut served = Served { ids: vec![Vec::new(); requests.len()], ..Default::default() };
+    let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
     let mut active: Vec<Active> = Vec::new();
     let mut parent = prefill_shared(engine, cache, shared, &mut served)?;
 
@@ -93,14 +101,14 @@ pub fn serve(
             active.push(Active { prompt, id, prefilled: 0 });
             on_event(Event::Joined(prompt), &cache.stats())?;
         }
-        // Nothing more will fork it. Its last page, if partly filled, goes to the last of its forks without a copy.
-        if waiting.is_empty() {
-            parent.take().map(|id| cache.remove(id)).transpose()?;
+        // All forks are made. Without their parent, the last one to write into a shared page needs no copy of it.
+        if let Some(id) = parent.take_if(|_| waiting.is_empty()) {
+            cache.remove(id)?;
         }
 
-        let pieces = plan(&active, prompts, &served.ids, engine.step_tokens());
+        let pieces = plan(&active, requests, &served.ids, engine.step_tokens());
         let tokens: usize = pieces.iter().map(|piece| piece.tokens.len()).sum();
-        let decoding = active.iter().filter(|it| it.prefilled == own[it.prompt].len()).count();
+        let decoding = active.iter().filter(|it| it.rest(requests).is_empty()).count();
         let start = Instant::now();
         let chosen = engine.next_of_sequences(cache, &pieces, banned)?;
         if decoding == 0 {
@@ -111,20 +119,20 @@ pub fn serve(
             served.step_times.push(start.elapsed());
             served.last_decoding = decoding;
         }
-        let results: Vec<_> =
-            pieces.iter().map(|piece| (piece.id, piece.tokens.len())).zip(chosen).collect();
+        let pieces: Vec<_> = pieces.iter().map(|piece| (piece.id, piece.tokens.len())).collect();
 
-        for ((id, count), token) in results {
+        for ((id, count), token) in pieces.into_iter().zip(chosen) {
             let Some(at) = active.iter().position(|it| it.id == id) else { continue };
-            let Active { prompt, prefilled, .. } = &mut active[at];
-            let prompt = *prompt;
-            *prefilled = own[prompt].len().min(*prefilled + count);
+            let Active { prompt, prefilled, .. } = active[at];
+            let Request { ids, max_new_tokens } = &requests[prompt];
+            let most = max_new_tokens.unwrap_or(settings.max_new_tokens);
+            active[at].prefilled = ids.len().min(prefilled + count);
             let Some(token) = token else { continue };
             let ids = &mut served.ids[prompt];
-            let mut has_ended = Some(token) == settings.end || settings.max_new_tokens == 0;
+            let mut has_ended = Some(token) == settings.end || most == 0;
             if !has_ended {
                 ids.push(token);
-                has_ended = ids.len() == settings.max_new_tokens;
+                has_ended = ids.len() == most;
                 on_event(Event::Token(prompt, token), &cache.stats())?;
             }
             if has_ended {
@@ -161,15 +169,14 @@ fn prefill_shared(
 /// that joined first.
 fn plan<'a>(
     active: &[Active],
-    prompts: Prompts<'a>,
+    requests: &'a [Request],
     generated: &'a [Vec<u32>],
     room: usize,
 ) -> Vec<Piece<'a>> {
-    let rest = |it: &Active| &prompts.own[it.prompt][it.prefilled..];
-    let decoding = active.iter().filter(|it| rest(it).is_empty()).count();
+    let decoding = active.iter().filter(|it| it.rest(requests).is_empty()).count();
     let mut left = room.saturating_sub(decoding);
     let piece = |it: &Active| {
-        let rest = rest(it);
+        let rest = it.rest(requests);
         let tokens = match generated[it.prompt].last() {
             // The token chosen last is not in the cache yet.
             Some(token) if rest.is_empty() => std::slice::from_ref(token),
