@@ -6,8 +6,6 @@
 
 struct Stage {
     rows: u32,   // rows of the matrix that the dispatch works on
-    tokens: u32, // new tokens of each batch row
-    past: u32,   // tokens before these
     banned: u32, // a token that is never chosen
 }
 

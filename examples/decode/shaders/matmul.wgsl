@@ -9,8 +9,6 @@
 
 struct Stage {
     rows: u32,   // M: rows of the matrix that the dispatch works on
-    tokens: u32, // new tokens of each batch row
-    past: u32,   // tokens before these
     banned: u32, // a token that is never chosen
 }
 

@@ -1,21 +1,13 @@
 // RMS norm: scales each row to a root mean square of one, then by a weight per element.
 
-@group(0) @binding(0) var<uniform> stage: Stage;
+@group(0) @binding(0) var<storage, read> ends: array<u32>;         // rows of `hidden` that the head reads
 @group(0) @binding(1) var<storage, read> weight: array<vec4<f32>>; // [WIDTH]
-@group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>; // [batch * tokens, WIDTH]
+@group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>; // [tokens, WIDTH]
 @group(0) @binding(3) var normed: texture_storage_2d<rgba32float, write>; // [rows, WIDTH], four elements a texel
-
-struct Stage {
-    rows: u32,   // rows of the matrix that the dispatch works on
-    tokens: u32, // new tokens of each batch row
-    past: u32,   // tokens before these
-    banned: u32, // a token that is never chosen
-}
 
 override WIDTH: u32;
 override EPSILON: f32;
-// The head needs only the last token of each batch row: row i is then taken from token i * tokens +
-// tokens - 1.
+// The head needs only the last token of each sequence: row i of `normed` is then row ends[i] of `hidden`.
 override LAST: bool = false;
 
 const THREADS: u32 = 64;
@@ -29,7 +21,11 @@ fn main(
 ) {
     let quads = WIDTH / 4u;
     let row = group.x;
-    let source = select(row, row * stage.tokens + stage.tokens - 1u, LAST) * quads;
+    var token = row;
+    if LAST {
+        token = ends[row];
+    }
+    let source = token * quads;
 
     var squares = 0.0;
     for (var i = thread; i < quads; i += THREADS) {

@@ -1,18 +1,11 @@
 // Rotary position: turns the heads of a fused projection, writes K and V in the cache's type.
 
-@group(0) @binding(0) var<uniform> stage: Stage;
+@group(0) @binding(0) var<storage, read> positions: array<u32>;         // [rows]: the position of each token
 @group(0) @binding(1) var<storage, read> turns: array<vec2<f32>>;       // [positions, PAIRS] of (cos, sin)
 @group(0) @binding(2) var<storage, read> projected: array<vec2<f32>>;   // [rows, HEADS + 2 * KV_HEADS, PAIRS] of pairs
 @group(0) @binding(3) var<storage, read_write> query: array<vec2<f32>>; // [rows, HEADS, PAIRS] of pairs
 @group(0) @binding(4) var<storage, read_write> key: array<u32>;         // [rows, KV_HEADS, 2 * PAIRS] of DTYPE
 @group(0) @binding(5) var<storage, read_write> value: array<u32>;       // as key
-
-struct Stage {
-    rows: u32,   // rows of the matrix that the dispatch works on
-    tokens: u32, // new tokens of each batch row
-    past: u32,   // tokens before these
-    banned: u32, // a token that is never chosen
-}
 
 override HEADS: u32;
 override KV_HEADS: u32;
@@ -29,8 +22,7 @@ fn main(
         return;
     }
     let pair = projected[row * (HEADS + 2u * KV_HEADS) * PAIRS + i];
-    let position = stage.past + row % stage.tokens;
-    let turn = turns[position * PAIRS + i % PAIRS];
+    let turn = turns[positions[row] * PAIRS + i % PAIRS];
     let turned = vec2<f32>(pair.x * turn.x - pair.y * turn.y, pair.x * turn.y + pair.y * turn.x);
 
     let queries = HEADS * PAIRS;

@@ -23,17 +23,21 @@ const PANELS: usize = 8;
 /// Bytes from one set of parameters to the next in a uniform buffer: the alignment that every device accepts.
 pub(crate) const SLOT: usize = 256;
 
-/// Working memory, reused by every layer and step. `rows` are the new tokens of all batch rows:
-/// `[batch, tokens]`.
+/// Working memory, reused by every layer and step. `rows` are the new tokens of a step: those of all batch rows,
+/// `[batch, tokens]`, or the packed tokens of all sequences.
 pub(crate) struct Buffers {
     /// The most rows of a step.
     pub(crate) max_rows: usize,
-    /// Two slots of parameters: one for the layers, whose rows are all new tokens, and one for the head, whose rows
-    /// are the batch rows.
+    /// Two slots of parameters: for the layers, whose rows are all new tokens, and for the head,
+    /// whose rows are last tokens.
     pub(crate) stage: wgpu::Buffer,
     /// Token ids: `[rows]`.
     pub(crate) tokens: wgpu::Buffer,
-    /// Cosines and sines of the rotary angles of each position: `[max_tokens, head_dim / 2, 2]`.
+    /// The position of each token: `[rows]`.
+    pub(crate) positions: wgpu::Buffer,
+    /// The row of each last token whose logits are wanted: `[batch]`.
+    pub(crate) ends: wgpu::Buffer,
+    /// Cosines and sines of each position: `[max_tokens, head_dim / 2, 2]`.
     pub(crate) turns: wgpu::Buffer,
     /// The residual stream: `[rows, width]`.
     pub(crate) hidden: wgpu::Buffer,
@@ -43,7 +47,7 @@ pub(crate) struct Buffers {
     pub(crate) projected: wgpu::Buffer,
     /// Queries after the rotary embedding: `[rows, heads, head_dim]`.
     pub(crate) query: wgpu::Buffer,
-    /// New keys: `[batch, tokens, kv_heads, head_dim]` in the cache's type.
+    /// New keys: `[rows, kv_heads, head_dim]` in the cache's type.
     pub(crate) key: wgpu::Buffer,
     /// New values, as the keys.
     pub(crate) value: wgpu::Buffer,
@@ -55,11 +59,11 @@ pub(crate) struct Buffers {
     pub(crate) gate_up: wgpu::Buffer,
     /// Their activation: `[rows, feed_forward]`.
     pub(crate) activated: wgpu::TextureView,
-    /// The norm of each batch row's last token: `[batch, width]`.
+    /// The norm of each last token: `[batch, width]`.
     pub(crate) last: wgpu::TextureView,
     /// `[batch, vocabulary]`.
     pub(crate) logits: wgpu::Buffer,
-    /// The best token of each batch row: `[batch]`.
+    /// The best token after each last token: `[batch]`.
     pub(crate) chosen: wgpu::Buffer,
     /// A mappable buffer for results, as large as the logits.
     pub(crate) readback: wgpu::Buffer,
@@ -97,7 +101,8 @@ impl Buffers {
         let Config { width, heads, kv_heads, head_dim, feed_forward, vocabulary, .. } =
             model.config;
         let storage = wgpu::BufferUsages::STORAGE;
-        let max_rows = options.max_tokens.min(PROMPT_ROWS).max(options.max_batch);
+        let all = options.max_tokens.saturating_mul(options.max_batch);
+        let max_rows = all.min(PROMPT_ROWS).max(options.max_batch);
         let rows = max_rows.next_multiple_of(TILE);
         let batch = options.max_batch.next_multiple_of(TILE);
         let floats =
@@ -111,6 +116,8 @@ impl Buffers {
             max_rows,
             stage: buffer(gpu, "stage", 2 * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
             tokens: buffer(gpu, "tokens", 4 * rows, storage | written)?,
+            positions: buffer(gpu, "positions", 4 * rows, storage | written)?,
+            ends: buffer(gpu, "last tokens", 4 * batch, storage | written)?,
             turns: gpu.device().create_buffer_init(&BufferInitDescriptor {
                 label: Some("rope turns"),
                 contents: bytemuck::cast_slice(&turns(model, options.max_tokens)?),
@@ -190,13 +197,25 @@ impl Groups {
         kernels: &Kernels,
         buffers: &Buffers,
     ) -> Result<Self> {
-        let Buffers { stage, tokens, turns, hidden, normed, projected, query, key, value, .. } =
+        let Buffers { stage, tokens, positions, ends, turns, hidden, normed, projected, .. } =
             buffers;
-        let Buffers { mixed, mixed_texels, gate_up, activated, last, logits, chosen, .. } = buffers;
-        let (all, ends) = (slot(stage, 0), slot(stage, 1));
+        let Buffers {
+            query,
+            key,
+            value,
+            mixed,
+            mixed_texels,
+            gate_up,
+            activated,
+            last,
+            logits,
+            chosen,
+            ..
+        } = buffers;
+        let (all, head) = (slot(stage, 0), slot(stage, 1));
         let texels = Bound::Texture;
         let norm = |weight| {
-            kernels.norm.bind(gpu, &[all.clone(), whole(weight), whole(hidden), texels(normed)])
+            kernels.norm.bind(gpu, &[whole(ends), whole(weight), whole(hidden), texels(normed)])
         };
         let product =
             |matrix: &Matrix, input, output| kernels.matmul.bind(gpu, &all, matrix, input, output);
@@ -213,16 +232,16 @@ impl Groups {
             })
         });
         let turned = [projected, query, key, value].map(whole);
-        let rope: Vec<_> = [all.clone(), whole(turns)].into_iter().chain(turned).collect();
-        let last_norm = [all.clone(), whole(&model.output_norm), whole(hidden), texels(last)];
+        let rope: Vec<_> = [positions, turns].map(whole).into_iter().chain(turned).collect();
+        let last_norm = [whole(ends), whole(&model.output_norm), whole(hidden), texels(last)];
         Ok(Self {
             embed: kernels.embed.bind(gpu, &model.embedding, tokens, hidden)?,
             rope: kernels.rope.bind(gpu, &rope),
             to_texture: kernels.to_texture.bind(gpu, &[whole(mixed), texels(mixed_texels)]),
             swiglu: kernels.swiglu.bind(gpu, &[whole(gate_up), texels(activated)]),
             norm_last: kernels.norm_last.bind(gpu, &last_norm),
-            head: kernels.matmul.bind(gpu, &ends, &model.head, last, logits)?,
-            argmax: kernels.argmax.bind(gpu, &[ends, whole(logits), whole(chosen)]),
+            head: kernels.matmul.bind(gpu, &head, &model.head, last, logits)?,
+            argmax: kernels.argmax.bind(gpu, &[head, whole(logits), whole(chosen)]),
             layers: layers.collect::<Result<_>>()?,
         })
     }

@@ -1,19 +1,30 @@
 //! One step of the model: new tokens in, a choice or logits out, one compute pass.
 //!
-//! All uses of the cache in a step are in [`Engine::record`]:
+//! There are two kinds of step. [`Engine::next_tokens`] and [`Engine::logits`] run equally many tokens in each
+//! batch row of a [`KVCache`]. [`Engine::next_of_sequences`] runs the packed tokens of sequences of a
+//! [`SequenceCache`]: one token of a sequence that decodes, a piece of a prompt of one that prefills.
+//! Both record the same layers ([`Engine::record`]), and the cache's part in them is small:
 //!
-//! 1. Beam search first moves the batch rows of the cache: `batch_repeat_interleave` or `reorder_cache`.
-//! 2. In each layer the projection writes K and V to a buffer, and `update` appends them to the layer's tokens. It
-//!    returns a view of the layer.
-//! 3. `Attention::record` reads that view in place. The engine does not depend on the kind of cache or its layout.
+//! 1. Before the layers, beam search moves the batch rows of the cache (`batch_repeat_interleave` or
+//!    `reorder_cache`), and a step of sequences is planned (`plan_step`), which allocates its pages.
+//! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the
+//!    tokens that the layer holds. It returns a view of where the layer's tokens lie now.
+//! 3. `Attention::record` attends to that view in place, whatever kind of cache returned it: the
+//!    engine never asks how the tokens lie.
 //!
-//! The library records its dispatches into the same pass as the model's own kernels. So a whole step is one
-//! submission, and only its result is copied to the host.
+//! The model's own kernels do not ask either: the host writes the position of each token, and the row of each
+//! last token whose logits are wanted.
+//!
+//! The library records its dispatches into the same pass as the model's own kernels, so that a
+//! whole step is one submission, and all that comes back to the host is its result.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use wgpu_kvcache::{Attention, AttentionOptions, CachePosition, DType, Gpu, KVCache, wgpu};
+use wgpu_kvcache::{
+    Attention, AttentionOptions, CachePosition, CompileScope, DType, Gpu, KVCache, LayerShape,
+    LayerView, Layout, SequenceCache, SequenceId, Step, TensorView, wgpu,
+};
 
 use crate::buffers::{Buffers, Groups, SLOT};
 use crate::kernels::Kernels;
@@ -29,7 +40,7 @@ pub struct Options {
     pub dtype: DType,
     /// The longest sequence, in tokens.
     pub max_tokens: usize,
-    /// The most batch rows.
+    /// The most batch rows, or sequences in one step.
     pub max_batch: usize,
 }
 
@@ -44,14 +55,75 @@ pub enum Rows<'a> {
     Reorder(&'a [u32]),
 }
 
-/// The last part of a step.
+/// New tokens of one sequence in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// The sequence.
+    pub id: SequenceId,
+    /// One token if the sequence decodes; its prompt or a piece of it if it prefills.
+    pub tokens: &'a [u32],
+    /// Whether to choose the token after them: not if more of the prompt follows.
+    pub is_last: bool,
+}
+
+/// What the host writes for a step.
+struct Inputs<'a> {
+    /// Token ids, one a row.
+    tokens: &'a [u32],
+    /// The position of each token.
+    positions: &'a [u32],
+    /// The rows of the last tokens whose logits are wanted.
+    ends: &'a [u32],
+    /// A token that is never chosen.
+    banned: Option<u32>,
+}
+
+/// Where a step's K and V are written. Its queries attend to what is there then.
+enum Target<'a> {
+    /// Behind what each batch row of a cache holds.
+    Rows { cache: &'a mut dyn KVCache, batch: usize },
+    /// Behind what each sequence of a planned step holds.
+    Sequences { cache: &'a mut SequenceCache, step: &'a Step },
+    /// Nowhere, and nothing attends: a run of the model's own kernels alone.
+    Nowhere,
+}
+
+impl Target<'_> {
+    /// Batch rows of the step's tensors. Packed tokens are one row.
+    fn batch(&self) -> usize {
+        match self {
+            Self::Rows { batch, .. } => *batch,
+            Self::Sequences { .. } | Self::Nowhere => 1,
+        }
+    }
+
+    /// Writes K and V of one layer, and returns what its queries attend to.
+    fn update(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        layer: usize,
+        key: &TensorView<'_>,
+        value: &TensorView<'_>,
+    ) -> Result<Option<LayerView>> {
+        let view = match self {
+            Self::Rows { cache, .. } => {
+                cache.update(pass, key, value, layer, CachePosition::Append)?
+            }
+            Self::Sequences { cache, step } => cache.update(pass, step, layer, key, value)?,
+            Self::Nowhere => return Ok(None),
+        };
+        Ok(Some(view))
+    }
+}
+
+/// What a step ends with.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
     /// No result: a part of a prompt, but not its last.
     Cache,
-    /// The logits of each batch row's last token.
+    /// The logits of the last tokens.
     Logits,
-    /// The logits, and the best token of each row.
+    /// Those, and the best token after each.
     Token,
 }
 
@@ -104,22 +176,46 @@ impl Engine {
         &self.model.config
     }
 
-    /// Runs every kind of step once. Drivers finish the compilation of a pipeline at its first dispatch; after a
-    /// warm-up this does not add to the time of the first prompt. `cache` must be of the kind that is used later,
-    /// because kinds differ in their pipelines; its memory is freed.
+    /// The shapes of the model's layers, for a cache that is made with them.
+    pub fn layer_shapes(&self) -> Vec<LayerShape> {
+        let Config { layers, kv_heads: heads, head_dim, .. } = self.model.config;
+        let dtype = self.options.dtype;
+        vec![LayerShape { dtype, heads, key_dim: head_dim, value_dim: head_dim }; layers]
+    }
+
+    /// The most tokens of one step of sequences.
+    pub fn step_tokens(&self) -> usize {
+        self.buffers.max_rows
+    }
+
+    /// The most sequences of one step.
+    pub fn max_batch(&self) -> usize {
+        self.options.max_batch
+    }
+
+    /// Compiles ahead, so that the first prompt does not wait for it: the kernels of caches whose views have
+    /// `layout`, and of attention. The model's own kernels are compiled since [`Self::new`], and run once in every
+    /// shape here, because some drivers finish compiling a pipeline when it first runs.
     ///
     /// # Errors
     ///
-    /// As for [`Self::next_tokens`].
-    pub fn warm_up(&mut self, mut cache: Box<dyn KVCache>) -> Result<()> {
-        for tokens in [8, 3, 1] {
-            if tokens <= self.options.max_tokens {
-                self.next_tokens(cache.as_mut(), &vec![0; tokens], 1, None)?;
-                cache.reset();
+    /// Where a kernel does not compile.
+    pub fn warm_up(&mut self, layout: Layout) -> Result<()> {
+        self.gpu.compile(&self.layer_shapes(), &[layout], CompileScope::CachesAndAttention)?;
+        for rows in [8, 3, 1] {
+            if rows <= self.buffers.max_rows {
+                let (tokens, banned) = (vec![0; rows], None);
+                // As many last tokens as an engine can choose after: the head has the same shapes.
+                let ends: Vec<u32> = (0..).take(rows.min(self.options.max_batch)).collect();
+                let inputs = Inputs { tokens: &tokens, positions: &tokens, ends: &ends, banned };
+                let mut encoder = self.encoder("warm-up");
+                let mut pass = encoder.begin_compute_pass(&Default::default());
+                self.record(&mut pass, Target::Nowhere, &inputs, Ending::Token)?;
+                drop(pass);
+                self.gpu.queue().submit([encoder.finish()]);
             }
         }
-        // The old one's bind groups keep the cache's buffers alive. The pipelines belong to the `Gpu`.
-        self.attention = Attention::new(&self.gpu);
+        self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
         Ok(())
     }
 
@@ -157,9 +253,55 @@ impl Engine {
         self.read(batch * self.model.config.vocabulary)
     }
 
-    /// The time of the cache's own dispatches of a step, from the start of recording to the end of the work: a reorder
-    /// of the batch rows, then for each layer a new token that overwrites the last one. This destroys the cache's
-    /// content. If `parents` is `None`, the pass is empty, and the time is that of a submission alone.
+    /// Runs a step of sequences: the tokens of each piece behind what its sequence holds. Returns the best next token
+    /// of each piece, other than `banned`, if it [is the last](Piece::is_last) one.
+    ///
+    /// # Errors
+    ///
+    /// Where the tokens do not fit the engine or the cache. The cache is then of no more use.
+    pub fn next_of_sequences(
+        &mut self,
+        cache: &mut SequenceCache,
+        pieces: &[Piece<'_>],
+        banned: Option<u32>,
+    ) -> Result<Vec<Option<u32>>> {
+        let (most, max_rows) = (self.options.max_batch, self.buffers.max_rows);
+        let tokens = pieces.iter().flat_map(|piece| piece.tokens).copied().collect::<Vec<_>>();
+        ensure!(
+            pieces.len() <= most && tokens.len() <= max_rows,
+            "{} tokens of {} sequences, and a step holds {max_rows} of {most}",
+            tokens.len(),
+            pieces.len()
+        );
+        self.check_tokens(&tokens)?;
+        let mut counts = Vec::with_capacity(pieces.len());
+        for &Piece { id, tokens, .. } in pieces {
+            self.check_length(cache.next_position(id)?, tokens.len())?;
+            counts.push((id, tokens.len()));
+        }
+
+        let mut encoder = self.encoder("step of sequences");
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        let step = cache.plan_step(&mut pass, &counts)?;
+        // After `offsets[i + 1]` rows the tokens of piece i end.
+        let rows_after = step.offsets().iter().skip(1);
+        let ends = rows_after.zip(pieces).filter(|(_, piece)| piece.is_last);
+        let ends: Vec<u32> = ends.map(|(rows, _)| rows - 1).collect();
+        let inputs = Inputs { tokens: &tokens, positions: step.positions(), ends: &ends, banned };
+        let ending = if ends.is_empty() { Ending::Cache } else { Ending::Token };
+        self.record(&mut pass, Target::Sequences { cache, step: &step }, &inputs, ending)?;
+        drop(pass);
+        self.submit(encoder, ends.len(), ending)?;
+
+        let chosen = if ends.is_empty() { Vec::new() } else { self.read(ends.len())? };
+        let mut chosen = chosen.into_iter();
+        Ok(pieces.iter().map(|piece| if piece.is_last { chosen.next() } else { None }).collect())
+    }
+
+    /// The time that the cache's own dispatches of a step take, from submission to the end of the
+    /// work: for each layer a new token, written over the last one, after a reordering of the batch
+    /// rows. This spoils what the cache holds. With `parents` as `None` the pass is empty, which
+    /// tells what a submission costs by itself.
     ///
     /// # Errors
     ///
@@ -169,28 +311,66 @@ impl Engine {
         cache: &mut dyn KVCache,
         parents: Option<&[u32]>,
     ) -> Result<Duration> {
-        let start = Instant::now();
-        let mut encoder = self.encoder("the cache alone");
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        if let Some(parents) = parents {
+        self.time(|pass| {
+            let Some(parents) = parents else { return Ok(()) };
             if parents.len() > 1 {
-                cache.reorder_cache(&mut pass, parents)?;
+                cache.reorder_cache(pass, parents)?;
             }
             let last = u32::try_from(cache.get_seq_length(0)?)?.saturating_sub(1);
             for layer in 0..self.model.config.layers {
-                let (key, value) = self.buffers.new_keys_and_values(
-                    &self.model.config,
-                    self.options.dtype,
-                    parents.len(),
-                    1,
-                )?;
-                cache.update(&mut pass, &key, &value, layer, CachePosition::At(last))?;
+                let (key, value) = self.new_keys_and_values(parents.len(), 1)?;
+                cache.update(pass, &key, &value, layer, CachePosition::At(last))?;
             }
-        }
+            Ok(())
+        })
+    }
+
+    /// The same for a step that decodes one token of each of some sequences, which then have it more. With none the
+    /// pass is empty.
+    ///
+    /// # Errors
+    ///
+    /// Where the cache refuses.
+    pub fn time_sequences_alone(
+        &self,
+        cache: &mut SequenceCache,
+        sequences: &[SequenceId],
+    ) -> Result<Duration> {
+        self.time(|pass| {
+            if sequences.is_empty() {
+                return Ok(());
+            }
+            let counts: Vec<_> = sequences.iter().map(|&id| (id, 1)).collect();
+            let step = cache.plan_step(pass, &counts)?;
+            for layer in 0..self.model.config.layers {
+                let (key, value) = self.new_keys_and_values(1, sequences.len())?;
+                cache.update(pass, &step, layer, &key, &value)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The time of a pass, from recording to the end of its work.
+    fn time(
+        &self,
+        record: impl FnOnce(&mut wgpu::ComputePass<'_>) -> Result<()>,
+    ) -> Result<Duration> {
+        let start = Instant::now();
+        let mut encoder = self.encoder("the cache alone");
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        record(&mut pass)?;
         drop(pass);
         self.gpu.queue().submit([encoder.finish()]);
         self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
         Ok(start.elapsed())
+    }
+
+    fn new_keys_and_values(
+        &self,
+        batch: usize,
+        count: usize,
+    ) -> Result<(TensorView<'_>, TensorView<'_>)> {
+        self.buffers.new_keys_and_values(&self.model.config, self.options.dtype, batch, count)
     }
 
     /// Runs one step, or several for a long prompt.
@@ -213,11 +393,7 @@ impl Engine {
             "{} tokens cannot be divided among {batch} batch rows; pass the same number, at least 1, for each",
             tokens.len()
         );
-        let vocabulary = self.model.config.vocabulary;
-        for &token in tokens {
-            let known = usize::try_from(token).is_ok_and(|token| token < vocabulary);
-            ensure!(known, "token {token} does not exist; the model has {vocabulary} tokens");
-        }
+        self.check_tokens(tokens)?;
         let max_rows = self.buffers.max_rows;
         if tokens.len() <= max_rows {
             return self.step(cache, tokens, batch, rows, banned, ending);
@@ -237,7 +413,27 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes the parameters of a step, records it into one pass, and submits.
+    /// Refuses tokens that the model does not know.
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let vocabulary = self.model.config.vocabulary;
+        for &token in tokens {
+            let known = usize::try_from(token).is_ok_and(|token| token < vocabulary);
+            ensure!(known, "there is no token {token}; the model knows {vocabulary}");
+        }
+        Ok(())
+    }
+
+    /// Refuses tokens at positions that the engine was not made for.
+    fn check_length(&self, past: usize, count: usize) -> Result<()> {
+        let most = self.options.max_tokens;
+        ensure!(
+            past + count <= most,
+            "{past} tokens and {count} more; the engine was made for {most}"
+        );
+        Ok(())
+    }
+
+    /// Records a step of batch rows into one pass, and submits.
     fn step(
         &mut self,
         cache: &mut dyn KVCache,
@@ -250,67 +446,59 @@ impl Engine {
         // A token's position is the number of tokens before it: the cache's length, because nothing is cropped.
         let past = cache.get_seq_length(0)?;
         let count = tokens.len() / batch;
-        let most = self.options.max_tokens;
-        ensure!(
-            past + count <= most,
-            "the cache holds {past} tokens and {count} are new, but the engine was made for {most}"
-        );
+        self.check_length(past, count)?;
+        let positions = size(past)?..size(past + count)?;
+        let positions: Vec<u32> = (0..batch).flat_map(|_| positions.clone()).collect();
+        let ends: Vec<u32> = (0..size(tokens.len())?).skip(count - 1).step_by(count).collect();
+        let inputs = Inputs { tokens, positions: &positions, ends: &ends, banned };
 
-        // `write_buffer` takes effect before all of the step's dispatches, so each range is written once per step.
-        let queue = self.gpu.queue().clone();
-        queue.write_buffer(&self.buffers.tokens, 0, bytemuck::cast_slice(tokens));
-        for (slot, rows) in [(0, tokens.len()), (1, batch)] {
-            let stage = [size(rows)?, size(count)?, size(past)?, banned.unwrap_or(NO_TOKEN)];
-            queue.write_buffer(
-                &self.buffers.stage,
-                slot * SLOT as u64,
-                bytemuck::cast_slice(&stage),
-            );
-        }
         let mut encoder = self.encoder("step");
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-            label: Some("step"),
-            timestamp_writes: None,
-        });
-        self.record(&mut pass, cache, batch, count, rows, ending)?;
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        match rows {
+            Rows::Keep => {}
+            Rows::Repeat(repeats) => cache.batch_repeat_interleave(&mut pass, repeats)?,
+            Rows::Reorder(parents) => cache.reorder_cache(&mut pass, parents)?,
+        }
+        self.record(&mut pass, Target::Rows { cache, batch }, &inputs, ending)?;
         drop(pass);
+        self.submit(encoder, batch, ending)
+    }
 
+    /// Submits a step, and copies its result, of `ends` last tokens, to where the host reads it.
+    fn submit(&self, mut encoder: wgpu::CommandEncoder, ends: usize, ending: Ending) -> Result<()> {
         let result = match ending {
             Ending::Cache => None,
-            Ending::Token => Some((&self.buffers.chosen, batch)),
-            Ending::Logits => Some((&self.buffers.logits, batch * self.model.config.vocabulary)),
+            Ending::Token => Some((&self.buffers.chosen, ends)),
+            Ending::Logits => Some((&self.buffers.logits, ends * self.model.config.vocabulary)),
         };
         if let Some((buffer, words)) = result {
             encoder.copy_buffer_to_buffer(buffer, 0, &self.buffers.readback, 0, bytes_of(words)?);
         }
-        queue.submit([encoder.finish()]);
+        self.gpu.queue().submit([encoder.finish()]);
         Ok(())
     }
 
-    /// Records a step: `count` new tokens in each of `batch` rows.
+    /// Records the model's layers, and what the step ends with.
     fn record(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
-        cache: &mut dyn KVCache,
-        batch: usize,
-        count: usize,
-        rows: Rows<'_>,
+        mut target: Target<'_>,
+        inputs: &Inputs<'_>,
         ending: Ending,
     ) -> Result<()> {
-        match rows {
-            Rows::Keep => {}
-            Rows::Repeat(repeats) => cache.batch_repeat_interleave(pass, repeats)?,
-            Rows::Reorder(parents) => cache.reorder_cache(pass, parents)?,
-        }
-
+        self.write(inputs)?;
         let Self { model, options, kernels, buffers, groups, attention, .. } = self;
         let Config { width, heads, kv_heads, head_dim, feed_forward, .. } = model.config;
-        let new = size(batch * count)?;
+        let new = size(inputs.tokens.len())?;
         let width = size(width)?;
         let quads_of_heads = size(heads * head_dim / 4)?;
         let quads_of_feed_forward = size(feed_forward / 4)?;
         let pairs_of_heads = size((heads + 2 * kv_heads) * head_dim / 2)?;
+        let batch = target.batch();
+        let count = inputs.tokens.len() / batch;
         let (query, mixed) = buffers.query_and_mixed(&model.config, batch, count)?;
+        let (key, value) =
+            buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
 
         kernels.embed.dispatch(pass, &groups.embed, width, new);
         for (layer, bound) in groups.layers.iter().enumerate() {
@@ -318,10 +506,9 @@ impl Engine {
             kernels.matmul.dispatch(pass, &bound.qkv, new);
             kernels.rope.dispatch(pass, &groups.rope, pairs_of_heads.div_ceil(64), new);
 
-            let (key, value) =
-                buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
-            let view = cache.update(pass, &key, &value, layer, CachePosition::Append)?;
-            attention.record(pass, &query, &view, &mixed, AttentionOptions::default())?;
+            if let Some(view) = target.update(pass, layer, &key, &value)? {
+                attention.record(pass, &query, &view, &mixed, AttentionOptions::default())?;
+            }
 
             kernels.to_texture.dispatch(pass, &groups.to_texture, quads_of_heads.div_ceil(64), new);
             kernels.matmul_add.dispatch(pass, &bound.attention_output, new);
@@ -332,12 +519,29 @@ impl Engine {
         }
 
         if ending != Ending::Cache {
-            let batch = size(batch)?;
-            kernels.norm_last.dispatch(pass, &groups.norm_last, batch, 1);
-            kernels.matmul.dispatch(pass, &groups.head, batch);
+            let ends = size(inputs.ends.len())?;
+            kernels.norm_last.dispatch(pass, &groups.norm_last, ends, 1);
+            kernels.matmul.dispatch(pass, &groups.head, ends);
             if ending == Ending::Token {
-                kernels.argmax.dispatch(pass, &groups.argmax, batch, 1);
+                kernels.argmax.dispatch(pass, &groups.argmax, ends, 1);
             }
+        }
+        Ok(())
+    }
+
+    /// Writes what a step reads. `write_buffer` takes effect before all of the step's dispatches, so everything is
+    /// written to a place of its own, once a step.
+    fn write(&self, inputs: &Inputs<'_>) -> Result<()> {
+        let Inputs { tokens, positions, ends, banned } = *inputs;
+        let (queue, buffers) = (self.gpu.queue(), &self.buffers);
+        for (buffer, words) in
+            [(&buffers.tokens, tokens), (&buffers.positions, positions), (&buffers.ends, ends)]
+        {
+            queue.write_buffer(buffer, 0, bytemuck::cast_slice(words));
+        }
+        for (slot, rows) in [(0, tokens.len()), (1, ends.len())] {
+            let stage = [size(rows)?, banned.unwrap_or(NO_TOKEN)];
+            queue.write_buffer(&buffers.stage, slot * SLOT as u64, bytemuck::cast_slice(&stage));
         }
         Ok(())
     }

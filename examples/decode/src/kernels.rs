@@ -205,7 +205,7 @@ pub(crate) struct Kernels {
     pub(crate) embed: Embed,
     /// RMS norm of every row.
     pub(crate) norm: Kernel,
-    /// RMS norm of the last token of each batch row.
+    /// RMS norm of the last token of each sequence.
     pub(crate) norm_last: Kernel,
     /// Matrix products.
     pub(crate) matmul: MatMul,
@@ -245,7 +245,7 @@ impl Kernels {
             },
         );
         let norm = include_str!("../shaders/rms_norm.wgsl");
-        let norm_binds = [Uniform, Read, Read, Store];
+        let norm_binds = [Read, Read, Read, Store];
         Ok(Self {
             embed: embed(gpu, model, &[width]),
             norm: kernel(gpu, "rms norm", norm, &norm_binds, &[width, epsilon]),
@@ -262,7 +262,7 @@ impl Kernels {
                 gpu,
                 "rope",
                 include_str!("../shaders/rope.wgsl"),
-                &[Uniform, Read, Read, Write, Write, Write],
+                &[Read, Read, Read, Write, Write, Write],
                 &[heads, kv_heads, ("PAIRS", size(config.head_dim / 2)?), dtype],
             ),
             to_texture: kernel(

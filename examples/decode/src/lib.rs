@@ -11,7 +11,8 @@
 //! - `buffers.rs`: working memory and bind groups, created once.
 //! - `engine.rs`: one step of the model, one compute pass.
 //! - `generate.rs`: the greedy loop and beam search.
-//! - `share.rs`: the share of a step's time that the cache takes.
+//! - `serve.rs`: several prompts at once, in sequences that join and leave.
+//! - `share.rs`: how much of a step the cache takes.
 
 mod buffers;
 mod engine;
@@ -20,15 +21,17 @@ mod generate;
 mod gguf;
 mod kernels;
 mod model;
+mod serve;
 mod share;
 mod tokenizer;
 mod weights;
 
-pub use engine::{Engine, Options, Rows};
+pub use engine::{Engine, Options, Piece, Rows};
 pub use format::Format;
 pub use generate::{Generation, Settings, beam_search, greedy};
 pub use gguf::GgufFile;
 pub use model::{Config, Model};
-pub use share::cache_share;
+pub use serve::{Event, Request, Served, serve};
+pub use share::{cache_share, sequences_share};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Matrix;

@@ -4,27 +4,33 @@
 //! cargo run --release -p decode -- --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt "The capital of France is"
 //! ```
 //!
+//! With several prompts, `--prompts` or `--system` it serves them together, each as a sequence of a `SequenceCache`.
 //! Start reading at `engine.rs`.
+
+mod progress;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use wgpu_kvcache::{
-    CacheOptions, DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache,
+    CacheOptions, DType, DynamicKVCache, Gpu, KVCache, Layout, PagedKVCache, SequenceCache,
+    StaticKVCache, Stats,
 };
 
 use decode_engine::{
-    Config, Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer, beam_search,
-    cache_share, greedy,
+    Config, Engine, Generation, GgufFile, Model, Options, Request, Settings, Tokenizer,
+    beam_search, cache_share, greedy, sequences_share, serve,
 };
 
-/// Generates text with a Llama model. Its K/V cache is on the GPU.
+use crate::progress::Progress;
+
+/// Generates text with a Llama model, its K/V cache kept on the GPU.
 #[derive(Parser)]
 #[command(name = "decode")]
 struct Arguments {
@@ -34,19 +40,30 @@ struct Arguments {
         help = "Model: a GGUF file of the llama architecture (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K or Q6_K)"
     )]
     model: PathBuf,
-    /// Text to continue, without a chat template.
+    /// Text to go on from, taken as it is. May be given several times: the prompts are then served together.
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
+    prompt: Vec<String>,
+    /// File of prompts, one a line; empty lines are skipped.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    prompts: Option<PathBuf>,
+    /// Text that all prompts begin with. It is in the cache once. It is split into tokens by itself, and so is each
+    /// prompt: the ids of a prompt follow those of this text.
     #[arg(long, value_name = "TEXT")]
-    prompt: String,
-    /// The most tokens to generate.
+    system: Option<String>,
+    /// Most prompts to serve at a time. The others wait, and join as some end.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = positive)]
+    max_sequences: usize,
+    /// Most tokens to generate, of each prompt.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
     max_new_tokens: usize,
-    /// Beams of a beam search; 1 chooses the best token at every step. The text of a search is printed at its end.
+    /// Beams of a beam search; 1 takes the best token at every step. The text of a search comes at
+    /// its end. For one prompt only.
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = positive)]
     beams: usize,
-    /// Kind of cache.
-    #[arg(long, value_enum, default_value_t = CacheKind::Dynamic)]
-    cache: CacheKind,
-    /// Type of K and V in the cache: f32, f16 or bf16.
+    /// Kind of cache: dynamic if nothing is given. Several prompts, --prompts and --system are served from pages.
+    #[arg(long, value_enum)]
+    cache: Option<CacheKind>,
+    /// Type in which K and V are cached: f32, f16 or bf16.
     #[arg(long, default_value_t = DType::F32)]
     dtype: DType,
     /// Never choose the end token, so that --max-new-tokens tokens are generated.
@@ -63,32 +80,108 @@ enum CacheKind {
     Dynamic,
     /// Allocated at once for the prompt and all new tokens.
     Static,
-    /// Pages that beams share; grows with the text.
+    /// In pages that beams and prompts share; grows with the text.
     Paged,
 }
 
-/// What `--json` prints.
+impl Arguments {
+    /// Whether prompts are served as sequences.
+    fn has_sequences(&self) -> bool {
+        self.prompt.len() > 1 || self.prompts.is_some() || self.system.is_some()
+    }
+
+    /// The texts of the prompts. Refuses what can be refused without the model.
+    fn texts(&self) -> Result<Vec<String>> {
+        if self.has_sequences() {
+            ensure!(
+                self.beams == 1,
+                "--beams {}: a beam search takes one --prompt, without --prompts and --system",
+                self.beams
+            );
+            ensure!(
+                matches!(self.cache, None | Some(CacheKind::Paged)),
+                "several prompts, --prompts and --system are served from pages; --cache takes paged, or leave it out"
+            );
+        }
+        ensure!(
+            self.system.as_ref().is_none_or(|text| !text.is_empty()),
+            "the text of --system is empty; it takes what all prompts begin with"
+        );
+        let Some(path) = &self.prompts else {
+            ensure!(
+                self.prompt.iter().all(|text| !text.is_empty()),
+                "the prompt is empty; --prompt takes the text to go on from"
+            );
+            return Ok(self.prompt.clone());
+        };
+        let file = std::fs::read_to_string(path);
+        let file = file.with_context(|| format!("cannot read the prompts {}", path.display()))?;
+        let lines = file.lines().filter(|line| !line.trim().is_empty());
+        let texts: Vec<String> = lines.map(str::to_owned).collect();
+        ensure!(!texts.is_empty(), "{} is empty; it takes a prompt a line", path.display());
+        Ok(texts)
+    }
+
+    fn settings(&self, tokenizer: &Tokenizer) -> Settings {
+        Settings {
+            max_new_tokens: self.max_new_tokens,
+            end: tokenizer.end,
+            ignore_end: self.ignore_eos,
+        }
+    }
+}
+
+/// The prompts of a run, as text and as ids.
+struct Work {
+    texts: Vec<String>,
+    /// What all prompts begin with.
+    shared: Vec<u32>,
+    /// The ids of each prompt after that.
+    own: Vec<Vec<u32>>,
+    /// Tokens of the longest prompt, with the new ones.
+    max_tokens: usize,
+}
+
+/// What `--json` prints. Of several prompts: `ids`, `text` and the like are those of the first one.
 #[derive(Serialize)]
-struct Report<'a> {
-    prompt_ids: &'a [u32],
+struct Report {
+    prompt_ids: Vec<u32>,
     /// Generated ids, of the best beam.
-    ids: &'a [u32],
+    ids: Vec<u32>,
     /// Their text.
-    text: &'a str,
-    /// All lists of ids, best first; a single one without beam search.
-    beams: &'a [Vec<u32>],
-    /// Sums of log-probabilities; empty without beam search.
-    beam_scores: &'a [f64],
-    /// Decode steps per second. Null if the first token was the last.
+    text: String,
+    /// All lists of ids, best first; one without beam search.
+    beams: Vec<Vec<u32>>,
+    /// Sums of log-probabilities; none without beam search.
+    beam_scores: Vec<f64>,
+    /// Of decoding: tokens a second of a prompt's best beam, or of all sequences together. Their steps may also
+    /// prefill prompts that join. Null where the first token was the last.
     tokens_per_second: Option<f64>,
+    /// In steps that only prefill.
     prompt_tokens_per_second: Option<f64>,
     /// Bytes that the cache has allocated.
     cache_bytes: u64,
     /// Share of a decode step that the cache's own dispatches take.
     cache_share: Option<f64>,
+    /// The most pages in use at a time, of one layer: all have the same. 0 for caches without pages.
+    peak_pages: u64,
+    /// Every prompt, in the order given.
+    sequences: Vec<Sequence>,
     adapter: String,
     /// The backend through which the adapter is used.
     backend: String,
+}
+
+/// One prompt and what came of it.
+#[derive(Serialize)]
+struct Sequence {
+    prompt: String,
+    /// Ids of the system text, if there is one, and of the prompt.
+    prompt_ids: Vec<u32>,
+    /// Generated ids.
+    ids: Vec<u32>,
+    /// Their text.
+    text: String,
 }
 
 fn main() -> ExitCode {
@@ -102,65 +195,27 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    // Checks that need no weights come before they are read.
-    ensure!(
-        !arguments.prompt.is_empty(),
-        "the prompt is empty; --prompt takes the text to continue"
-    );
+    // What can be refused without the weights is refused before they are read.
+    let texts = arguments.texts()?;
     let mut file = GgufFile::open(&arguments.model)?;
     let config = Config::from_gguf(&file)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
-    let prompt = tokenizer.encode(&arguments.prompt)?;
-    let max_tokens = prompt.len().saturating_add(arguments.max_new_tokens);
-    ensure!(
-        max_tokens <= config.context,
-        "the prompt has {} tokens, and with {} new ones that is more than the {} of the model's context",
-        prompt.len(),
-        arguments.max_new_tokens,
-        config.context
-    );
+    let work = Work::new(arguments, &config, &tokenizer, texts)?;
 
     let gpu = Gpu::headless()?;
     let model = load(&gpu, &mut file)?;
-    let options = Options { dtype: arguments.dtype, max_tokens, max_batch: arguments.beams };
-    let mut engine = Engine::new(&gpu, &model, options)?;
-    let make_cache = || -> Box<dyn KVCache> {
-        match arguments.cache {
-            CacheKind::Dynamic => Box::new(DynamicKVCache::new(&gpu)),
-            CacheKind::Static => Box::new(
-                StaticKVCache::with_options(
-                    &gpu,
-                    CacheOptions::default()
-                        .with_max_cache_len(max_tokens)
-                        .with_num_layers(config.layers),
-                )
-                .expect("both options"),
-            ),
-            CacheKind::Paged => Box::new(PagedKVCache::new(&gpu)),
-        }
+    let max_batch = if arguments.has_sequences() {
+        arguments.max_sequences.min(work.own.len())
+    } else {
+        arguments.beams
     };
-    engine.warm_up(make_cache())?;
-    let mut cache = make_cache();
-
-    let generation = generate(arguments, &mut engine, cache.as_mut(), &tokenizer, &prompt)?;
-    let ids = generation.beams.first().map_or(&[][..], Vec::as_slice);
-    let cache_bytes = cache.stats().bytes_allocated;
-    let info = gpu.device().adapter_info();
-    let report = Report {
-        prompt_ids: &prompt,
-        ids,
-        text: &tokenizer.decode(ids)?,
-        beams: &generation.beams,
-        beam_scores: &generation.scores,
-        tokens_per_second: per_second(
-            generation.step_times.len(),
-            generation.step_times.iter().sum(),
-        ),
-        prompt_tokens_per_second: per_second(prompt.len(), generation.prompt_time),
-        cache_bytes,
-        cache_share: cache_share(&engine, cache.as_mut(), &generation)?,
-        adapter: info.name,
-        backend: format!("{:?}", info.backend),
+    let max_tokens = work.max_tokens;
+    let options = Options { dtype: arguments.dtype, max_tokens, max_batch };
+    let mut engine = Engine::new(&gpu, &model, options)?;
+    let report = if arguments.has_sequences() {
+        serve_all(arguments, &gpu, &mut engine, &tokenizer, work)?
+    } else {
+        generate_one(arguments, &gpu, &mut engine, &tokenizer, work)?
     };
     if arguments.json {
         writeln!(io::stdout(), "{}", serde_json::to_string(&report)?)?;
@@ -170,7 +225,150 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Reads and uploads the weights, with a progress bar on stderr.
+impl Work {
+    /// Splits texts into tokens. Refuses prompts that are too long for the model.
+    fn new(
+        arguments: &Arguments,
+        config: &Config,
+        tokenizer: &Tokenizer,
+        texts: Vec<String>,
+    ) -> Result<Self> {
+        let shared = arguments.system.as_ref().map(|text| tokenizer.encode(text)).transpose()?;
+        let mut own = Vec::with_capacity(texts.len());
+        let mut max_tokens = 0;
+        for (number, text) in (1..).zip(&texts) {
+            let ids = match shared {
+                Some(_) => tokenizer.encode_more(text)?,
+                None => tokenizer.encode(text)?,
+            };
+            let which =
+                if texts.len() == 1 { "the prompt".to_owned() } else { format!("prompt {number}") };
+            ensure!(!ids.is_empty(), "{which} has no token");
+            let count = shared.as_ref().map_or(0, Vec::len) + ids.len();
+            let tokens = count.saturating_add(arguments.max_new_tokens);
+            ensure!(
+                tokens <= config.context,
+                "{which} has {count} tokens{}, and with {} new ones that is more than the {} of the model's context",
+                if shared.is_some() { " with the system text" } else { "" },
+                arguments.max_new_tokens,
+                config.context
+            );
+            max_tokens = max_tokens.max(tokens);
+            own.push(ids);
+        }
+        Ok(Self { texts, shared: shared.unwrap_or_default(), own, max_tokens })
+    }
+
+    /// Every prompt with the ids that came of it.
+    fn into_sequences(self, tokenizer: &Tokenizer, ids: Vec<Vec<u32>>) -> Result<Vec<Sequence>> {
+        let prompts = self.texts.into_iter().zip(self.own);
+        let sequences = prompts.zip(ids).map(|((prompt, own), ids)| {
+            let prompt_ids = [self.shared.as_slice(), own.as_slice()].concat();
+            Ok(Sequence { prompt, prompt_ids, text: tokenizer.decode(&ids)?, ids })
+        });
+        sequences.collect()
+    }
+}
+
+/// One prompt, in the kind of cache that is asked for.
+fn generate_one(
+    arguments: &Arguments,
+    gpu: &Gpu,
+    engine: &mut Engine,
+    tokenizer: &Tokenizer,
+    work: Work,
+) -> Result<Report> {
+    let (mut cache, layout): (Box<dyn KVCache>, _) =
+        match arguments.cache.unwrap_or(CacheKind::Dynamic) {
+            CacheKind::Dynamic => (Box::new(DynamicKVCache::new(gpu)), Layout::Contiguous),
+            CacheKind::Static => {
+                let options = CacheOptions::default()
+                    .with_max_cache_len(work.max_tokens)
+                    .with_num_layers(engine.config().layers);
+                (Box::new(StaticKVCache::with_options(gpu, options)?), Layout::Contiguous)
+            }
+            CacheKind::Paged => (Box::new(PagedKVCache::new(gpu)), Layout::Paged),
+        };
+    engine.warm_up(layout)?;
+    let prompt = &work.own[0];
+    let generation = generate(arguments, engine, cache.as_mut(), tokenizer, prompt)?;
+    let rates = [
+        per_second(generation.step_times.len(), generation.step_times.iter().sum()),
+        per_second(prompt.len(), generation.prompt_time),
+    ];
+    let stats = cache.stats();
+    let share = cache_share(engine, cache.as_mut(), &generation)?;
+    let ids = generation.beams.first().cloned().unwrap_or_default();
+    let sequences = work.into_sequences(tokenizer, vec![ids])?;
+    let beams = (generation.beams, generation.scores);
+    Ok(Report::new(gpu, sequences, beams, rates, share, stats))
+}
+
+/// Several prompts, or prompts that begin with the same text, as sequences of one cache.
+fn serve_all(
+    arguments: &Arguments,
+    gpu: &Gpu,
+    engine: &mut Engine,
+    tokenizer: &Tokenizer,
+    work: Work,
+) -> Result<Report> {
+    let options = CacheOptions::default().with_max_cache_len(work.max_tokens);
+    let mut cache = SequenceCache::with_options(gpu, &engine.layer_shapes(), options)?;
+    engine.warm_up(Layout::RaggedPaged)?;
+    let mut progress = Progress::new(tokenizer, work.own.len(), !arguments.json);
+    let requests = work.own.iter().map(|ids| Request { ids: ids.clone(), max_new_tokens: None });
+    let requests: Vec<_> = requests.collect();
+    let served = serve(
+        engine,
+        &mut cache,
+        &work.shared,
+        &requests,
+        arguments.settings(tokenizer),
+        &mut |event, stats| progress.follow(event, stats),
+    )?;
+    progress.finish();
+    let rates = [
+        per_second(served.decoded_tokens, served.step_times.iter().sum()),
+        per_second(served.prompt_tokens, served.prompt_time),
+    ];
+    let stats = cache.stats();
+    let share = sequences_share(engine, &mut cache, &served)?;
+    let sequences = work.into_sequences(tokenizer, served.ids)?;
+    let beams = (vec![sequences[0].ids.clone()], Vec::new());
+    Ok(Report::new(gpu, sequences, beams, rates, share, stats))
+}
+
+impl Report {
+    /// `rates`: tokens a second of decoding and of prefilling.
+    fn new(
+        gpu: &Gpu,
+        sequences: Vec<Sequence>,
+        (beams, beam_scores): (Vec<Vec<u32>>, Vec<f64>),
+        [tokens_per_second, prompt_tokens_per_second]: [Option<f64>; 2],
+        cache_share: Option<f64>,
+        stats: Stats,
+    ) -> Self {
+        let info = gpu.device().adapter_info();
+        let Sequence { prompt_ids, ids, text, .. } = &sequences[0];
+        Self {
+            prompt_ids: prompt_ids.clone(),
+            ids: ids.clone(),
+            text: text.clone(),
+            beams,
+            beam_scores,
+            tokens_per_second,
+            prompt_tokens_per_second,
+            cache_bytes: stats.bytes_allocated,
+            cache_share,
+            peak_pages: stats.peak_pages_used,
+            sequences,
+            adapter: info.name,
+            backend: format!("{:?}", info.backend),
+        }
+    }
+}
+
+/// Reads and uploads the weights behind a progress bar on stderr.
 fn load(gpu: &Gpu, file: &mut GgufFile) -> Result<Model> {
     let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}")?;
     let bar = ProgressBar::new(file.tensor_bytes()).with_style(style);
@@ -187,11 +385,7 @@ fn generate(
     tokenizer: &Tokenizer,
     prompt: &[u32],
 ) -> Result<Generation> {
-    let settings = Settings {
-        max_new_tokens: arguments.max_new_tokens,
-        end: tokenizer.end,
-        ignore_end: arguments.ignore_eos,
-    };
+    let settings = arguments.settings(tokenizer);
     let mut out = io::stdout().lock();
     let mut print = |text: &str| -> io::Result<()> {
         if arguments.json {
@@ -216,11 +410,14 @@ fn generate(
 }
 
 /// Prints the figures of a run to stderr.
-fn summarise(report: &Report<'_>) {
+fn summarise(report: &Report) {
     let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"));
     eprintln!("prompt   {} tokens/s", rate(report.prompt_tokens_per_second));
     eprintln!("decode   {} tokens/s", rate(report.tokens_per_second));
     eprintln!("cache    {} bytes", report.cache_bytes);
+    if report.peak_pages > 0 {
+        eprintln!("         {} pages at the peak, in each layer", report.peak_pages);
+    }
     if let Some(share) = report.cache_share {
         eprintln!("         {:.2} % of a decode step", 100.0 * share);
     }

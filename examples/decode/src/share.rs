@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use wgpu_kvcache::KVCache;
+use wgpu_kvcache::{KVCache, SequenceCache};
 
 use crate::engine::Engine;
 use crate::generate::Generation;
+use crate::serve::Served;
 
 /// How often a pass is repeated for a median.
 const REPEATS: usize = 15;
@@ -25,18 +26,49 @@ pub fn cache_share(
     cache: &mut dyn KVCache,
     generation: &Generation,
 ) -> Result<Option<f64>> {
-    let Some(step) = median(generation.step_times.clone()) else {
+    share(&generation.step_times, |is_empty| {
+        let parents = &generation.last_parents;
+        engine.time_cache_alone(cache, (!is_empty).then_some(parents))
+    })
+}
+
+/// The same for a step of as many sequences as decoded in the last one.
+///
+/// # Errors
+///
+/// If a pass fails.
+pub fn sequences_share(
+    engine: &Engine,
+    cache: &mut SequenceCache,
+    served: &Served,
+) -> Result<Option<f64>> {
+    let sequences =
+        (0..served.last_decoding).map(|_| cache.add()).collect::<Result<Vec<_>, _>>()?;
+    let share = share(&served.step_times, |is_empty| {
+        for &id in &sequences {
+            cache.truncate(id, 0)?;
+        }
+        engine.time_sequences_alone(cache, if is_empty { &[] } else { &sequences })
+    })?;
+    sequences.into_iter().try_for_each(|id| cache.remove(id))?;
+    Ok(share)
+}
+
+/// Compares the median of `step_times` to what `time` takes, less what it takes if its pass is empty.
+fn share(
+    step_times: &[Duration],
+    mut time: impl FnMut(bool) -> Result<Duration>,
+) -> Result<Option<f64>> {
+    let Some(step) = median(step_times.to_vec()) else {
         return Ok(None);
     };
-    let mut time = |parents: Option<&[u32]>| -> Result<Duration> {
-        // The first run may compile something.
-        engine.time_cache_alone(cache, parents)?;
-        let times =
-            (0..REPEATS).map(|_| engine.time_cache_alone(cache, parents)).collect::<Result<_>>()?;
+    let mut typical = |is_empty| -> Result<Duration> {
+        // The first time may compile something.
+        time(is_empty)?;
+        let times = (0..REPEATS).map(|_| time(is_empty)).collect::<Result<_>>()?;
         Ok(median(times).unwrap_or_default())
     };
-    let empty = time(None)?;
-    let alone = time(Some(&generation.last_parents))?;
+    let (empty, alone) = (typical(true)?, typical(false)?);
     Ok(Some(alone.saturating_sub(empty).as_secs_f64() / step.as_secs_f64()))
 }
 

@@ -94,8 +94,17 @@ impl Tokenizer {
     ///
     /// If the text cannot be split.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.opening.into_iter().chain(self.encode_more(text)?).collect())
+    }
+
+    /// The ids of a text that follows other ids: without the token that opens a text.
+    ///
+    /// # Errors
+    ///
+    /// If the text cannot be split.
+    pub fn encode_more(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(anyhow::Error::from_boxed)?;
-        Ok(self.opening.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of some ids; control tokens have none.

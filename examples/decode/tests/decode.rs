@@ -10,11 +10,12 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use serde::Deserialize;
 use wgpu_kvcache::{
     CacheOptions, DType, DynamicKVCache, Gpu, HeadlessOptions, KVCache, PagedKVCache,
-    StaticKVCache, wgpu,
+    SequenceCache, StaticKVCache, wgpu,
 };
 
 use decode_engine::{
-    Engine, Generation, GgufFile, Model, Options, Settings, Tokenizer, beam_search, greedy,
+    Engine, Event, Generation, GgufFile, Model, Options, Request, Settings, Tokenizer, beam_search,
+    greedy, serve,
 };
 
 #[derive(Deserialize)]
@@ -265,6 +266,99 @@ fn the_best_of_four_beams_and_its_score() {
     }
 }
 
+/// Tokens of a page.
+const PAGE: usize = 16;
+
+fn sequences(engine: &Engine, gpu: &Gpu) -> SequenceCache {
+    let options = CacheOptions::default().with_page_tokens(PAGE);
+    SequenceCache::with_options(gpu, &engine.layer_shapes(), options).expect("a cache")
+}
+
+/// 300 tokens: more than a step holds, and no whole number of pages.
+fn long_text() -> Vec<u32> {
+    let texts = reference().into_iter().map(|case| [case.prompt_ids, case.greedy].concat());
+    texts.flatten().take(300).collect()
+}
+
+/// Three of the prompts at a time. They have different lengths, so some join while others decode.
+#[test]
+fn all_prompts_in_one_run_get_the_ids_that_each_gets_alone() {
+    let loaded = loaded();
+    let cases = reference();
+    let request = |case: &Case| Request {
+        ids: case.prompt_ids.clone(),
+        max_new_tokens: Some(case.greedy.len()),
+    };
+    // The longest one first, and one that ends early, so that no two end in the same step.
+    let mut order: Vec<usize> = (0..cases.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(cases[i].greedy.len()));
+    let mut requests: Vec<Request> = order.iter().map(|&i| request(&cases[i])).collect();
+    requests[1].max_new_tokens = Some(7);
+    // One that is prefilled in two pieces: of the first, 256 tokens less those of the others are left.
+    let long = long_text();
+    let new = 4;
+    requests.insert(2, Request { ids: long.clone(), max_new_tokens: Some(new) });
+    let mut engine = loaded.engine(DType::F32, 310, 3);
+    let mut alone = loaded.cache(Kind::Dynamic, 0);
+    let long = greedy(&mut engine, alone.as_mut(), &long, loaded.settings(new), &mut |_| Ok(()));
+    let mut due: Vec<Vec<u32>> = order.iter().map(|&i| cases[i].greedy.clone()).collect();
+    due[1].truncate(7);
+    due.insert(2, long.expect("a generation").beams.remove(0));
+    let mut cache = sequences(&engine, &loaded.gpu);
+    let (mut active, mut most_active, mut streamed) = (0, 0, vec![Vec::new(); due.len()]);
+    let settings = loaded.settings(0);
+    let served = serve(&mut engine, &mut cache, &[], &requests, settings, &mut |event, stats| {
+        match event {
+            Event::Joined(_) => active += 1,
+            Event::Token(prompt, token) => streamed[prompt].push(token),
+            Event::Ended(_) => active -= 1,
+        }
+        most_active = most_active.max(active);
+        assert!(stats.pages_used <= stats.peak_pages_used);
+        Ok(())
+    })
+    .expect("a run");
+    assert_eq!(served.ids, due);
+    assert_eq!(streamed, served.ids, "what is streamed is what is returned");
+    assert_eq!((active, most_active), (0, 3));
+    assert_eq!(cache.stats().pages_used, 0, "all have left");
+}
+
+/// The pages of what all prompts begin with are there once, and each prompt goes on from them as if they were its own.
+#[test]
+fn prompts_that_begin_alike_share_pages() {
+    const NEW: usize = 4;
+    let loaded = loaded();
+    let cases = reference();
+    let shared = long_text();
+    let eighth = cases[0].greedy[..9].to_vec();
+    let own = cases.iter().map(|case| case.prompt_ids.clone()).chain([eighth]);
+    let requests: Vec<Request> = own.map(|ids| Request { ids, max_new_tokens: None }).collect();
+    assert_eq!((shared.len(), requests.len()), (300, 8));
+
+    let mut engine = loaded.engine(DType::F32, 330, 8);
+    let mut cache = sequences(&engine, &loaded.gpu);
+    let settings = loaded.settings(NEW);
+    let served =
+        serve(&mut engine, &mut cache, &shared, &requests, settings, &mut |_, _| Ok(())).unwrap();
+    // Whole pages of the prefix are shared. Behind them each sequence has its own, the first of which begins with a
+    // copy of the rest. The last token is not stored.
+    let tail = |it: &Request| (shared.len() % PAGE + it.ids.len() + NEW - 1).div_ceil(PAGE);
+    let bound = shared.len() / PAGE + requests.iter().map(tail).sum::<usize>();
+    let peak = cache.stats().peak_pages_used;
+    assert!(peak <= bound as u64, "{peak} pages, and {bound} are enough");
+
+    // Alone, a prompt follows the same ids in a cache of its own; what it begins with is run once for all.
+    let mut alone = loaded.cache(Kind::Dynamic, 0);
+    engine.next_tokens(alone.as_mut(), &shared, 1, None).unwrap();
+    for (request, ids) in requests.iter().zip(&served.ids) {
+        let generation =
+            greedy(&mut engine, alone.as_mut(), &request.ids, settings, &mut |_| Ok(()));
+        assert_eq!(*ids, generation.unwrap().beams[0], "after {:?}", request.ids);
+        alone.truncate(shared.len());
+    }
+}
+
 /// Runs the program.
 fn decode(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_decode")).args(arguments).output().expect("the program runs")
@@ -311,6 +405,48 @@ fn four_beams_in_pages_from_the_command_line() {
     assert!((score - case.beam_scores[0]).abs() <= 0.01, "a score of {score}");
     // Of each of 30 layers K and V, 8 pages: 4 rows end in the second page of their own.
     assert_eq!(report["cache_bytes"], 30 * 2 * 8 * 3 * 16 * 64 * 4);
+}
+
+/// The program serves several prompts: from flags as JSON, and from a file as text.
+#[test]
+fn several_prompts_from_the_command_line() {
+    let cases = reference();
+    let [first, second, third] = [&cases[0], &cases[2], &cases[6]];
+    let file = std::env::temp_dir().join(format!("kvcache-prompts-{}.txt", std::process::id()));
+    let lines = format!("{}\n\n{}\r\n   \n{}", first.prompt, second.prompt, third.prompt);
+    std::fs::write(&file, lines).expect("a scratch file");
+    let path = model_path();
+    let path = path.to_str().expect("a plain path");
+    let options = ["--max-sequences", "2", "--max-new-tokens", "5", "--ignore-eos"];
+    let given = ["--model", path, "--prompts", file.to_str().expect("a plain path")];
+    let output = decode(&[&given[..], &options].concat());
+    std::fs::remove_file(&file).expect("the scratch file goes");
+    let [printed, said] = [output.stdout, output.stderr].map(|it| String::from_utf8(it).unwrap());
+    assert!(output.status.success(), "{said}");
+    for (number, case) in (1..).zip([first, second, third]) {
+        let text = loaded().tokenizer.decode(&case.greedy[..5]).unwrap();
+        assert!(printed.contains(&format!("{number}: {text}\n")), "{number}: {text:?}: {printed}");
+    }
+    assert!(said.contains("pages at the peak"), "{said}");
+
+    let more = ["--prompt", &second.prompt, "--system", &third.prompt, "--cache", "paged"];
+    let report = report(&first.prompt, &[&options[..4], &more].concat());
+    let sequences = report["sequences"].as_array().expect("a list");
+    assert_eq!(sequences.len(), 2);
+    for (sequence, case) in sequences.iter().zip([first, second]) {
+        assert_eq!(sequence["prompt"], case.prompt);
+        let ids = [&third.prompt_ids[..], &case.prompt_ids].concat();
+        assert_eq!(sequence["prompt_ids"], serde_json::json!(ids));
+        assert_eq!(sequence["ids"].as_array().map(Vec::len), Some(5));
+        assert!(sequence["text"].as_str().is_some_and(|text| !text.is_empty()));
+    }
+    for name in ["prompt_ids", "ids", "text"] {
+        assert_eq!(report[name], sequences[0][name], "{name} is that of the first");
+    }
+    // 6 tokens of the system text, at most 5 of a prompt, and 4 stored ones: a page each, one of them a copy.
+    assert_eq!(report["peak_pages"], 2);
+    assert!(report["tokens_per_second"].as_f64().is_some_and(|rate| rate > 0.0));
+    assert!(report["cache_share"].as_f64().is_some_and(|share| share < 1.0));
 }
 
 /// Each refusal: the arguments behind `--prompt x`, the exit code, and words of the message.
@@ -369,10 +505,52 @@ fn bad_input_gets_an_error_of_its_own() {
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
         assert!(message.contains(word), "{arguments:?}: '{word}' is not in: {message}");
     }
+    // Before the model is even opened.
+    let blank = write("blank.txt", b"\n  \n\r\n");
+    let one = write("one.txt", b"x\n");
+    let several = ["--prompt", "x", "--prompt", "y"];
+    let cases: [(&[&str], i32, &[&str]); 11] = [
+        (&[], 2, &["--prompt"]),
+        (&["--prompt", "x", "--prompts", &one], 2, &["--prompts", "cannot be used"]),
+        (&["--prompts", "/nowhere.txt"], 1, &["/nowhere.txt"]),
+        (&["--prompts", &blank], 1, &["blank.txt", "empty"]),
+        (&["--prompt", "x", "--prompt", ""], 1, &["empty", "--prompt"]),
+        (&["--prompt", "x", "--system", ""], 1, &["empty", "--system"]),
+        (&[&several[..], &["--beams", "2"]].concat(), 1, &["--beams 2"]),
+        (&[&several[..], &["--cache", "dynamic"]].concat(), 1, &["--cache", "paged"]),
+        (&["--prompts", &one, "--cache", "static"], 1, &["--cache", "paged"]),
+        (&["--prompt", "x", "--system", "s", "--beams", "4"], 1, &["--beams 4"]),
+        (&[&several[..], &["--max-sequences", "0"]].concat(), 2, &["--max-sequences"]),
+    ];
+    for (arguments, code, words) in cases {
+        let output = decode(&[&["--model", "/nowhere.gguf"], arguments].concat());
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+        for word in words {
+            assert!(message.contains(word), "{arguments:?}: '{word}' is not in: {message}");
+        }
+    }
+    // The second prompt is too long for the model's context of 8192 tokens.
+    let long = write("long.txt", format!("x\n{}\n", "and so on ".repeat(3000)).as_bytes());
+    let output = decode(&["--model", path, "--prompts", &long]);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("prompt 2 has") && message.contains("8192"), "{message}");
     let help = decode(&["--help"]);
     assert!(help.status.success());
     let help = String::from_utf8_lossy(&help.stdout).into_owned();
-    for option in ["--model", "--prompt", "--max-new-tokens", "--beams", "--cache", "--dtype"] {
+    for option in [
+        "--model",
+        "--prompt",
+        "--prompts",
+        "--system",
+        "--max-sequences",
+        "--max-new-tokens",
+        "--beams",
+        "--cache",
+        "--dtype",
+    ] {
         assert!(help.contains(option), "--help does not name {option}");
     }
     std::fs::remove_dir_all(&scratch).expect("the scratch folder goes");

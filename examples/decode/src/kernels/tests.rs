@@ -254,7 +254,7 @@ fn check_product(
         .map(|(row, column)| if column < inputs { number(row, column) } else { 0.0 })
         .collect();
     let count = u32::try_from(tokens).expect("few");
-    let stage = buffer(gpu, &[count, 1, 0, 0], wgpu::BufferUsages::UNIFORM);
+    let stage = buffer(gpu, &[count, 0], wgpu::BufferUsages::UNIFORM);
     let one = 1.0_f32.to_bits();
     let output = buffer(gpu, &vec![one; tokens * OUTPUTS], wgpu::BufferUsages::STORAGE);
     let input_texels = texture(gpu, columns, &input);
