@@ -3,6 +3,7 @@
 pub(crate) mod layer;
 pub(crate) mod layers;
 pub(crate) mod paging;
+pub(crate) mod records;
 pub(crate) mod ring;
 pub(crate) mod store;
 pub(crate) mod table;
