@@ -256,8 +256,7 @@ impl PageMap {
             return written;
         }
         for row in 0..self.batch {
-            let touched =
-                if is_unshared { Vec::new() } else { self.touched(plan, row, tokens) };
+            let touched = if is_unshared { Vec::new() } else { self.touched(plan, row, tokens) };
             for index in touched {
                 let (word, page) = (self.word(row, index), self.page(row, index));
                 if self.counts.get(page as usize) > 1 {
@@ -420,9 +419,7 @@ impl PageMap {
         let last = (0..self.batch).map(end).max().unwrap_or(0);
         match self.rows {
             Rows::Equal(_) => self.row_pages == pages,
-            Rows::Ragged(_) => {
-                self.row_pages <= pages && last <= self.row_pages * self.page_tokens
-            }
+            Rows::Ragged(_) => self.row_pages <= pages && last <= self.row_pages * self.page_tokens,
         }
     }
 

@@ -156,7 +156,9 @@ impl Rows {
     pub(crate) fn written(&self, new_len: usize, ends: Option<&[usize]>) -> Self {
         match (self, ends) {
             (Self::Equal(span), None) => Self::Equal(Span { len: new_len, ..*span }),
-            (Self::Equal(span), Some(ends)) if ends.iter().all(|&end| end.max(span.len) == new_len) => {
+            (Self::Equal(span), Some(ends))
+                if ends.iter().all(|&end| end.max(span.len) == new_len) =>
+            {
                 Self::Equal(Span { len: new_len, ..*span })
             }
             (Self::Ragged(ragged), None) => {
@@ -181,7 +183,8 @@ impl Rows {
             Cut::Crop(len) | Cut::Truncate(len) => self.len() > *len,
             Cut::CropRows(lens) | Cut::TruncateRows(lens) => {
                 let spans = || (0..lens.len()).map(|row| self.span(row).len);
-                spans().zip(lens).any(|(len, &most)| len > most) || spans().max() != Some(self.len())
+                spans().zip(lens).any(|(len, &most)| len > most)
+                    || spans().max() != Some(self.len())
             }
         }
     }
@@ -258,4 +261,4 @@ impl Rows {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

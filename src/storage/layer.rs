@@ -273,7 +273,8 @@ impl<L: Arrangement> Layer<L> {
         if !arrangement.rows().is_changed_by(cut) {
             return;
         }
-        let (before, old) = (arrangement.rows().len(), arrangement.guards().map(Option::<&_>::cloned));
+        let (before, old) =
+            (arrangement.rows().len(), arrangement.guards().map(Option::<&_>::cloned));
         arrangement.cut(policy, cut);
         if matches!(cut, Cut::Crop(_) | Cut::CropRows(_)) {
             // Each of them was appended in a call of its own or with others: no count of them overflows soon.
@@ -356,7 +357,8 @@ impl<L: Arrangement> Layer<L> {
             return Ok(None);
         };
         let (batch, append) = (arrangement.shape().batch, CachePosition::Append);
-        let new_len = position::check(append, batch, tokens, arrangement.rows().len(), L::bound(policy))?;
+        let new_len =
+            position::check(append, batch, tokens, arrangement.rows().len(), L::bound(policy))?;
         arrangement.stage_reserve(gpu, self.index, store, policy, new_len)
     }
 

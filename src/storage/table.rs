@@ -100,7 +100,11 @@ impl Tables {
             return Arc::clone(empty);
         }
         let map = PageMap::new(self.page_tokens, batch);
-        Arc::clone(self.empty.insert(Arc::new(Table { map, region: None, records: Records::default() })))
+        Arc::clone(self.empty.insert(Arc::new(Table {
+            map,
+            region: None,
+            records: Records::default(),
+        })))
     }
 
     /// Makes `change` of the table `from`, or finds that it was made.
@@ -257,7 +261,8 @@ impl Table {
             Ok(allocation)
         };
         let records = self.records.get(rows, upload)?;
-        let Some(own) = records.as_ref().filter(|it| it.allocation.buffer != table.allocation.buffer)
+        let Some(own) =
+            records.as_ref().filter(|it| it.allocation.buffer != table.allocation.buffer)
         else {
             return Ok((Some(table), records));
         };
