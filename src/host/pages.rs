@@ -157,7 +157,7 @@ impl PageMap {
 
     /// Tokens that each row can hold with appends where at most `most` pages exist.
     pub(crate) fn tokens_in(&self, most: usize) -> usize {
-        let copies = self.copies_of_append();
+        let copies = self.copies_of_append(usize::MAX);
         match most.checked_sub(self.used() + copies) {
             Some(left) => {
                 let pages = self.row_pages + left / self.batch;
@@ -167,8 +167,8 @@ impl PageMap {
         }
     }
 
-    /// Copies of last pages that the next append takes: all that name one but the last get their own.
-    pub(crate) fn copies_of_append(&self) -> usize {
+    /// Copies of last pages that appends up to `new_len` tokens take: all that name one but the last get their own.
+    pub(crate) fn copies_of_append(&self, new_len: usize) -> usize {
         let len = self.rows.len();
         let is_plain = self.rows.start().is_some() && !self.rows.has_stale();
         if self.shared == 0 || (is_plain && self.has_own_tails) {
@@ -177,8 +177,9 @@ impl PageMap {
         // A row that was cut gets zeros as well.
         let pages = (0..self.batch).flat_map(|row| {
             let first = self.rows.gap(row, len, len).start;
-            let from = (self.rows.span(row).start + first) / self.page_tokens;
-            (from..self.row_pages).map(move |index| self.page(row, index))
+            let slots = (new_len - first).min(self.row_pages * self.page_tokens);
+            self.old_pages(self.rows.span(row).start + first, slots)
+                .map(move |index| self.page(row, index))
         });
         self.copies(pages)
     }
@@ -415,8 +416,8 @@ impl PageMap {
     /// Whether rows have the pages of their live tokens, and none too many.
     fn holds_rows(&self) -> bool {
         let pages = self.pages_of(self.rows.len());
-        let end = |row: usize| self.rows.span(row).start + self.rows.span(row).len;
-        let last = (0..self.batch).map(end).max().unwrap_or(0);
+        let spans = (0..self.batch).map(|row| self.rows.span(row)).filter(|span| span.len > 0);
+        let last = spans.map(|span| span.start + span.len).max().unwrap_or(0);
         match self.rows {
             Rows::Equal(_) => self.row_pages == pages,
             Rows::Ragged(_) => self.row_pages <= pages && last <= self.row_pages * self.page_tokens,

@@ -244,7 +244,7 @@ impl Arrangement for Paged {
         new_len: usize,
     ) -> Result<Option<Staged<Self>>> {
         let (shape, map) = (self.shape, &self.table.map);
-        let wanted = Wanted { new: map.new_pages(new_len), copies: map.copies_of_append() };
+        let wanted = Wanted { new: map.new_pages(new_len), copies: map.copies_of_append(new_len) };
         let needed = paging.check_pages((gpu, layer), shape, map, wanted, new_len)?;
         let table = paging.tables.reserve(gpu, &self.table, new_len)?;
         if needed <= self.pool && Arc::ptr_eq(&table, &self.table) {

@@ -2,7 +2,7 @@
 
 use wgpu_kvcache::wgpu::PollType;
 use wgpu_kvcache::{
-    Cache, CachePosition, DType, EncoderDecoderCache, Error, Gpu, Layout, Side, TensorView,
+    Cache, CachePosition, DType, EncoderDecoderCache, Error, Gpu, Layout, Side, Tensor, TensorView,
 };
 
 use crate::gpu;
@@ -236,13 +236,12 @@ fn rows_that_start_apart_take_tokens_in_any_order_of_memory() {
             let (key, value) = rig.noise(dtype, [3, 1, 7, 8], 6);
             // One head of K and V, read as two: (B, T, H, D) with a stride of zero.
             let (k, v) = (upload(&gpu, dtype, &key), upload(&gpu, dtype, &value));
-            let twice = |tensor: &TensorView<'_>, dim: usize| {
-                TensorView::new(tensor.buffer(), dtype, &[3, 2, 7, dim])
+            fn twice(tensor: &Tensor, dim: usize) -> TensorView<'_> {
+                TensorView::new(tensor.buffer(), tensor.view().dtype(), &[3, 2, 7, dim])
                     .map(|view| view.with_strides([7 * dim, 0, dim, 1]))
                     .expect("a shape")
-            };
+            }
             gpu.submit_pass("update", |pass| {
-                let (k, v) = (k.view(), v.view());
                 rig.cache.update(pass, &twice(&k, 8), &twice(&v, 6), 0, APPEND).map(|_| ())
             })
             .expect("a valid update");

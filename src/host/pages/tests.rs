@@ -270,7 +270,7 @@ fn every_short_history_of_ragged_rows_in_pages() {
             let (len, rows) = (pages.map.rows.len(), &pages.map.rows);
             let plan = position::plan_write(CachePosition::Append, [2, 1], rows, len + 1);
             let wanted = pages.map.wanted(&plan, 1, len + 1);
-            assert_eq!(pages.map.copies_of_append(), wanted.copies, "{:?}", pages.map);
+            assert_eq!(pages.map.copies_of_append(len + 1), wanted.copies, "{:?}", pages.map);
         });
     }
 }
