@@ -34,13 +34,14 @@ struct Params {
     entries: u32,
     // Workgroups that share the heads of a token, in a (B, T, H, D) source.
     head_tiles: u32,
-    // A plain run: positions from `first` on, of which the first `zeros` become zero. A list: where gaps
-    // begin, and how many positions it names.
+    // A plain run: positions from `first` on, of which the first `zeros` become zero. A list: zero, and how
+    // many positions it names.
     first: u32,
     zeros: u32,
-    // A list: where it lies in `lists`, and how far the lists of two batch rows are apart. Two words, how many
-    // of its positions lie before the gap and how many the gap has, then (position, token) pairs, lowest
-    // position first. Entries past the pairs are the positions of the gap, which become zero.
+    // A list: where it lies in `lists`, and how far the lists of two batch rows are apart. Three words, how many
+    // of its positions lie before the gap, how many become zero, and the first position of the gap; then
+    // (position, token) pairs, lowest position first. Entries past the pairs are the positions of the gap that
+    // no pair names, which become zero.
     list_at: u32,
     list_stride: u32,
 }
@@ -114,7 +115,7 @@ fn main(
     if position_form == 1u {
         let list = params.list_at + b * params.list_stride;
         let named = params.zeros;
-        let at = list + 2u + 2u * min(entry, vec4(named - 1u));
+        let at = list + 3u + 2u * min(entry, vec4(named - 1u));
         position = vec4(lists[at.x], lists[at.y], lists[at.z], lists[at.w]);
         token = vec4(lists[at.x + 1u], lists[at.y + 1u], lists[at.z + 1u], lists[at.w + 1u]);
         if params.entries > named {
@@ -172,18 +173,19 @@ fn main(
 // so how many unnamed positions lie before each one never falls, and the search is binary.
 fn position_in_gap(list: u32, named: u32, i: u32) -> u32 {
     let before = lists[list];
+    let first = lists[list + 2u];
     var low = before;
     var high = named;
     while low < high {
         let middle = (low + high) / 2u;
-        let unnamed = lists[list + 2u + 2u * middle] - params.first - (middle - before);
+        let unnamed = lists[list + 3u + 2u * middle] - first - (middle - before);
         if unnamed <= i {
             low = middle + 1u;
         } else {
             high = middle;
         }
     }
-    return params.first + i + (low - before);
+    return first + i + (low - before);
 }
 
 // Where the first tokens of four rows lie in a source.

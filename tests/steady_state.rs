@@ -451,3 +451,78 @@ fn the_witness_sees_what_a_step_must_not_do() {
         assert!(count(&get, "Queue::submit") >= 1, "{name}");
     }
 }
+
+/// Rows of different length: a step drafts three tokens a row, attends to them, and rolls each row back to what
+/// it accepts.
+#[test]
+fn a_steady_step_of_ragged_rows_makes_nothing() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    const STEPS: usize = 300;
+    for (name, gpu) in devices() {
+        let engine = Engine::new(&gpu);
+        let buffer = |usage| {
+            let size = (BATCH * 3 * 3 * 64 * 4) as u64;
+            let label = Some("tensor");
+            let mapped_at_creation = false;
+            gpu.device().create_buffer(&wgpu::BufferDescriptor {
+                label,
+                size,
+                usage,
+                mapped_at_creation,
+            })
+        };
+        let [query, output] = [0, 1].map(|_| buffer(wgpu::BufferUsages::STORAGE));
+        let shape = [BATCH, 3, 3, 64];
+        let [q, out] = [&query, &output].map(|it| TensorView::new(it, DType::F32, &shape).unwrap());
+        // The same token three times.
+        let new = |buffer| {
+            let view = TensorView::new(buffer, DType::F32, &shape).unwrap();
+            view.with_strides([3 * 64, 64, 0, 1])
+        };
+        let room = 3 * STEPS + 100;
+        let options = CacheOptions::default().with_capacity(room);
+        let dynamic = DynamicKVCache::with_options(&gpu, options).unwrap();
+        let pages = CacheOptions::default().with_max_pages(4 * room / 16);
+        let paged = PagedKVCache::with_options(&gpu, pages).unwrap();
+        for mut cache in [Box::new(dynamic) as Box<dyn KVCache>, Box::new(paged)] {
+            let mut attention = wgpu_kvcache::Attention::new(&gpu);
+            let mut lens = [0, 5, 17, 2];
+            let mut seen = HashMap::new();
+            for step in 0..STEPS {
+                let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                let mut pass = encoder.begin_compute_pass(&Default::default());
+                let drafted: Vec<Vec<u32>> = lens
+                    .iter()
+                    .map(|&len| (u32::try_from(len).unwrap()..).take(3).collect())
+                    .collect();
+                // One to three of them are accepted.
+                for (row, len) in lens.iter_mut().enumerate() {
+                    *len += 1 + (step * 7 + row * 5) % 3;
+                }
+                let calls = witnessed(|| {
+                    for layer in 0..LAYERS {
+                        let position = CachePosition::PerRow(&drafted);
+                        let (k, v) = (new(&engine.key), new(&engine.value));
+                        let view = cache.update(&mut pass, &k, &v, layer, position).unwrap();
+                        let options = Default::default();
+                        attention.record(&mut pass, &q, &view, &out, options).unwrap();
+                    }
+                    cache.truncate_rows(&lens).unwrap();
+                    assert!(cache.view(0).unwrap().unwrap().is_ragged());
+                });
+                // Splits of longer rows take a larger scratch buffer once in a while.
+                if step >= 40 {
+                    for (call, times) in calls {
+                        *seen.entry(call).or_default() += times;
+                    }
+                }
+                drop(pass);
+                gpu.queue().submit([encoder.finish()]);
+                gpu.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+            }
+            for call in MAKING {
+                assert_eq!(count(&seen, call), 0, "{call}, {name} device: {seen:?}");
+            }
+        }
+    }
+}

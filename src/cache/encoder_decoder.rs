@@ -24,8 +24,9 @@ pub enum Side {
 /// The two caches of an encoder-decoder model.
 ///
 /// The cross side is the encoder's memory: it is written once for each layer, after which
-/// [`is_updated`](Self::is_updated) says so, and [`crop`](Cache::crop),
-/// [`truncate`](Cache::truncate) and [`drop_latest`](Cache::drop_latest) leave it alone. Batch operations and [`reset`](Cache::reset) concern
+/// [`is_updated`](Self::is_updated) says so, and [`crop`](Cache::crop), [`truncate`](Cache::truncate),
+/// [`crop_rows`](Cache::crop_rows), [`truncate_rows`](Cache::truncate_rows) and
+/// [`drop_latest`](Cache::drop_latest) leave it alone. Batch operations and [`reset`](Cache::reset) concern
 /// both sides; a batch operation checks both before it touches one.
 ///
 /// # Examples
@@ -179,6 +180,16 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
     fn truncate(&mut self, length: usize) {
         let_go(&mut self.cross_attention);
         self.self_attention.truncate(length);
+    }
+
+    fn crop_rows(&mut self, max_lengths: &[usize]) -> Result<()> {
+        let_go(&mut self.cross_attention);
+        self.self_attention.crop_rows(max_lengths)
+    }
+
+    fn truncate_rows(&mut self, lengths: &[usize]) -> Result<()> {
+        let_go(&mut self.cross_attention);
+        self.self_attention.truncate_rows(lengths)
     }
 
     fn drop_latest(&mut self, tokens: usize) -> Result<()> {

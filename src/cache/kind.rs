@@ -10,11 +10,21 @@ macro_rules! implement_cache {
             }
 
             fn crop(&mut self, max_length: usize) {
-                self.layers.crop(max_length);
+                self.layers.cut(&crate::host::rows::Cut::Crop(max_length));
             }
 
             fn truncate(&mut self, length: usize) {
-                self.layers.truncate(length);
+                self.layers.cut(&crate::host::rows::Cut::Truncate(length));
+            }
+
+            fn crop_rows(&mut self, max_lengths: &[usize]) -> crate::error::Result<()> {
+                let cut = crate::host::rows::Cut::CropRows(max_lengths.to_vec());
+                self.layers.cut_rows(&cut)
+            }
+
+            fn truncate_rows(&mut self, lengths: &[usize]) -> crate::error::Result<()> {
+                let cut = crate::host::rows::Cut::TruncateRows(lengths.to_vec());
+                self.layers.cut_rows(&cut)
             }
 
             fn drop_latest(&mut self, tokens: usize) -> crate::error::Result<()> {

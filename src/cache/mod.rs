@@ -59,11 +59,45 @@ pub trait Cache {
 
     /// Keeps the latest `max_length` tokens of every layer: a sliding window. Moves no bytes. The
     /// oldest token kept becomes position 0.
+    ///
+    /// Of a layer whose rows differ in length it drops as many of the first positions of every row as the layer is
+    /// too long: a shorter row keeps fewer tokens, or none. [`crop_rows`](Cache::crop_rows) counts for each row.
     fn crop(&mut self, max_length: usize);
 
-    /// Keeps the first `length` tokens of every layer: the roll-back of speculative decoding. Moves no
-    /// bytes.
+    /// Keeps the first `length` tokens of every layer, of each row: the roll-back of speculative decoding. Moves
+    /// no bytes.
     fn truncate(&mut self, length: usize);
+
+    /// Keeps the latest `max_lengths[b]` tokens of batch row `b` of every layer that was written; all of a row
+    /// that has fewer. Moves no bytes. The oldest token kept of each row becomes its position 0. Afterwards the
+    /// layer is as long as its longest row.
+    ///
+    /// The pages of a [`PagedKVCache`](crate::PagedKVCache) go back once no row needs their positions, counted from
+    /// where the rows began together: rows that are cropped at very different rates keep pages that they do not
+    /// use.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::RowCount`](crate::Error::RowCount) if a layer that was written has another number of rows, and
+    /// [`Error::PassDropped`](crate::Error::PassDropped). A cache of one's own that does not have this method
+    /// answers [`Error::NotSupported`](crate::Error::NotSupported).
+    fn crop_rows(&mut self, max_lengths: &[usize]) -> Result<()> {
+        let _ = max_lengths;
+        Err(crate::Error::NotSupported { what: "crop_rows()" })
+    }
+
+    /// Keeps the first `lengths[b]` tokens of batch row `b` of every layer that was written; all of a row that has
+    /// fewer. Moves no bytes. Afterwards the layer is as long as its longest row. With
+    /// [`CachePosition::PerRow`], this is the roll-back of a batch of which each row accepts its own number of
+    /// drafted tokens.
+    ///
+    /// # Errors
+    ///
+    /// As for [`crop_rows`](Cache::crop_rows).
+    fn truncate_rows(&mut self, lengths: &[usize]) -> Result<()> {
+        let _ = lengths;
+        Err(crate::Error::NotSupported { what: "truncate_rows()" })
+    }
 
     /// Drops the latest `tokens` tokens of every layer; all of those that have fewer. Moves no bytes. Unlike
     /// [`truncate`](Cache::truncate) it needs no count of live tokens: to roll `k` drafted tokens back, drop `k`.
@@ -313,15 +347,18 @@ pub trait KVCache: Cache {
         cache_position: CachePosition<'_>,
     ) -> Result<LayerView>;
 
-    /// The layer's K and V as they lie on the GPU; `None` for a layer never written. Free.
+    /// The layer's K and V as they lie on the GPU; `None` for a layer never written. Free, but for the first view
+    /// of rows of different length after they were cut or selected: it uploads four words a row.
     ///
     /// # Errors
     ///
     /// [`Error::LayerOutOfRange`](crate::Error::LayerOutOfRange) past the layers that the cache is made for;
-    /// [`Error::PassDropped`](crate::Error::PassDropped) where what was written was lost with a pass.
+    /// [`Error::PassDropped`](crate::Error::PassDropped) where what was written was lost with a pass;
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) if there is an upload, and no memory for it.
     fn view(&self, layer_idx: usize) -> Result<Option<LayerView>>;
 
-    /// Reads the live tokens of K and V back to the host; `None` for a layer never written.
+    /// Reads the live tokens of K and V back to the host; `None` for a layer never written. Rows that are shorter
+    /// than the layer end with zeros.
     ///
     /// The only call that submits and waits. What is to be read must have been submitted. Waits for at
     /// most two minutes. Blocks; in a browser use [`get_async`](KVCache::get_async).
@@ -346,7 +383,9 @@ pub trait KVCache: Cache {
     /// elsewhere, and otherwise by a thread of its own, up to once a millisecond.
     fn get_async(&self, layer_idx: usize) -> GetFuture<'_>;
 
-    /// Live tokens; 0 for a layer never written.
+    /// Live tokens; 0 for a layer never written. If rows differ in length, those of the longest row, or more if that
+    /// row was selected away: as many as [`get`](KVCache::get) returns. Of one row:
+    /// [`LayerView::row_len`](crate::LayerView::row_len).
     ///
     /// # Errors
     ///
@@ -357,6 +396,10 @@ pub trait KVCache: Cache {
     /// those before them that [`crop`](Cache::crop) has dropped since the last reset. Without a crop it is
     /// [`get_seq_length`](KVCache::get_seq_length). Tokens that were rolled back do not count. 0 for a layer
     /// never written.
+    ///
+    /// If rows differ in length, this counts for the longest row as the layer's length does, and
+    /// [`crop_rows`](Cache::crop_rows) leaves it as it is. An engine that crops rows one by one keeps count of each
+    /// row's next position itself.
     ///
     /// # Errors
     ///

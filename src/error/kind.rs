@@ -66,6 +66,7 @@ impl Error {
             | Self::PositionCount { .. }
             | Self::PositionOutOfBounds { .. }
             | Self::IndexOutOfRange { .. }
+            | Self::RowCount { .. }
             | Self::NoIndices
             | Self::ZeroRepeats
             | Self::LayerOutOfRange { .. }

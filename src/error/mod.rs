@@ -253,6 +253,19 @@ pub enum Error {
         batch: usize,
     },
 
+    /// A list of lengths that has not one for each batch row of a layer.
+    #[error(
+        "{got} lengths were given, but layer {layer} has {batch} rows; give one length for each row, usize::MAX for a row that stays as it is"
+    )]
+    RowCount {
+        /// Lengths in the list.
+        got: usize,
+        /// The layer that has another number of rows.
+        layer: usize,
+        /// Batch rows of that layer.
+        batch: usize,
+    },
+
     /// An empty list of batch indices.
     #[error("no batch indices were given; give at least one row, or call reset() to drop them all")]
     NoIndices,

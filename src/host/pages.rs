@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use crate::host::position::WritePlan;
+use crate::host::rows::{Cut, Rows};
 use crate::host::words::Words;
 
 /// Words of a row's table that a change of the batch leaves free, so that the next pages need no new table.
@@ -12,8 +13,9 @@ const SPARE: usize = 8;
 /// The pages of all batch rows of a layer, with their reference counts: a value, of which every change
 /// makes a new state. A copy costs nothing, and a write what it changes, however many pages there are.
 ///
-/// Token t of row b is slot `start + t` of the row's pages, in order. Rows may name the same page, and
-/// such a page is never written: a row that writes into it gets a copy first. That is how vLLM's
+/// Token t of row b is slot `start + t` of the row's pages, in order, with the start of that row. All rows have as
+/// many pages: those that the row with the highest start needs for the length of the layer. Rows may name the same
+/// page, and such a page is never written: a row that writes into it gets a copy first. That is how vLLM's
 /// `PagedAttention` (Kwon et al., 2023) shares prompts and beams.
 ///
 /// ```text
@@ -39,10 +41,8 @@ pub(crate) struct PageMap {
     free: Words,
     /// Pages that several rows name.
     shared: usize,
-    /// Slot of the oldest live token in a row's first page.
-    start: usize,
-    /// Live tokens.
-    len: usize,
+    /// Live tokens of each row; starts are slots of its pages, the least of them in the first page.
+    rows: Rows,
     /// Whether no other row names the last page of any: then an append needs no copies. It may be false of
     /// such rows, too.
     has_own_tails: bool,
@@ -87,8 +87,7 @@ impl PageMap {
             counts: Words::default(),
             free: Words::default(),
             shared: 0,
-            start: 0,
-            len: 0,
+            rows: Rows::default(),
             has_own_tails: false,
         }
     }
@@ -101,12 +100,8 @@ impl PageMap {
         self.batch
     }
 
-    pub(crate) fn start(&self) -> usize {
-        self.start
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.len
+    pub(crate) fn rows(&self) -> &Rows {
+        &self.rows
     }
 
     /// Pages of each row.
@@ -149,9 +144,10 @@ impl PageMap {
         self.shared
     }
 
-    /// Pages of a row of `len` tokens, the oldest of which lies where it does.
+    /// Pages of each row of a layer of `len` tokens, the oldest of which lie where they do.
     pub(crate) fn pages_of(&self, len: usize) -> usize {
-        if len == 0 { 0 } else { self.start.saturating_add(len).div_ceil(self.page_tokens) }
+        let [_, start] = self.rows.starts();
+        if len == 0 { 0 } else { start.saturating_add(len).div_ceil(self.page_tokens) }
     }
 
     /// Pages that the rows need beside those in use to be `new_len` tokens long, copies of shared ones aside.
@@ -161,23 +157,31 @@ impl PageMap {
 
     /// Tokens that each row can hold with appends where at most `most` pages exist.
     pub(crate) fn tokens_in(&self, most: usize) -> usize {
-        let copies = self.copies_of_append();
+        let copies = self.copies_of_append(usize::MAX);
         match most.checked_sub(self.used() + copies) {
             Some(left) => {
                 let pages = self.row_pages + left / self.batch;
-                pages.saturating_mul(self.page_tokens).saturating_sub(self.start)
+                pages.saturating_mul(self.page_tokens).saturating_sub(self.rows.starts()[1])
             }
-            None => self.len,
+            None => self.rows.len(),
         }
     }
 
-    /// Copies of last pages that the next append takes: all that name one but the last get their own.
-    pub(crate) fn copies_of_append(&self) -> usize {
-        let is_part = !(self.start + self.len).is_multiple_of(self.page_tokens);
-        if !is_part || self.shared == 0 || self.has_own_tails {
+    /// Copies of last pages that appends up to `new_len` tokens take: all that name one but the last get their own.
+    pub(crate) fn copies_of_append(&self, new_len: usize) -> usize {
+        let len = self.rows.len();
+        let is_plain = self.rows.start().is_some() && !self.rows.has_stale();
+        if self.shared == 0 || (is_plain && self.has_own_tails) {
             return 0;
         }
-        self.copies((0..self.batch).map(|row| self.page(row, self.row_pages - 1)))
+        // A row that was cut gets zeros as well.
+        let pages = (0..self.batch).flat_map(|row| {
+            let first = self.rows.gap(row, len, len).start;
+            let slots = (new_len - first).min(self.row_pages * self.page_tokens);
+            self.old_pages(self.rows.span(row).start + first, slots)
+                .map(move |index| self.page(row, index))
+        });
+        self.copies(pages)
     }
 
     /// What a write of `plan` needs, after which `new_len` tokens are live. Changes nothing.
@@ -188,7 +192,7 @@ impl PageMap {
         }
         let rows = 0..self.batch;
         let touched = rows.flat_map(|row| {
-            let indices = self.touched(plan, row, tokens, new_len);
+            let indices = self.touched(plan, row, tokens);
             indices.into_iter().map(move |index| self.page(row, index))
         });
         Wanted { new, copies: self.copies(touched) }
@@ -216,31 +220,31 @@ impl PageMap {
     fn is_unshared(&self, plan: &WritePlan, tokens: usize) -> bool {
         self.shared == 0
             || match plan {
-                WritePlan::Run { first, zeros } => {
-                    let old = self.old_pages(*first as usize, *zeros as usize + tokens);
+                WritePlan::Run { first, zeros } => self.rows.start().is_some_and(|start| {
+                    let old = self.old_pages(start + *first as usize, *zeros as usize + tokens);
                     old.is_empty() || (old.start + 1 == self.row_pages && self.has_own_tails)
-                }
+                }),
                 WritePlan::List(_) => false,
             }
     }
 
-    /// The pages that a row has, of those that a run of positions lies in.
-    fn old_pages(&self, first: usize, positions: usize) -> Range<usize> {
-        let from = (self.start + first) / self.page_tokens;
-        let to = (self.start + first + positions).div_ceil(self.page_tokens);
-        if positions == 0 { 0..0 } else { from..to.min(self.row_pages) }
+    /// The pages that a row has, of those that a run of slots lies in.
+    fn old_pages(&self, first: usize, slots: usize) -> Range<usize> {
+        let from = first / self.page_tokens;
+        let to = (first + slots).div_ceil(self.page_tokens);
+        if slots == 0 { 0..0 } else { from..to.min(self.row_pages) }
     }
 
-    /// Makes room for a write of `plan`, after which `new_len` tokens are live: new pages behind each
-    /// row, and for each page that several rows name and one of them writes into, a page of its own.
+    /// Makes room for a write of `plan`, after which rows are as `rows` says: new pages behind each row, and for each page that several rows name and one of them writes into, a page of its own.
     /// Where the table has no room for the new pages, it is laid out anew with `stride` words a row.
     pub(crate) fn write(
         &mut self,
         plan: &WritePlan,
         tokens: usize,
-        new_len: usize,
+        rows: Rows,
         stride: usize,
     ) -> Written {
+        let new_len = rows.len();
         let (old_pages, new_pages) = (self.row_pages, self.pages_of(new_len));
         let is_unshared = self.is_unshared(plan, tokens);
         let mut written = Written::default();
@@ -248,13 +252,12 @@ impl PageMap {
             self.lay_out(stride.max(new_pages));
             written.is_laid_out = true;
         }
-        self.len = new_len;
+        self.rows = rows;
         if is_unshared && new_pages == old_pages {
             return written;
         }
         for row in 0..self.batch {
-            let touched =
-                if is_unshared { Vec::new() } else { self.touched(plan, row, tokens, new_len) };
+            let touched = if is_unshared { Vec::new() } else { self.touched(plan, row, tokens) };
             for index in touched {
                 let (word, page) = (self.word(row, index), self.page(row, index));
                 if self.counts.get(page as usize) > 1 {
@@ -282,48 +285,53 @@ impl PageMap {
     /// Whether a write goes into the last page of every row.
     fn reaches_tails(&self, plan: &WritePlan, tokens: usize) -> bool {
         match plan {
-            WritePlan::Run { first, zeros } => {
-                let old = self.old_pages(*first as usize, *zeros as usize + tokens);
+            WritePlan::Run { first, zeros } => self.rows.start().is_some_and(|start| {
+                let old = self.old_pages(start + *first as usize, *zeros as usize + tokens);
                 old.end == self.row_pages && !old.is_empty()
-            }
+            }),
             WritePlan::List(_) => false,
         }
     }
 
     /// The pages of a row, of those that it has, that a write of `plan` goes to: in order, each once.
-    fn touched(&self, plan: &WritePlan, row: usize, tokens: usize, new_len: usize) -> Vec<usize> {
+    fn touched(&self, plan: &WritePlan, row: usize, tokens: usize) -> Vec<usize> {
+        let start = self.rows.span(row).start;
         match plan {
             WritePlan::Run { first, zeros } => {
-                self.old_pages(*first as usize, *zeros as usize + tokens).collect()
+                self.old_pages(start + *first as usize, *zeros as usize + tokens).collect()
             }
             WritePlan::List(list) => {
-                let before = list.positions(row).take_while(|&position| position < list.len);
-                let pages = before.map(|position| self.old_pages(position as usize, 1).start);
-                // Of what lies behind, every position is written: with a token or as a gap.
-                let len = list.len as usize;
-                let mut touched: Vec<usize> =
-                    pages.chain(self.old_pages(len, new_len - len)).collect();
+                let gap = list.gap(row);
+                let positions = list.positions(row).map(|position| position as usize);
+                let pages = positions.flat_map(|position| self.old_pages(start + position, 1));
+                let pages = pages.chain(self.old_pages(start + gap.start, gap.len()));
+                let mut touched: Vec<usize> = pages.collect();
+                touched.sort_unstable();
                 touched.dedup();
                 touched
             }
         }
     }
 
-    /// Keeps the first `len` tokens; whole pages behind them go back.
-    pub(crate) fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-        self.keep(0, self.pages_of(self.len));
+    /// Cuts all rows; pages that no row needs go back.
+    pub(crate) fn cut(&mut self, cut: &Cut) {
+        self.rows = self.rows.cut(cut, usize::MAX);
+        self.fit();
     }
 
-    /// Keeps the latest `len` tokens; whole pages before them go back.
-    pub(crate) fn crop(&mut self, len: usize) {
-        let start = self.start + self.len - self.len.min(len);
-        self.len = self.len.min(len);
-        self.start = start % self.page_tokens;
-        if self.len == 0 {
-            self.keep(0, 0);
-        } else {
-            self.keep(start / self.page_tokens, self.row_pages);
+    /// Gives the pages back that no row needs.
+    fn fit(&mut self) {
+        if self.rows.len() == 0 {
+            self.rows = Rows::default();
+            return self.keep(0, 0);
+        }
+        let from = self.rows.starts()[0] / self.page_tokens;
+        // Rows that were cropped more than others have no pages yet to be as long as the layer. Those that hold
+        // no token may even start behind all pages.
+        let to = self.pages_of(self.rows.len()).min(self.row_pages);
+        self.keep(from.min(to), to);
+        if from > 0 {
+            self.rows = self.rows.moved(|start| start - from * self.page_tokens);
         }
     }
 
@@ -353,13 +361,12 @@ impl PageMap {
         (self.table, self.stride, self.first) = (table.as_slice().into(), stride, 0);
         self.batch = map.len();
         self.has_own_tails = false;
+        self.rows = self.rows.select(map);
+        self.fit();
     }
 
     /// Keeps the pages `from..to` of each row.
     fn keep(&mut self, from: usize, to: usize) {
-        if to == 0 {
-            self.start = 0;
-        }
         self.has_own_tails &= to == self.row_pages;
         if to - from == self.row_pages {
             return;
@@ -406,6 +413,17 @@ impl PageMap {
         }
     }
 
+    /// Whether rows have the pages of their live tokens, and none too many.
+    fn holds_rows(&self) -> bool {
+        let pages = self.pages_of(self.rows.len());
+        let spans = (0..self.batch).map(|row| self.rows.span(row)).filter(|span| span.len > 0);
+        let last = spans.map(|span| span.start + span.len).max().unwrap_or(0);
+        match self.rows {
+            Rows::Equal(_) => self.row_pages == pages,
+            Rows::Ragged(_) => self.row_pages <= pages && last <= self.row_pages * self.page_tokens,
+        }
+    }
+
     /// Whether every page is free or named, and named as often as its count says: a recount.
     pub(crate) fn is_sound(&self) -> bool {
         let mut counts = vec![0; self.counts.len()];
@@ -419,10 +437,10 @@ impl PageMap {
         counts == self.counts.to_vec()
             && self.shared == counts.iter().filter(|&&count| count > 1).count()
             && unnamed.eq(free.iter().copied())
-            && self.row_pages == self.pages_of(self.len)
+            && self.holds_rows()
             && self.first + self.row_pages <= self.stride
             && self.table.len() == self.batch * self.stride
-            && self.start < self.page_tokens
+            && self.rows.starts()[0] < self.page_tokens
             && (!self.has_own_tails
                 || self.row_pages == 0
                 || tails().collect::<HashSet<_>>().len() == self.batch)

@@ -1,12 +1,19 @@
 //! Cache positions: the four forms, their checks, and what they mean slot by slot. Pure host logic.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
+use crate::host::rows::Rows;
 
 /// Where `update` puts its T new tokens, counted from the oldest live token of the layer.
 ///
 /// The length becomes max(old length, highest position + 1). Positions that were never written read
 /// as zero. Where one call names a position twice, the later token (the one with the higher index
 /// in T) stays.
+///
+/// The length of a layer whose rows differ is that of the longest row, or more if that row was selected away.
+/// All forms but [`PerRow`](Self::PerRow) count from it, and make all rows as long as the layer, with zeros behind
+/// those that were shorter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CachePosition<'a> {
@@ -17,9 +24,10 @@ pub enum CachePosition<'a> {
     At(u32),
     /// One position a token, the same for every batch row: T numbers.
     PerToken(&'a [u32]),
-    /// One list a batch row, one position a token: B lists of T numbers. Rows are written at different
-    /// positions, but have one length: it is that of the longest row, what the others never wrote reads as
-    /// zero, and [`Attention`](crate::Attention) sees it as tokens.
+    /// One list a batch row, one position a token: B lists of T numbers. Each row has its own length, which
+    /// becomes max(its old length, its highest position + 1): see
+    /// [`LayerView::row_len`](crate::LayerView::row_len). [`Attention`](crate::Attention) sees the tokens of a row
+    /// and no more, while [`get`](crate::KVCache::get) pads shorter rows with zeros.
     PerRow(&'a [Vec<u32>]),
 }
 
@@ -43,6 +51,8 @@ impl<'a> From<&'a [Vec<u32>]> for CachePosition<'a> {
 
 /// The position of a pair that writes nothing: it pads a shorter row.
 pub(crate) const SKIP: u32 = u32::MAX;
+/// Words of a list before its pairs.
+const HEADER: usize = 3;
 
 /// Which token goes to which position.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,33 +65,43 @@ pub(crate) enum WritePlan {
     List(PositionList),
 }
 
-/// Positions in any order, for each batch row its own or the same for all. Every position from the old length
-/// to the new one that a row does not name becomes zero: its gap, which the list only counts.
+/// Positions in any order, for each batch row its own or the same for all. The positions of a row's gap that it
+/// does not name become zero; the list only counts them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PositionList {
-    /// As a kernel reads it. For each list two words, how many of its positions lie before the gap and how
-    /// many the gap has, then `named` pairs (position, token), lowest position first.
+    /// As a kernel reads it. For each list three words, how many of its positions lie before the gap, how many
+    /// become zero, and the first position of the gap; then `named` pairs (position, token), lowest position
+    /// first.
     pub(crate) words: Vec<u32>,
     /// Pairs a list: the same for every row.
     pub(crate) named: u32,
-    /// Positions of the longest gap.
+    /// Positions that become zero, at most.
     pub(crate) gap: u32,
-    /// Where gaps begin: the old length.
-    pub(crate) len: u32,
     pub(crate) per_row: bool,
 }
 
 impl PositionList {
     /// Words from one list to the next.
     pub(crate) fn stride(&self) -> usize {
-        2 * (self.named as usize + 1)
+        HEADER + 2 * self.named as usize
+    }
+
+    fn list(&self, row: usize) -> &[u32] {
+        let from = if self.per_row { row * self.stride() } else { 0 };
+        &self.words[from..from + self.stride()]
     }
 
     /// The positions that row `row` names, lowest first.
     pub(crate) fn positions(&self, row: usize) -> impl Iterator<Item = u32> {
-        let from = if self.per_row { row * self.stride() } else { 0 };
-        let pairs = self.words[from + 2..from + self.stride()].chunks(2);
+        let pairs = self.list(row)[HEADER..].chunks(2);
         pairs.map(|pair| pair[0]).take_while(|&position| position != SKIP)
+    }
+
+    /// The gap of row `row`: each of its positions is written, with a token or as zero.
+    pub(crate) fn gap(&self, row: usize) -> Range<usize> {
+        let [before, zeros, first] = [0, 1, 2].map(|word| self.list(row)[word] as usize);
+        let named = self.positions(row).count() - before;
+        first..first + zeros + named
     }
 
     /// Positions written by each list, its gap included.
@@ -180,19 +200,30 @@ pub(crate) fn check(
     Ok(len.max(end))
 }
 
-/// Refuses positions whose list is longer than `limit` bytes, before it is made.
-pub(crate) fn check_list(position: CachePosition<'_>, limit: u64) -> Result<()> {
-    let (lists, tokens) = match position {
+/// Refuses positions of `tokens` tokens of `batch` rows whose list is longer than `limit` bytes, before it is
+/// made.
+pub(crate) fn check_list(
+    position: CachePosition<'_>,
+    [batch, tokens]: [usize; 2],
+    rows: &Rows,
+    limit: u64,
+) -> Result<()> {
+    let has_stale = rows.has_stale();
+    let lists = match position {
+        _ if has_stale => batch,
         CachePosition::Append | CachePosition::At(_) => return Ok(()),
-        CachePosition::PerToken(positions) => (1, positions.len()),
-        CachePosition::PerRow(rows) => (rows.len(), rows[0].len()),
+        CachePosition::PerToken(_) => 1,
+        CachePosition::PerRow(_) => batch,
     };
-    let bytes = |lists: usize, named: usize| (lists as u64).saturating_mul(8 * (named as u64 + 1));
-    if bytes(lists, tokens) <= limit || run_of(position).is_some() {
+    let bytes = |lists: usize, named: usize| {
+        (lists as u64).saturating_mul(8 * named as u64 + 4 * HEADER as u64)
+    };
+    if bytes(lists, tokens) <= limit || (!has_stale && run_of(position).is_some()) {
         return Ok(());
     }
     // Equal rows have one list, and a position named twice is in it once.
     let bytes = match position {
+        _ if has_stale => bytes(lists, tokens),
         CachePosition::PerRow(rows) if !are_equal(rows) => {
             bytes(lists, rows.iter().map(|positions| distinct(positions)).max().unwrap_or(0))
         }
@@ -207,7 +238,7 @@ pub(crate) fn check_list(position: CachePosition<'_>, limit: u64) -> Result<()> 
         what: "the list of the positions that are named",
         bytes,
         limit,
-        remedy: "name fewer positions in one update; consecutive positions that are the same for all rows need no list",
+        remedy: "name fewer positions in one update; consecutive positions that are the same for all rows need no list, unless rows were cut one by one",
     })
 }
 
@@ -228,9 +259,34 @@ fn distinct(positions: &[u32]) -> usize {
     count
 }
 
-/// What goes where, for positions that [`check`] has passed: from `len` live tokens to `new_len`. No longer
-/// than the positions that are named, whatever the gap.
-pub(crate) fn plan_write(position: CachePosition<'_>, len: usize, new_len: usize) -> WritePlan {
+/// What goes where, for positions of `tokens` tokens of `batch` rows that [`check`] has passed: from `rows` to a
+/// layer of `new_len` tokens. No longer than the positions that are named, whatever the gap.
+pub(crate) fn plan_write(
+    position: CachePosition<'_>,
+    [batch, tokens]: [usize; 2],
+    rows: &Rows,
+    new_len: usize,
+) -> WritePlan {
+    let len = rows.len();
+    if rows.has_stale() {
+        // Zeros behind each row that was cut, so each has its own list.
+        let lists: Vec<_> = (0..batch)
+            .map(|row| {
+                let positions = match position {
+                    CachePosition::Append => (0..).take(tokens).map(|t| narrow(len) + t).collect(),
+                    CachePosition::At(position) => vec![position],
+                    CachePosition::PerToken(positions) => positions.to_vec(),
+                    CachePosition::PerRow(rows) => rows[row].clone(),
+                };
+                let end = match position {
+                    CachePosition::PerRow(_) => rows.span(row).len.max(highest(&positions) + 1),
+                    _ => new_len,
+                };
+                (named(&positions), rows.gap(row, end, new_len))
+            })
+            .collect();
+        return list(lists);
+    }
     if let Some(first) = run_of(position) {
         return run(first, len);
     }
@@ -241,14 +297,27 @@ pub(crate) fn plan_write(position: CachePosition<'_>, len: usize, new_len: usize
         CachePosition::PerRow(rows) if are_equal(rows) => vec![named(&rows[0])],
         CachePosition::PerRow(rows) => rows.iter().map(|positions| named(positions)).collect(),
     };
-    let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
-    let mut words = Vec::with_capacity(lists.len() * 2 * (longest + 1));
+    list(lists.into_iter().map(|list| (list, len..new_len)).collect())
+}
+
+/// The rows after a write that [`check`] has passed, behind which the layer is `new_len` tokens long.
+pub(crate) fn rows_after(position: CachePosition<'_>, rows: &Rows, new_len: usize) -> Rows {
+    let CachePosition::PerRow(lists) = position else { return rows.written(new_len, None) };
+    let ends: Vec<usize> = lists.iter().map(|positions| highest(positions) + 1).collect();
+    rows.written(new_len, Some(&ends))
+}
+
+/// Named positions and a gap a list, as a kernel reads them.
+fn list(lists: Vec<(Vec<[u32; 2]>, Range<usize>)>) -> WritePlan {
+    let longest = lists.iter().map(|(list, _)| list.len()).max().unwrap_or(0);
+    let mut words = Vec::with_capacity(lists.len() * (HEADER + 2 * longest));
     let mut longest_gap = 0;
-    for list in &lists {
-        let before = list.partition_point(|[position, _]| (*position as usize) < len);
-        let gap = new_len - len - (list.len() - before);
-        longest_gap = longest_gap.max(gap);
-        words.extend([narrow(before), narrow(gap)]);
+    for (list, gap) in &lists {
+        let below = |end: usize| list.partition_point(|[position, _]| (*position as usize) < end);
+        let before = below(gap.start);
+        let zeros = gap.len() - (below(gap.end) - before);
+        longest_gap = longest_gap.max(zeros);
+        words.extend([before, zeros, gap.start].map(narrow));
         words.extend(list.as_flattened());
         words.extend([SKIP, 0].repeat(longest - list.len()));
     }
@@ -256,7 +325,6 @@ pub(crate) fn plan_write(position: CachePosition<'_>, len: usize, new_len: usize
         words,
         named: narrow(longest),
         gap: narrow(longest_gap),
-        len: narrow(len),
         per_row: lists.len() > 1,
     })
 }
@@ -284,13 +352,17 @@ fn run(first: usize, len: usize) -> WritePlan {
 
 /// One past the highest of `positions`.
 fn end_of(positions: &[u32], bound: Option<usize>) -> Result<usize> {
-    let highest = positions.iter().copied().max().unwrap_or(0) as usize;
+    let highest = highest(positions);
     match bound {
         Some(bound) if highest >= bound => {
             Err(Error::PositionOutOfBounds { position: highest, bound })
         }
         _ => Ok(highest.saturating_add(1)),
     }
+}
+
+fn highest(positions: &[u32]) -> usize {
+    positions.iter().copied().max().unwrap_or(0) as usize
 }
 
 /// The positions that one row names, lowest first, each with its token: of a position named twice the later.

@@ -15,6 +15,7 @@ use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{AppendShape, Dispatch, Positions};
 use crate::host::position::{self, CachePosition, WritePlan};
+use crate::host::rows::{Cut, Rows};
 use crate::storage::store::{Shape, Store};
 use crate::tensor::TensorView;
 use crate::view::LayerView;
@@ -29,19 +30,16 @@ pub(crate) trait Arrangement: Debug + Sized {
 
     fn shape(&self) -> Shape;
 
-    /// Live tokens.
-    fn len(&self) -> usize;
+    /// Live tokens of each row.
+    fn rows(&self) -> &Rows;
 
-    fn view<'a>(&'a self, store: &'a Store) -> LayerView;
+    /// A view. Uploads the records of ragged rows if they are not on the GPU yet.
+    fn view(&self, gpu: &Gpu, store: &Store) -> Result<LayerView>;
 
-    fn crop(&mut self, policy: &mut Self::Policy, max_length: usize);
+    fn cut(&mut self, policy: &mut Self::Policy, cut: &Cut);
 
-    fn truncate(&mut self, policy: &mut Self::Policy, length: usize);
-
-    /// Where a table lies that views have shown; `None` for a ring.
-    fn table(&self) -> Option<&RegionGuard> {
-        None
-    }
+    /// Where the table of pages and the records of rows lie that views have shown.
+    fn guards(&self) -> [Option<&RegionGuard>; 2];
 
     /// Pages in use, shared and free; nothing for a ring.
     fn pages(&self) -> PageCounts {
@@ -105,10 +103,11 @@ pub(crate) struct LayerState<'a, L> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NewTokens<'a> {
     pub(crate) position: CachePosition<'a>,
-    /// Tokens in each row.
+    /// Batch rows, and tokens in each.
+    pub(crate) batch: usize,
     pub(crate) count: usize,
-    /// Live tokens before, and afterwards.
-    pub(crate) len: usize,
+    /// The rows before, and the length of the layer afterwards.
+    pub(crate) rows: &'a Rows,
     pub(crate) new_len: usize,
 }
 
@@ -116,8 +115,14 @@ impl NewTokens<'_> {
     /// Which token goes to which position. As long as the positions that the caller names, so it is made after
     /// all checks that need only counts. Refuses a list that is too long for a kernel before it makes it.
     pub(crate) fn plan(&self, gpu: &Gpu) -> Result<WritePlan> {
-        position::check_list(self.position, binding_limit(gpu.limits()))?;
-        Ok(position::plan_write(self.position, self.len, self.new_len))
+        let (counts, limit) = ([self.batch, self.count], binding_limit(gpu.limits()));
+        position::check_list(self.position, counts, self.rows, limit)?;
+        Ok(position::plan_write(self.position, counts, self.rows, self.new_len))
+    }
+
+    /// The rows afterwards, of rows that are as those before but for their starts.
+    pub(crate) fn rows_after(&self, rows: &Rows) -> Rows {
+        position::rows_after(self.position, rows, self.new_len)
     }
 }
 
@@ -127,7 +132,8 @@ pub(crate) struct StagedWrite<L> {
     /// What must run before the tokens are written, and what the layer is afterwards.
     pub(crate) change: Staged<L>,
     pub(crate) plan: WritePlan,
-    /// The upload that holds the plan's list and the page table, and the word at which the list begins.
+    /// The upload that holds the plan's list, the page table and the records of rows, and the word at which the
+    /// list begins.
     pub(crate) lists: Option<(Allocation, u32)>,
 }
 
@@ -152,6 +158,8 @@ pub(crate) struct Layer<L> {
     arrangement: Option<L>,
     /// Tokens before the live ones that crops have dropped since the last reset.
     cropped: usize,
+    /// What views before cuts have shown, until a pass is recorded behind all that may read it.
+    retired: Vec<RegionGuard>,
 }
 
 /// A change that is ready to happen.
@@ -184,14 +192,6 @@ impl<L> Staged<L> {
         Self { dispatches, recorded: 0, store: None, arrangement, moved: 0, guards }
     }
 
-    /// Hands over what is to be recorded.
-    pub(crate) fn hand_over(&mut self, call: &mut Call) {
-        // A change without a dispatch is lost with its pass as well.
-        call.hold(std::mem::take(&mut self.guards));
-        self.recorded = self.dispatches.len() as u64;
-        self.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
-    }
-
     /// Bytes of new memory.
     pub(crate) fn allocated(&self) -> u64 {
         self.store.as_ref().map_or(0, |store| store.bytes().iter().sum())
@@ -200,12 +200,12 @@ impl<L> Staged<L> {
 
 impl<L: Arrangement> Layer<L> {
     pub(crate) fn new(index: usize) -> Self {
-        Self { index, store: None, arrangement: None, cropped: 0 }
+        Self { index, store: None, arrangement: None, cropped: 0, retired: Vec::new() }
     }
 
-    /// Live tokens.
+    /// Live tokens of the longest row, or more if that was selected away.
     pub(crate) fn len(&self) -> usize {
-        self.arrangement.as_ref().map_or(0, L::len)
+        self.arrangement.as_ref().map_or(0, |arrangement| arrangement.rows().len())
     }
 
     /// Tokens before the live ones that crops have dropped.
@@ -231,44 +231,65 @@ impl<L: Arrangement> Layer<L> {
         self.arrangement.as_ref().map_or(PageCounts::default(), L::pages)
     }
 
-    pub(crate) fn view(&self) -> Option<LayerView> {
-        Some(self.arrangement.as_ref()?.view(self.store.as_ref()?))
+    pub(crate) fn view(&self, gpu: &Gpu) -> Result<Option<LayerView>> {
+        let held = self.arrangement.as_ref().zip(self.store.as_ref());
+        held.map(|(arrangement, store)| arrangement.view(gpu, store)).transpose()
     }
 
     pub(crate) fn reset(&mut self) {
         (self.arrangement, self.cropped) = (None, 0);
+        self.retired.clear();
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
             store.bind_groups.clear();
         }
     }
 
+    /// What views have shown beside K and V, and passes may still read.
+    fn guards(&self) -> impl Iterator<Item = &RegionGuard> {
+        let current = self.arrangement.iter().flat_map(|arrangement| arrangement.guards());
+        self.retired.iter().chain(current.flatten())
+    }
+
     /// Leaves to those who record passes of their own what a view has shown: no call comes that holds it.
     /// Whether there was such.
     pub(crate) fn abandon(&self) -> bool {
-        let table = self.arrangement.as_ref().and_then(L::table);
-        table.inspect(|table| table.abandon()).is_some()
+        self.guards().inspect(|guard| guard.abandon()).count() > 0
     }
 
-    pub(crate) fn crop(&mut self, policy: &mut L::Policy, max_length: usize) {
-        if let Some(arrangement) =
-            self.arrangement.as_mut().filter(|arrangement| arrangement.len() > max_length)
-        {
+    /// Hands over what is to be recorded of a change of this layer, and what must stay in place until then.
+    pub(crate) fn hand_over(&self, staged: &mut Staged<L>, call: &mut Call) {
+        // A change without a dispatch is lost with its pass as well.
+        let mut guards = std::mem::take(&mut staged.guards);
+        guards.extend(self.guards().cloned());
+        call.hold(guards);
+        staged.recorded = staged.dispatches.len() as u64;
+        staged.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
+    }
+
+    /// Cuts all rows: moves no bytes, and cannot fail.
+    pub(crate) fn cut(&mut self, policy: &mut L::Policy, cut: &Cut) {
+        let Some(arrangement) = &mut self.arrangement else { return };
+        if !arrangement.rows().is_changed_by(cut) {
+            return;
+        }
+        let (before, old) =
+            (arrangement.rows().len(), arrangement.guards().map(Option::<&_>::cloned));
+        arrangement.cut(policy, cut);
+        if matches!(cut, Cut::Crop(_) | Cut::CropRows(_)) {
             // Each of them was appended in a call of its own or with others: no count of them overflows soon.
-            self.cropped = self.cropped.saturating_add(arrangement.len() - max_length);
-            arrangement.crop(policy, max_length);
+            self.cropped = self.cropped.saturating_add(before - arrangement.rows().len());
+        }
+        for guard in old.into_iter().flatten() {
+            let is_held = |held: &RegionGuard| std::sync::Arc::ptr_eq(held, &guard);
+            let is_shown = arrangement.guards().into_iter().flatten().any(is_held);
+            if !is_shown && !self.retired.iter().any(is_held) {
+                self.retired.push(guard);
+            }
         }
     }
 
-    pub(crate) fn truncate(&mut self, policy: &mut L::Policy, length: usize) {
-        if let Some(arrangement) =
-            self.arrangement.as_mut().filter(|arrangement| arrangement.len() > length)
-        {
-            arrangement.truncate(policy, length);
-        }
-    }
-
-    /// Stages the writing of new tokens.
+    /// Stages the writing of new tokens. Returns the layer's view afterwards as well.
     pub(crate) fn stage_update(
         &mut self,
         gpu: &Gpu,
@@ -276,15 +297,17 @@ impl<L: Arrangement> Layer<L> {
         key: &TensorView<'_>,
         value: &TensorView<'_>,
         position: CachePosition<'_>,
-    ) -> Result<Staged<L>> {
+    ) -> Result<(Staged<L>, LayerView)> {
         let shape = self.check_shapes(key, value)?;
         let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
         key.check_device("key", gpu.handle())?;
         value.check_device("value", gpu.handle())?;
         self.check_alias(key, value)?;
-        let (count, len) = (key.shape[2], self.len());
-        let new_len = position::check(position, shape.batch, count, len, L::bound(policy))?;
-        let tokens = NewTokens { position, count, len, new_len };
+        let (batch, count) = (shape.batch, key.shape[2]);
+        let empty = Rows::default();
+        let rows = self.arrangement.as_ref().map_or(&empty, L::rows);
+        let new_len = position::check(position, batch, count, rows.len(), L::bound(policy))?;
+        let tokens = NewTokens { position, batch, count, rows, new_len };
 
         let state = LayerState {
             gpu,
@@ -299,12 +322,13 @@ impl<L: Arrangement> Layer<L> {
         let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
         let bind = |bindings: &[_]| gpu.kernels().bind_append(bindings);
         let (bindings, _) = store.bind_groups.get(Purpose::Append, &bindings, bind)?;
+        let view = change.arrangement.view(gpu, store)?;
         let append = AppendShape {
             key: &sources[0],
             value: &sources[1],
             tokens: count,
             positions: positions(&plan, lists.as_ref().map_or(0, |(_, at)| *at))?,
-            target: &change.arrangement.view(store),
+            target: &view,
             lists: lists.as_ref().map(|(allocation, _)| allocation),
         };
         let append = gpu.kernels().append(bindings, &append)?;
@@ -312,7 +336,7 @@ impl<L: Arrangement> Layer<L> {
         let written = shape.row_bytes().map(|row| row.saturating_mul(written));
         change.dispatches.push(append);
         change.moved += written.iter().sum::<u64>();
-        Ok(change)
+        Ok((change, view))
     }
 
     /// Refuses a change to `batch` rows that has no room, from counts alone.
@@ -333,7 +357,8 @@ impl<L: Arrangement> Layer<L> {
             return Ok(None);
         };
         let (batch, append) = (arrangement.shape().batch, CachePosition::Append);
-        let new_len = position::check(append, batch, tokens, arrangement.len(), L::bound(policy))?;
+        let new_len =
+            position::check(append, batch, tokens, arrangement.rows().len(), L::bound(policy))?;
         arrangement.stage_reserve(gpu, self.index, store, policy, new_len)
     }
 
@@ -361,6 +386,8 @@ impl<L: Arrangement> Layer<L> {
             self.store = Some(store);
         }
         self.arrangement = Some(staged.arrangement);
+        // The call that was recorded just now holds them.
+        self.retired.clear();
         effect
     }
 
@@ -413,7 +440,7 @@ fn positions(plan: &WritePlan, at: u32) -> Result<Positions> {
             let stride = if list.per_row { list.stride() } else { 0 };
             let stride = u32::try_from(stride)
                 .map_err(|_| Error::too_many("number of positions of a row", stride as u64))?;
-            Positions::List { first: list.len, named: list.named, gap: list.gap, at, stride }
+            Positions::List { named: list.named, gap: list.gap, at, stride }
         }
     })
 }

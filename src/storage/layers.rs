@@ -12,6 +12,7 @@ use crate::gpu::readback::Readback;
 use crate::host::batch::{BatchChange, OwnedChange, changed_batch};
 use crate::host::plan;
 use crate::host::position::CachePosition;
+use crate::host::rows::Cut;
 use crate::stats::Stats;
 use crate::storage::layer::{Arrangement, Effect, Layer, PageCounts, Staged};
 use crate::tensor::{HostTensor, TensorView};
@@ -77,21 +78,32 @@ impl<L: Arrangement> Layers<L> {
         self.layers.values_mut().for_each(Layer::reset);
     }
 
-    pub(crate) fn crop(&mut self, max_length: usize) {
+    /// Cuts all rows of all layers by a cut that is the same for each.
+    pub(crate) fn cut(&mut self, cut: &Cut) {
         self.prepared = None;
-        self.layers.values_mut().for_each(|layer| layer.crop(&mut self.policy, max_length));
+        self.layers.values_mut().for_each(|layer| layer.cut(&mut self.policy, cut));
     }
 
-    pub(crate) fn truncate(&mut self, length: usize) {
-        self.prepared = None;
-        self.layers.values_mut().for_each(|layer| layer.truncate(&mut self.policy, length));
+    /// Cuts each row to a length of its own, in all layers or in none.
+    pub(crate) fn cut_rows(&mut self, cut: &Cut) -> Result<()> {
+        self.ledger.check()?;
+        let (Cut::CropRows(lens) | Cut::TruncateRows(lens)) = cut else {
+            unreachable!("a cut of rows")
+        };
+        for (&layer, held) in &self.layers {
+            if let Some(batch) = held.batch().filter(|&batch| batch != lens.len()) {
+                return Err(Error::RowCount { got: lens.len(), layer, batch });
+            }
+        }
+        self.cut(cut);
+        Ok(())
     }
 
     pub(crate) fn drop_latest(&mut self, tokens: usize) {
         self.prepared = None;
         for layer in self.layers.values_mut() {
             let length = layer.len().saturating_sub(tokens);
-            layer.truncate(&mut self.policy, length);
+            layer.cut(&mut self.policy, &Cut::Truncate(length));
         }
     }
 
@@ -114,9 +126,10 @@ impl<L: Arrangement> Layers<L> {
             Some(layer) => layer,
             None => fresh.insert(Layer::new(layer_idx)),
         };
-        let mut staged = layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
+        let (mut staged, view) =
+            layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
         let mut call = Call::default();
-        staged.hand_over(&mut call);
+        layer.hand_over(&mut staged, &mut call);
         call.record(pass, &self.ledger)?;
         self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));
         let allocated = staged.allocated();
@@ -128,7 +141,6 @@ impl<L: Arrangement> Layers<L> {
         self.dispatches += effect.dispatches;
         self.bytes_moved += effect.moved;
         self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
-        let view = layer.view().expect("a layer that was just written has a view");
         Ok(LayerView { owner: Some(self.owner()), ..view })
     }
 
@@ -215,7 +227,9 @@ impl<L: Arrangement> Layers<L> {
         mut staged: Vec<Option<Staged<L>>>,
     ) -> Result<()> {
         let mut call = Call::default();
-        staged.iter_mut().flatten().for_each(|staged| staged.hand_over(&mut call));
+        for (layer, staged) in self.layers.values().zip(&mut staged) {
+            staged.iter_mut().for_each(|staged| layer.hand_over(staged, &mut call));
+        }
         call.record(pass, &self.ledger)?;
         self.note_peak(staged.iter().flatten().map(Staged::allocated).sum());
         for (layer, staged) in self.layers.values_mut().zip(staged) {
@@ -228,20 +242,28 @@ impl<L: Arrangement> Layers<L> {
     }
 
     pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView>> {
+        let Some(layer) = self.shown(layer_idx)? else { return Ok(None) };
+        let view = layer.view(&self.gpu)?;
+        Ok(view.map(|view| LayerView { owner: Some(self.owner()), ..view }))
+    }
+
+    /// A layer whose content may be shown; `None` if it was never written.
+    fn shown(&self, layer_idx: usize) -> Result<Option<&Layer<L>>> {
         self.check_layer(layer_idx)?;
         self.ledger.check()?;
-        let Some(view) = self.layers.get(&layer_idx).and_then(Layer::view) else { return Ok(None) };
-        self.gpu.handle().check_known()?;
-        Ok(Some(LayerView { owner: Some(self.owner()), ..view }))
+        let layer = self.layers.get(&layer_idx).filter(|layer| layer.batch().is_some());
+        if layer.is_some() {
+            self.gpu.handle().check_known()?;
+        }
+        Ok(layer)
     }
 
     pub(crate) fn seq_length(&self, layer_idx: usize) -> Result<usize> {
-        Ok(self.view(layer_idx)?.map_or(0, |view| view.len()))
+        Ok(self.shown(layer_idx)?.map_or(0, Layer::len))
     }
 
     pub(crate) fn next_position(&self, layer_idx: usize) -> Result<usize> {
-        let live = self.seq_length(layer_idx)?;
-        Ok(self.layers.get(&layer_idx).map_or(0, Layer::cropped) + live)
+        Ok(self.shown(layer_idx)?.map_or(0, |layer| layer.cropped() + layer.len()))
     }
 
     #[cfg(not(target_arch = "wasm32"))]

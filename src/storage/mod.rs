@@ -4,6 +4,7 @@ pub(crate) mod layer;
 pub(crate) mod layers;
 pub(crate) mod paging;
 pub(crate) mod pool;
+pub(crate) mod records;
 pub(crate) mod ring;
 pub(crate) mod sequences;
 pub(crate) mod step;

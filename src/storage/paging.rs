@@ -9,6 +9,7 @@ use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{CopyShape, GatherShape, MOST_MOVES};
 use crate::host::pages::{PageMap, Wanted};
 use crate::host::plan;
+use crate::host::rows::{Cut, Rows};
 use crate::storage::layer::{Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite};
 use crate::storage::ring::LEAST_TOKENS;
 use crate::storage::store::{Shape, Store};
@@ -130,26 +131,23 @@ impl Arrangement for Paged {
         self.shape
     }
 
-    fn len(&self) -> usize {
-        self.table.map.len()
+    fn rows(&self) -> &Rows {
+        self.table.map.rows()
     }
 
-    fn view<'a>(&'a self, store: &'a Store) -> LayerView {
+    fn view(&self, gpu: &Gpu, store: &Store) -> Result<LayerView> {
         let map = &self.table.map;
-        let pages = self.table.page_table().expect("a layer that was written has a table");
-        self.shape.view(store, [map.start(), map.len(), map.page_tokens()], Some(pages))
+        let (pages, records) = self.table.shown(gpu)?;
+        let pages = Some(pages.expect("a layer that was written has a table"));
+        Ok(self.shape.view(store, map.rows(), map.page_tokens(), (pages, records)))
     }
 
-    fn crop(&mut self, paging: &mut Paging, max_length: usize) {
-        self.table = paging.tables.crop(&self.table, max_length);
+    fn cut(&mut self, paging: &mut Paging, cut: &Cut) {
+        self.table = paging.tables.cut(&self.table, cut);
     }
 
-    fn truncate(&mut self, paging: &mut Paging, length: usize) {
-        self.table = paging.tables.truncate(&self.table, length);
-    }
-
-    fn table(&self) -> Option<&RegionGuard> {
-        self.table.guard()
+    fn guards(&self) -> [Option<&RegionGuard>; 2] {
+        self.table.guards()
     }
 
     fn pages(&self) -> PageCounts {
@@ -191,7 +189,8 @@ impl Arrangement for Paged {
         let wanted = from.map.wanted(&plan, count, new_len);
         let needed = paging.check_pages((gpu, layer), shape, &from.map, wanted, new_len)?;
         let pool = pool_of(gpu, paging, store, arrangement, shape);
-        let step = paging.tables.write(gpu, &from, &plan, [count, new_len])?;
+        let rows = tokens.rows_after(from.map.rows());
+        let step = paging.tables.write(gpu, &from, &plan, count, rows)?;
         let mut change = Staged::unmoved(Self { shape, pool, table: step.to });
         if needed > pool {
             let pages = paging.grown(pool, needed, paging.fits(gpu, shape));
@@ -216,9 +215,6 @@ impl Arrangement for Paged {
             .table
             .page_table()
             .expect("a table that was written has a page table");
-        // What was recorded before may read the old table.
-        let old = from.guard().filter(|old| !Arc::ptr_eq(old, &table.allocation.guard));
-        change.guards = old.map(Arc::clone).into_iter().collect();
         let lists = Some((table.allocation.clone(), step.list_at));
         Ok(StagedWrite { change, plan, lists })
     }
@@ -234,9 +230,8 @@ impl Arrangement for Paged {
         let table = paging.tables.select(gpu, &self.table, map)?;
         let shape = Shape { batch: map.len(), ..self.shape };
         let arrangement = Self { shape, pool: self.pool, table };
-        // Views of the old table may be read by what is recorded before this, of the new one after it.
-        let guards = [self.table.guard(), arrangement.table.guard()];
-        let guards = guards.into_iter().flatten().map(Arc::clone).collect();
+        // Views of the new table may be read by what is recorded after this.
+        let guards = arrangement.guards().into_iter().flatten().map(Arc::clone).collect();
         Ok(Staged { guards, ..Staged::unmoved(arrangement) })
     }
 
@@ -249,7 +244,7 @@ impl Arrangement for Paged {
         new_len: usize,
     ) -> Result<Option<Staged<Self>>> {
         let (shape, map) = (self.shape, &self.table.map);
-        let wanted = Wanted { new: map.new_pages(new_len), copies: map.copies_of_append() };
+        let wanted = Wanted { new: map.new_pages(new_len), copies: map.copies_of_append(new_len) };
         let needed = paging.check_pages((gpu, layer), shape, map, wanted, new_len)?;
         let table = paging.tables.reserve(gpu, &self.table, new_len)?;
         if needed <= self.pool && Arc::ptr_eq(&table, &self.table) {
@@ -260,8 +255,7 @@ impl Arrangement for Paged {
             let pages = paging.grown(self.pool, needed, paging.fits(gpu, shape));
             staged = self.grow(gpu, layer, Some(store), map, pages)?;
         }
-        staged.guards =
-            [self.table.guard(), table.guard()].into_iter().flatten().map(Arc::clone).collect();
+        staged.guards = table.guards().into_iter().flatten().map(Arc::clone).collect();
         staged.arrangement.table = table;
         Ok(Some(staged))
     }

@@ -1,11 +1,16 @@
 //! Tokens in a ring: the live part of [B, H, capacity, D], which may run over the end.
 
+use std::collections::BTreeMap;
+
 use crate::error::Result;
 use crate::gpu::Gpu;
+use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::host::plan;
+use crate::host::rows::{Cut, Rows};
 use crate::storage::layer::{Arrangement, LayerState, NewTokens, Staged, StagedWrite};
+use crate::storage::records::{self, Records};
 use crate::storage::store::{Shape, Store};
 use crate::view::LayerView;
 
@@ -22,17 +27,16 @@ pub(crate) enum Growth {
 pub(crate) const LEAST_TOKENS: usize = 64;
 
 /// What a layer holds, and where.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Ring {
     shape: Shape,
     /// Batch rows that the buffers have room for.
-    rows: usize,
+    most_rows: usize,
     /// Slots of each row and head.
     capacity: usize,
-    /// Slot of the oldest live token.
-    start: usize,
-    /// Live tokens.
-    len: usize,
+    /// Live tokens of each row.
+    rows: Rows,
+    records: Records,
 }
 
 impl Arrangement for Ring {
@@ -49,20 +53,22 @@ impl Arrangement for Ring {
         self.shape
     }
 
-    fn len(&self) -> usize {
-        self.len
+    fn rows(&self) -> &Rows {
+        &self.rows
     }
 
-    fn view<'a>(&'a self, store: &'a Store) -> LayerView {
-        self.shape.view(store, [self.start, self.len, self.capacity], None)
+    fn view(&self, gpu: &Gpu, store: &Store) -> Result<LayerView> {
+        let upload = || gpu.uploads().upload(&self.rows.records(0));
+        let rows = self.records.get(&self.rows, upload)?;
+        Ok(self.shape.view(store, &self.rows, self.capacity, (None, rows)))
     }
 
-    fn crop(&mut self, _: &mut Growth, max_length: usize) {
-        (self.start, self.len) = plan::cropped(self.start, self.len, self.capacity, max_length);
+    fn cut(&mut self, _: &mut Growth, cut: &Cut) {
+        (self.rows, self.records) = (self.rows.cut(cut, self.capacity), Records::default());
     }
 
-    fn truncate(&mut self, _: &mut Growth, length: usize) {
-        self.len = self.len.min(length);
+    fn guards(&self) -> [Option<&RegionGuard>; 2] {
+        [self.records.guard(), None]
     }
 
     fn stage_write(
@@ -84,17 +90,16 @@ impl Arrangement for Ring {
             }
             _ => Self::first_room(gpu, layer, store, *growth, shape, tokens.new_len)?,
         };
-        change.arrangement.len = tokens.new_len;
-        let list = plan.list().map(|list| gpu.uploads().upload(list)).transpose()?;
-        let lists = list.map(|allocation| {
-            let list_at = allocation.offset / 4;
-            (allocation, list_at)
-        });
+        let rows = tokens.rows_after(&change.arrangement.rows);
+        let lists = records::upload(gpu, &rows, plan.list().unwrap_or_default())?;
+        let records = lists.as_ref().map(|(allocation, _)| Records::at(allocation.clone(), &rows));
+        change.arrangement.records = records.unwrap_or_default();
+        change.arrangement.rows = rows;
         Ok(StagedWrite { change, plan, lists })
     }
 
     fn check_batch(&self, gpu: &Gpu, layer: usize, growth: &Growth, batch: usize) -> Result<()> {
-        if batch <= self.rows {
+        if batch <= self.most_rows {
             return Ok(());
         }
         self.capacity_of_copy(gpu, layer, Shape { batch, ..self.shape }, *growth).map(|_| ())
@@ -125,7 +130,7 @@ impl Arrangement for Ring {
         let shape = Shape { batch: map.len(), ..self.shape };
         // In place where the rows have memory. A list of moves cannot be cut in two, since a cycle may run
         // through all of it, so one too long for a dispatch goes through new buffers as well.
-        let in_place = (map.len() <= self.rows)
+        let in_place = (map.len() <= self.most_rows)
             .then(|| plan::order_row_moves(map, self.shape.batch))
             .filter(|moves| moves.written <= MOST_MOVES);
         let Some(moves) = in_place else {
@@ -134,20 +139,26 @@ impl Arrangement for Ring {
         };
         let mut dispatches = Vec::new();
         let mut moved = 0;
-        if moves.written > 0 && self.len > 0 {
+        if moves.written > 0 && self.rows.len() > 0 {
+            // Rows keep their slots. If they start at different ones, whole capacities move.
+            let (start, len) = match self.rows.start() {
+                Some(start) => (start, self.rows.len()),
+                None => (0, self.capacity),
+            };
             let gather = GatherShape {
                 row_bytes: shape.row_bytes(),
                 heads: shape.heads,
-                start: self.start,
-                len: self.len,
+                start,
+                len,
                 capacity: self.capacity,
                 moves: &moves.words,
                 cycles_at: moves.cycles_at,
             };
             dispatches.push(gpu.kernels().gather(store.gather_bindings(gpu)?, &gather)?);
-            moved = shape.bytes(moves.written, self.len)?.iter().sum();
+            moved = shape.bytes(moves.written, len)?.iter().sum();
         }
-        let arrangement = Self { shape, ..*self };
+        let rows = self.rows.select(map);
+        let arrangement = Self { shape, rows, records: Records::default(), ..*self };
         Ok(Staged { dispatches, moved, ..Staged::unmoved(arrangement) })
     }
 }
@@ -163,7 +174,7 @@ impl Ring {
         new_len: usize,
     ) -> Result<Staged<Self>> {
         if new_len <= self.capacity {
-            return Ok(Staged::unmoved(*self));
+            return Ok(Staged::unmoved(self.clone()));
         }
         let shape = self.shape;
         let capacity = capacity_for(gpu, layer, shape, growth, self.capacity, new_len)?;
@@ -180,7 +191,13 @@ impl Ring {
         shape: Shape,
         new_len: usize,
     ) -> Result<Staged<Self>> {
-        let empty = |capacity| Self { shape, rows: shape.batch, capacity, start: 0, len: 0 };
+        let empty = |capacity| Self {
+            shape,
+            most_rows: shape.batch,
+            capacity,
+            rows: Rows::default(),
+            records: Records::default(),
+        };
         if let Some(store) = store {
             let fits = shape.tokens_in(shape.batch, store.bytes());
             let (needed, capacity) = match growth {
@@ -208,13 +225,20 @@ impl Ring {
     ) -> Result<Staged<Self>> {
         let new = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
         let mut dispatches: Vec<Dispatch> = Vec::new();
-        if self.len > 0 {
-            for copies in &plan::list_copies(&plan::copies_of_map(map), MOST_MOVES) {
+        let len = self.rows.len();
+        // A dispatch for each start that rows have.
+        let mut by_start: BTreeMap<usize, Vec<(u32, u32)>> = BTreeMap::new();
+        for (from, to) in plan::copies_of_map(map) {
+            let start = self.rows.span(from as usize).start;
+            by_start.entry(start).or_default().push((from, to));
+        }
+        for (start, copies) in by_start.into_iter().filter(|_| len > 0) {
+            for copies in &plan::list_copies(&copies, MOST_MOVES) {
                 let copy = CopyShape {
                     row_bytes: shape.row_bytes(),
                     heads: shape.heads,
-                    start: self.start,
-                    len: self.len,
+                    start,
+                    len,
                     old_capacity: self.capacity,
                     new_capacity: capacity,
                     copies: &copies.words,
@@ -223,8 +247,10 @@ impl Ring {
                 dispatches.push(gpu.kernels().copy_rows(buffers, &copy)?);
             }
         }
-        let moved = shape.bytes(shape.batch, self.len)?.iter().sum();
-        let arrangement = Self { shape, rows: shape.batch, capacity, start: 0, len: self.len };
+        let moved = shape.bytes(shape.batch, len)?.iter().sum();
+        let rows = self.rows.select(map).moved(|_| 0);
+        let records = Records::default();
+        let arrangement = Self { shape, most_rows: shape.batch, capacity, rows, records };
         Ok(Staged { dispatches, store: Some(new), moved, ..Staged::unmoved(arrangement) })
     }
 
@@ -241,7 +267,7 @@ impl Ring {
             // Keep the room that there is, as far as it can be bound.
             Growth::Dynamic { .. } => {
                 let live = Growth::Dynamic { tokens: 0 };
-                capacity_for(gpu, layer, shape, live, 0, self.len.max(1))?;
+                capacity_for(gpu, layer, shape, live, 0, self.rows.len().max(1))?;
                 let limit = binding_limit(gpu.limits());
                 Ok(self.capacity.min(shape.tokens_in(shape.batch, [limit; 2])))
             }

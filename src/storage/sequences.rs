@@ -13,13 +13,13 @@ use crate::gpu::kernels::{AppendShape, LayerShape, MOST_MOVES, Positions};
 use crate::gpu::ledger::Ledger;
 use crate::gpu::readback::Readback;
 use crate::host::plan;
-use crate::host::rows::Span;
+use crate::host::rows::{Rows, Span};
 use crate::host::sequences::{Sequences, StagedStep, StepLimits};
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
 use crate::storage::pool::{copy_pages, copy_pool, new_pool};
 use crate::storage::ring::LEAST_TOKENS;
-use crate::storage::step::{Records, StepBlock, StepData};
+use crate::storage::step::{RowLists, StepBlock, StepData};
 use crate::storage::store::{Shape, Store};
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::{LayerView, Owner, PageTable, RowTable, StepWork};
@@ -305,7 +305,7 @@ impl SequenceLayers {
         }
         self.gpu.handle().check_alive()?;
         let Some(store) = self.stores.get(layer).filter(|_| live.len > 0) else { return Ok(None) };
-        let records = Records::new([(live.start, live.len, live.pages)].into_iter());
+        let records = RowLists::new([(live.start, live.len, live.pages)].into_iter());
         let allocation = self.gpu.uploads().upload(&records.words)?;
         let view = self.shaped_view(layer, store, &records.spans, allocation, None);
         Readback::start(&self.gpu, layer, &view, Default::default(), &self.ledger).map(Some)
@@ -380,13 +380,11 @@ impl SequenceLayers {
         let at = allocation.offset / 4;
         let pages = PageTable { allocation: allocation.clone(), at, stride: 0 };
         let longest = rows.iter().map(|row| row.len).max().unwrap_or(0);
-        let place = [0, longest, self.limits.page_tokens];
-        LayerView {
-            rows: Some(RowTable { allocation, at, rows: Arc::clone(rows) }),
-            step,
-            owner: Some(self.owner()),
-            ..shape.view(store, place, Some(pages))
-        }
+        let longest = Rows::Equal(Span { start: 0, len: longest });
+        let records = RowTable { allocation, at, rows: Arc::clone(rows) };
+        let tables = (Some(pages), Some(records));
+        let view = shape.view(store, &longest, self.limits.page_tokens, tables);
+        LayerView { step, owner: Some(self.owner()), ..view }
     }
 
     fn owner(&self) -> Owner {

@@ -14,13 +14,13 @@ const ALIGNMENT: usize = 64;
 
 /// The records and pages of rows, as a shader reads them.
 #[derive(Debug)]
-pub(crate) struct Records {
+pub(crate) struct RowLists {
     /// Four words a row (start, length, first word of its pages, zero), then the pages of all rows.
     pub(crate) words: Vec<u32>,
     pub(crate) spans: Arc<[Span]>,
 }
 
-impl Records {
+impl RowLists {
     /// Of rows of these starts, lengths and pages.
     pub(crate) fn new<'a>(
         rows: impl ExactSizeIterator<Item = (usize, usize, &'a [u32])> + Clone,
@@ -65,7 +65,7 @@ pub(crate) enum StepArray {
 impl StepBlock {
     pub(crate) fn new(step: &StagedStep) -> Self {
         let rows = step.rows.iter().map(|row| (row.start(), row.len(), row.pages()));
-        let Records { mut words, spans } = Records::new(rows);
+        let RowLists { mut words, spans } = RowLists::new(rows);
         let records = words.len();
         let mut add = |array: Vec<u32>| {
             words.resize(words.len().next_multiple_of(ALIGNMENT), 0);

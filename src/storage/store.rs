@@ -8,7 +8,8 @@ use crate::gpu::Gpu;
 use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::device::binding_limit;
 use crate::gpu::own_buffers::OwnBuffer;
-use crate::view::{LayerView, PageTable};
+use crate::host::rows::Rows;
+use crate::view::{LayerView, PageTable, RowTable};
 
 /// Shape of a layer: all but its length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +47,9 @@ impl Shape {
     pub(crate) fn view(
         &self,
         store: &Store,
-        [start, len, capacity]: [usize; 3],
-        pages: Option<PageTable>,
+        rows: &Rows,
+        capacity: usize,
+        (pages, records): (Option<PageTable>, Option<RowTable>),
     ) -> LayerView {
         LayerView {
             key: store.key.clone(),
@@ -57,11 +59,11 @@ impl Shape {
             heads: self.heads,
             key_dim: self.key_dim,
             value_dim: self.value_dim,
-            start,
-            len,
+            start: if records.is_some() { 0 } else { rows.span(0).start },
+            len: rows.len(),
             capacity,
             pages,
-            rows: None,
+            rows: records,
             step: None,
             bind_groups: Arc::clone(&store.bind_groups),
             owner: None,

@@ -12,8 +12,10 @@ use crate::gpu::kernels::MOST_MOVES;
 use crate::host::pages::{PageMap, Written};
 use crate::host::plan::{self, MoveList};
 use crate::host::position::WritePlan;
+use crate::host::rows::{Cut, Rows};
 use crate::host::words::Words;
-use crate::view::PageTable;
+use crate::storage::records::{self, Records, word};
+use crate::view::{PageTable, RowTable};
 
 /// Changes that are remembered: enough for an engine that runs a few steps of a layer before the next.
 const REMEMBERED: usize = 4;
@@ -30,6 +32,8 @@ pub(crate) struct Table {
     pub(crate) map: PageMap,
     /// `None` where no row ever had a page.
     region: Option<Arc<Region>>,
+    /// Of ragged rows.
+    records: Records,
 }
 
 /// Where tables lie that have grown out of one another. Each word is written once: so the tables of before,
@@ -51,11 +55,10 @@ struct RegionWords {
 /// A change of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Change {
-    Write { plan: WritePlan, count: usize, new_len: usize },
+    Write { plan: WritePlan, count: usize, rows: Rows },
     Select(Vec<u32>),
     Reserve(usize),
-    Crop(usize),
-    Truncate(usize),
+    Cut(Cut),
 }
 
 /// A change that was made of a table.
@@ -97,7 +100,11 @@ impl Tables {
             return Arc::clone(empty);
         }
         let map = PageMap::new(self.page_tokens, batch);
-        Arc::clone(self.empty.insert(Arc::new(Table { map, region: None })))
+        Arc::clone(self.empty.insert(Arc::new(Table {
+            map,
+            region: None,
+            records: Records::default(),
+        })))
     }
 
     /// Makes `change` of the table `from`, or finds that it was made.
@@ -111,7 +118,7 @@ impl Tables {
         if let Some(step) = self.steps.iter().rev().find(is_it) {
             return Ok(step.clone());
         }
-        let mut to = Table::clone(from);
+        let mut to = Table { records: Records::default(), ..Table::clone(from) };
         let (copies, list_at) = make(&mut to)?;
         debug_assert!(
             to.map.pool_pages().max(to.map.table().len()) > RECOUNTED || to.map.is_sound(),
@@ -126,20 +133,25 @@ impl Tables {
         Ok(step)
     }
 
-    /// Makes room for new tokens: `count` of each row, after which `new_len` are live.
+    /// Makes room for new tokens: `count` of each row, after which rows are as `rows` says.
     pub(crate) fn write(
         &mut self,
         gpu: &Gpu,
         from: &Arc<Table>,
         plan: &WritePlan,
-        [count, new_len]: [usize; 2],
+        count: usize,
+        rows: Rows,
     ) -> Result<Step> {
-        let list = plan.list().unwrap_or(&[]);
-        let stride = self.stride(gpu, &from.map, new_len, list.len())?;
-        let change = Change::Write { plan: plan.clone(), count, new_len };
+        let list = plan.list().unwrap_or_default();
+        let spare = records::beside(&rows, 0, list).len();
+        let stride = self.stride(gpu, &from.map, rows.len(), spare)?;
+        let change = Change::Write { plan: plan.clone(), count, rows: rows.clone() };
         self.step(from, change, |table| {
-            let written = table.map.write(plan, count, new_len, stride);
-            let list_at = table.upload(gpu, &written, list)?;
+            let written = table.map.write(plan, count, rows.clone(), stride);
+            let words = records::beside(&rows, table.map.stride(), list);
+            let at = table.upload(gpu, &written, &words)?;
+            table.records = table.records_at(at, &rows);
+            let list_at = at + word(words.len() - list.len());
             Ok((plan::list_copies(&written.copies, MOST_MOVES).into(), list_at))
         })
     }
@@ -180,19 +192,10 @@ impl Tables {
         step.map(|step| step.to)
     }
 
-    /// Keeps the latest `len` tokens. The GPU's table stays as it is, and is entered further on.
-    pub(crate) fn crop(&mut self, from: &Arc<Table>, len: usize) -> Arc<Table> {
-        let Ok(step) = self.step::<Infallible>(from, Change::Crop(len), |table| {
-            table.map.crop(len);
-            Ok((Arc::new([]), 0))
-        });
-        step.to
-    }
-
-    /// Keeps the first `len` tokens. The GPU's table stays as it is.
-    pub(crate) fn truncate(&mut self, from: &Arc<Table>, len: usize) -> Arc<Table> {
-        let Ok(step) = self.step::<Infallible>(from, Change::Truncate(len), |table| {
-            table.map.truncate(len);
+    /// Cuts all rows. The GPU's table stays as it is, and may be entered further on.
+    pub(crate) fn cut(&mut self, from: &Arc<Table>, cut: &Cut) -> Arc<Table> {
+        let Ok(step) = self.step::<Infallible>(from, Change::Cut(cut.clone()), |table| {
+            table.map.cut(cut);
             Ok((Arc::new([]), 0))
         });
         step.to
@@ -234,8 +237,6 @@ impl Table {
     /// The table as a view shows it.
     pub(crate) fn page_table(&self) -> Option<PageTable> {
         let region = self.region.as_deref()?;
-        // What can be bound is counted in 32 bits.
-        let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Some(PageTable {
             allocation: region.allocation.clone(),
             at: region.allocation.offset / 4 + word(self.map.first()),
@@ -243,8 +244,42 @@ impl Table {
         })
     }
 
-    pub(crate) fn guard(&self) -> Option<&RegionGuard> {
-        self.region.as_ref().map(|region| &region.allocation.guard)
+    /// The table and the records of ragged rows as a view shows them, in one buffer.
+    pub(crate) fn shown(&self, gpu: &Gpu) -> Result<(Option<PageTable>, Option<RowTable>)> {
+        let Some(table) = self.page_table() else { return Ok((None, None)) };
+        let rows = self.map.rows();
+        let upload = || {
+            let uploads = gpu.uploads();
+            let words = rows.records(self.map.stride());
+            if let Some(allocation) = uploads.upload_beside(&table.allocation, &words)? {
+                return Ok(allocation);
+            }
+            // The table cannot stay where it is: a copy of it, behind the records.
+            let pages = self.map.table().to_vec();
+            let allocation = uploads.reserve(words.len() + pages.len(), 0)?;
+            uploads.write_piece(&allocation, 0, &[words, pages].concat())?;
+            Ok(allocation)
+        };
+        let records = self.records.get(rows, upload)?;
+        let Some(own) =
+            records.as_ref().filter(|it| it.allocation.buffer != table.allocation.buffer)
+        else {
+            return Ok((Some(table), records));
+        };
+        let at = own.at + word(rows.records(0).len() + self.map.first());
+        let allocation = own.allocation.clone();
+        Ok((Some(PageTable { allocation, at, ..table }), records))
+    }
+
+    /// Records that a write has put beside the table, at word `at`.
+    fn records_at(&self, at: u32, rows: &Rows) -> Records {
+        let Some(region) = &self.region else { return Records::default() };
+        Records::at(Allocation { offset: 4 * at, ..region.allocation.clone() }, rows)
+    }
+
+    /// Where the table and the records lie that views have shown.
+    pub(crate) fn guards(&self) -> [Option<&RegionGuard>; 2] {
+        [self.region.as_ref().map(|region| &region.allocation.guard), self.records.guard()]
     }
 
     /// Brings to the GPU what a write has changed, and a list of positions beside it. Returns the word of the

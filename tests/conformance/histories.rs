@@ -40,9 +40,21 @@ enum Positions {
 /// calls are valid and some are not.
 #[derive(Clone, Debug)]
 enum Call {
-    Update { layer: usize, tokens: usize, lie: Lie, form: u8, seeds: Vec<u32>, misfit: u8 },
+    Update {
+        layer: usize,
+        tokens: usize,
+        lie: Lie,
+        form: u8,
+        seeds: Vec<u32>,
+        misfit: u8,
+    },
     Crop(usize),
     Truncate(usize),
+    /// Cuts each row: keeps the latest tokens, or the first.
+    CutRows {
+        lengths: Vec<usize>,
+        is_crop: bool,
+    },
     Select(Vec<u32>),
     Repeat(usize),
     Reset,
@@ -124,6 +136,8 @@ fn call() -> impl Strategy<Value = Call> {
         12 => update,
         2 => (0..120_usize).prop_map(Call::Crop),
         2 => (0..120_usize).prop_map(Call::Truncate),
+        3 => (prop::collection::vec(0..120_usize, 5), any::<bool>())
+            .prop_map(|(lengths, is_crop)| Call::CutRows { lengths, is_crop }),
         3 => prop::collection::vec(any::<u32>(), 0..7).prop_map(Call::Select),
         1 => (0..4_usize).prop_map(Call::Repeat),
         1 => Just(Call::Reset),
@@ -300,6 +314,19 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
         Call::Truncate(length) => {
             rig.truncate(*length);
             (Ok(()), Ok(()))
+        }
+        Call::CutRows { lengths, is_crop } => {
+            // Near the lengths of the rows, and for layers of other batches as many as the first has.
+            let layer = rig.model.layers().first().copied().unwrap_or(0);
+            let (rows, len) = (rig.model.row_lens(layer).len(), rig.model.len(layer));
+            let seeds = lengths.iter().cycle().enumerate();
+            let lengths: Vec<usize> =
+                seeds.take(rows).map(|(row, seed)| (seed + row / 5) % (len + 3)).collect();
+            let answer = match is_crop {
+                true => rig.cache.crop_rows(&lengths),
+                false => rig.cache.truncate_rows(&lengths),
+            };
+            (answer, rig.model.cut_rows(&lengths, *is_crop))
         }
         Call::Select(seeds) => {
             // One in sixteen lists may name a row that is not there.

@@ -11,7 +11,8 @@ use crate::rig::{Rig, buffer, read_buffer, same_bits};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
-/// Writes all live elements, row-major (B, H, T, D), through nothing but `kv_slot` and `KvLayout`.
+/// Writes all live elements, row-major (B, H, T, D), through nothing but `kv_len`, `kv_slot` and `KvLayout`. Behind
+/// shorter rows it leaves the zeros that are there.
 const SHADER: &str = "
 @group(0) @binding(0) var<uniform> kv: KvLayout;
 @group(0) @binding(1) var<storage, read> key: array<u32>;
@@ -27,8 +28,11 @@ fn kv_table(i: u32) -> u32 {
 // A workgroup a token of a row and head.
 @compute @workgroup_size(1)
 fn main(@builtin(workgroup_id) id: vec3<u32>) {
-    let h = id.y % kv.heads;
-    let slot = kv_slot(kv, id.y / kv.heads, h, id.x);
+    let b = id.y / kv.heads;
+    if id.x >= kv_len(kv, b) {
+        return;
+    }
+    let slot = kv_slot(kv, b, id.y % kv.heads, id.x);
     let at = id.y * kv.len + id.x;
     for (var d = 0u; d < kv.key_dim; d++) {
         keys[at * kv.key_dim + d] = key[slot * kv.key_dim + d];
@@ -140,5 +144,35 @@ fn pages_that_rows_share() {
         rig.select(&[1, 0, 1]);
         rig.update(0, [3, 3, 2, 6], 5, APPEND);
         check(&rig, Layout::Paged);
+    }
+}
+
+#[test]
+fn rows_of_different_length() {
+    let rows = [vec![20_u32], vec![5], vec![18]];
+    for mut rig in [Rig::dynamic(&gpu()), Rig::fixed(&gpu(), 24, 1)] {
+        rig.update(0, [3, 3, 18, 6], 5, APPEND);
+        rig.update(0, [3, 3, 1, 6], 5, CachePosition::PerRow(&rows));
+        check(&rig, Layout::RaggedWrapped);
+        rig.crop_rows(&[20, 6, 2]);
+        check(&rig, Layout::RaggedWrapped);
+        // Some rows wrap, and some do not.
+        rig.crop(4);
+        rig.update(0, [3, 3, 9, 6], 5, APPEND);
+        check(&rig, Layout::RaggedWrapped);
+        rig.truncate_rows(&[5, 11, 1]);
+        check(&rig, Layout::RaggedWrapped);
+    }
+    for size in [1, 4, 16] {
+        let mut rig = Rig::paged(&gpu(), size);
+        rig.update(0, [3, 3, 18, 6], 5, APPEND);
+        rig.update(0, [3, 3, 1, 6], 5, CachePosition::PerRow(&rows));
+        check(&rig, Layout::RaggedPaged);
+        rig.crop_rows(&[20, 6, 2]);
+        rig.select(&[1, 0, 1, 2]);
+        check(&rig, Layout::RaggedPaged);
+        rig.update(0, [4, 3, 9, 6], 5, APPEND);
+        rig.truncate_rows(&[5, 11, 1, 0]);
+        check(&rig, Layout::RaggedPaged);
     }
 }

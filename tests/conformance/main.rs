@@ -22,6 +22,8 @@ mod model;
 mod others;
 mod pages;
 mod passes;
+mod ragged;
+mod ragged_attention;
 mod readbacks;
 mod refusals;
 mod refused_calls;

@@ -78,6 +78,8 @@ pub(crate) enum Refused {
     Pages,
     /// A first update with other rows than the layers have that took part in a change of the batch.
     Batch,
+    /// Not as many lengths as a layer has rows.
+    Rows,
 }
 
 /// K or V of a layer.
@@ -119,6 +121,18 @@ impl Side {
         }
     }
 
+    /// Drops the first `dropped[b]` tokens of row b, and makes it `len` tokens long: `kept[b]`, and zeros.
+    fn cut_rows(&mut self, dropped: &[usize], kept: &[usize], len: usize) {
+        let zero = vec![0; self.dim * self.element];
+        for ((row, &dropped), &kept) in self.rows.iter_mut().zip(dropped).zip(kept) {
+            for head in row {
+                head.drain(..dropped);
+                head.truncate(kept);
+                head.resize(len, zero.clone());
+            }
+        }
+    }
+
     fn tokens(&mut self) -> impl Iterator<Item = &mut Vec<Vec<u8>>> {
         self.rows.iter_mut().flatten()
     }
@@ -136,20 +150,38 @@ impl Side {
 #[derive(Clone, Debug, Default)]
 struct Pages {
     rows: Vec<Vec<Rc<()>>>,
-    /// Slot of the oldest live token in the first page.
-    start: usize,
+    spans: Vec<Span>,
+    /// Length of the layer.
     len: usize,
 }
 
+/// Where a row lies in its pages.
+#[derive(Clone, Copy, Debug, Default)]
+struct Span {
+    /// Slot of the oldest live token, counted from the first page.
+    start: usize,
+    len: usize,
+    /// Behind the row, up to the length of the layer, are zeros. Not so below this position: there is what was cut
+    /// off, and a row that grows over it has to write zeros first.
+    stale: usize,
+}
+
 impl Pages {
-    /// A row that writes into a page has one of its own afterwards, and new ones where it ends.
-    fn write(&mut self, size: usize, positions: &[Vec<usize>], new_len: usize) {
-        let gap: Vec<usize> = (self.len..new_len).collect();
-        for (row, positions) in self.rows.iter_mut().zip(positions) {
+    /// A row that writes into a page has one of its own afterwards, and new ones where it ends. `ends` are the
+    /// lengths of the rows afterwards.
+    fn write(&mut self, size: usize, positions: &[Vec<usize>], ends: &[usize], new_len: usize) {
+        let starts = self.spans.iter().map(|span| span.start);
+        let pages = (starts.max().unwrap_or(0) + new_len).div_ceil(size);
+        for ((row, span), (positions, &end)) in
+            self.rows.iter_mut().zip(&mut self.spans).zip(positions.iter().zip(ends))
+        {
+            let is_stale = span.stale > span.len;
+            let gap = if is_stale { span.len..end } else { self.len..new_len };
             let touched: BTreeSet<usize> = positions
                 .iter()
-                .chain(&gap)
-                .map(|position| (self.start + position) / size)
+                .copied()
+                .chain(gap)
+                .map(|position| (span.start + position) / size)
                 .collect();
             for page in touched {
                 if let Some(named) = row.get_mut(page) {
@@ -157,29 +189,58 @@ impl Pages {
                     *named = Rc::new(());
                 }
             }
-            row.resize_with((self.start + new_len).div_ceil(size), || Rc::new(()));
+            row.resize_with(pages, || Rc::new(()));
+            if is_stale && new_len > self.len {
+                span.stale = new_len;
+            }
+            span.len = end;
         }
         self.len = new_len;
     }
 
-    fn truncate(&mut self, size: usize, len: usize) {
-        self.len = self.len.min(len);
-        if self.len == 0 {
-            self.start = 0;
+    fn truncate(&mut self, size: usize, lens: &[usize], len: usize) {
+        for (span, &kept) in self.spans.iter_mut().zip(lens) {
+            if kept < span.len {
+                span.stale = span.stale.max(span.len);
+            }
+            span.len = span.len.min(kept);
+            span.stale = span.stale.min(len);
         }
-        let pages = (self.start + self.len).div_ceil(size);
-        self.rows.iter_mut().for_each(|row| row.truncate(if self.len == 0 { 0 } else { pages }));
+        self.fit(size, len);
     }
 
-    fn crop(&mut self, size: usize, len: usize) {
-        let dropped = self.len.saturating_sub(len);
-        if dropped == self.len {
-            return self.truncate(size, 0);
+    fn crop(&mut self, size: usize, dropped: &[usize], len: usize) {
+        for (span, &dropped) in self.spans.iter_mut().zip(dropped) {
+            // The row has nothing there: the layer ends later than before, counted from the row's start.
+            let is_new = dropped > 0 && self.len < dropped + len;
+            span.start += dropped;
+            span.len = span.len.saturating_sub(dropped);
+            span.stale = if is_new { len } else { span.stale.saturating_sub(dropped).min(len) };
         }
-        self.start += dropped;
-        self.len -= dropped;
-        self.rows.iter_mut().for_each(|row| drop(row.drain(..self.start / size)));
-        self.start %= size;
+        self.fit(size, len);
+    }
+
+    /// Gives back the pages that no row needs.
+    fn fit(&mut self, size: usize, len: usize) {
+        self.len = len;
+        if len == 0 {
+            self.spans.fill(Span::default());
+            return self.rows.iter_mut().for_each(Vec::clear);
+        }
+        let starts = || self.spans.iter().map(|span| span.start);
+        let from = starts().min().unwrap_or(0) / size;
+        let to = (starts().max().unwrap_or(0) + len).div_ceil(size);
+        for row in &mut self.rows {
+            row.truncate(to);
+            row.drain(..from.min(row.len()));
+        }
+        self.spans.iter_mut().for_each(|span| span.start -= from * size);
+    }
+
+    fn select(&mut self, size: usize, rows: &[usize]) {
+        self.rows = rows.iter().map(|&row| self.rows[row].clone()).collect();
+        self.spans = rows.iter().map(|&row| self.spans[row]).collect();
+        self.fit(size, self.len);
     }
 
     /// Pages in use, and those of them that several rows name.
@@ -199,6 +260,8 @@ pub(crate) struct Model {
     pub(crate) bounds: Option<(usize, usize)>,
     /// K and V of the layers that hold something.
     layers: BTreeMap<usize, [Side; 2]>,
+    /// The length of each row of these layers.
+    lens: BTreeMap<usize, Vec<usize>>,
     /// Tokens of a page, of a paged cache, and the pages of each layer.
     pages: Option<(usize, BTreeMap<usize, Pages>)>,
     /// Pages that a layer has at most.
@@ -252,6 +315,11 @@ impl Model {
         self.layers.get(&layer).map_or(0, |[key, _]| key.rows.len())
     }
 
+    /// Live tokens of each row.
+    pub(crate) fn row_lens(&self, layer: usize) -> &[usize] {
+        self.lens.get(&layer).map_or(&[], Vec::as_slice)
+    }
+
     /// Bytes of one live row of K and V together.
     pub(crate) fn row_bytes(&self, layer: usize) -> usize {
         self.layers.get(&layer).map_or(0, |sides| {
@@ -291,15 +359,28 @@ impl Model {
         if self.bounds.is_some_and(|(bound, _)| end > bound) {
             return Err(Refused::Bound);
         }
+        let own = self.lens.get(&layer).cloned().unwrap_or_else(|| vec![0; batch]);
+        let ends: Vec<usize> = match position {
+            CachePosition::PerRow(_) => {
+                let end = |list: &Vec<usize>| list.iter().max().map_or(0, |highest| highest + 1);
+                own.iter().zip(&positions).map(|(&own, list)| own.max(end(list))).collect()
+            }
+            _ => vec![len.max(end); batch],
+        };
         if let Some((size, layers)) = &mut self.pages {
-            let unwritten = || Pages { rows: vec![Vec::new(); batch], ..Pages::default() };
+            let unwritten = || Pages {
+                rows: vec![Vec::new(); batch],
+                spans: vec![Span::default(); batch],
+                len: 0,
+            };
             let mut pages = layers.get(&layer).cloned().unwrap_or_else(unwritten);
-            pages.write(*size, &positions, len.max(end));
+            pages.write(*size, &positions, &ends, len.max(end));
             if self.most_pages.is_some_and(|most| pages.counts().0 > most) {
                 return Err(Refused::Pages);
             }
             layers.insert(layer, pages);
         }
+        self.lens.insert(layer, ends);
         let sides =
             self.layers.entry(layer).or_insert_with(|| [Side::empty(key), Side::empty(value)]);
         sides[0].write(key, &positions, len.max(end));
@@ -308,11 +389,18 @@ impl Model {
     }
 
     pub(crate) fn crop(&mut self, max_length: usize) {
+        if let Some((size, layers)) = &mut self.pages {
+            for pages in layers.values_mut().filter(|pages| pages.len > max_length) {
+                let dropped = pages.len - max_length;
+                pages.crop(*size, &vec![dropped; pages.rows.len()], max_length);
+            }
+        }
+        for (layer, lens) in &mut self.lens {
+            let dropped = self.layers[layer][0].len().saturating_sub(max_length);
+            lens.iter_mut().for_each(|len| *len = len.saturating_sub(dropped));
+        }
         for tokens in self.layers.values_mut().flatten().flat_map(Side::tokens) {
             tokens.drain(..tokens.len().saturating_sub(max_length));
-        }
-        if let Some((size, layers)) = &mut self.pages {
-            layers.values_mut().for_each(|pages| pages.crop(*size, max_length));
         }
     }
 
@@ -320,13 +408,49 @@ impl Model {
         for tokens in self.layers.values_mut().flatten().flat_map(Side::tokens) {
             tokens.truncate(length);
         }
+        self.lens.values_mut().flatten().for_each(|len| *len = (*len).min(length));
         if let Some((size, layers)) = &mut self.pages {
-            layers.values_mut().for_each(|pages| pages.truncate(*size, length));
+            for pages in layers.values_mut().filter(|pages| pages.len > length) {
+                pages.spans.iter_mut().for_each(|span| {
+                    (span.len, span.stale) = (span.len.min(length), span.stale.min(length));
+                });
+                pages.fit(*size, length);
+            }
         }
+    }
+
+    /// Keeps the first `lengths[b]` tokens of row b, or the latest.
+    pub(crate) fn cut_rows(&mut self, lengths: &[usize], is_crop: bool) -> Result<(), Refused> {
+        if self.lens.values().any(|lens| lens.len() != lengths.len()) {
+            return Err(Refused::Rows);
+        }
+        for (layer, lens) in &mut self.lens {
+            let kept: Vec<usize> =
+                lens.iter().zip(lengths).map(|(&len, &most)| len.min(most)).collect();
+            let dropped: Vec<usize> = lens
+                .iter()
+                .zip(&kept)
+                .map(|(len, kept)| if is_crop { len - kept } else { 0 })
+                .collect();
+            let new_len = kept.iter().copied().max().unwrap_or(0);
+            for side in self.layers.get_mut(layer).into_iter().flatten() {
+                side.cut_rows(&dropped, &kept, new_len);
+            }
+            if let Some((size, layers)) = &mut self.pages {
+                let pages = layers.get_mut(layer).expect("it was written");
+                match is_crop {
+                    true => pages.crop(*size, &dropped, new_len),
+                    false => pages.truncate(*size, &kept, new_len),
+                }
+            }
+            *lens = kept;
+        }
+        Ok(())
     }
 
     pub(crate) fn reset(&mut self) {
         self.layers.clear();
+        self.lens.clear();
         self.is_batch_changed = false;
         if let Some((_, layers)) = &mut self.pages {
             layers.clear();
@@ -347,8 +471,11 @@ impl Model {
         for side in self.layers.values_mut().flatten() {
             side.rows = indices.iter().map(|&index| side.rows[index].clone()).collect();
         }
-        for pages in self.pages.iter_mut().flat_map(|(_, layers)| layers.values_mut()) {
-            pages.rows = indices.iter().map(|&index| pages.rows[index].clone()).collect();
+        for lens in self.lens.values_mut() {
+            *lens = indices.iter().map(|&index| lens[index]).collect();
+        }
+        if let Some((size, layers)) = &mut self.pages {
+            layers.values_mut().for_each(|pages| pages.select(*size, &indices));
         }
         Ok(())
     }
@@ -361,8 +488,15 @@ impl Model {
         for side in self.layers.values_mut().flatten() {
             side.rows = side.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
         }
-        for pages in self.pages.iter_mut().flat_map(|(_, layers)| layers.values_mut()) {
-            pages.rows = pages.rows.iter().flat_map(|row| vec![row.clone(); repeats]).collect();
+        for lens in self.lens.values_mut() {
+            *lens = lens.iter().flat_map(|&len| vec![len; repeats]).collect();
+        }
+        if let Some((size, layers)) = &mut self.pages {
+            for pages in layers.values_mut() {
+                let rows: Vec<usize> =
+                    (0..pages.rows.len() * repeats).map(|row| row / repeats).collect();
+                pages.select(*size, &rows);
+            }
         }
         Ok(())
     }

@@ -241,6 +241,16 @@ impl Rig {
         self.model.truncate(length);
     }
 
+    pub(crate) fn crop_rows(&mut self, lengths: &[usize]) {
+        self.cache.crop_rows(lengths).unwrap_or_else(|error| panic!("{lengths:?}: {error}"));
+        self.model.cut_rows(lengths, true).expect("the model takes it too");
+    }
+
+    pub(crate) fn truncate_rows(&mut self, lengths: &[usize]) {
+        self.cache.truncate_rows(lengths).unwrap_or_else(|error| panic!("{lengths:?}: {error}"));
+        self.model.cut_rows(lengths, false).expect("the model takes it too");
+    }
+
     pub(crate) fn reset(&mut self) {
         self.cache.reset();
         self.model.reset();
@@ -295,7 +305,12 @@ impl Rig {
                 assert_eq!(view.value_shape(), value.shape, "{context}: view of V");
             }
             let wraps = view.start() + view.len() > view.capacity();
-            assert_eq!(view.page_table().is_some(), self.model.pages().is_some(), "{context}");
+            assert_eq!(view.layout().is_paged(), self.model.pages().is_some(), "{context}");
+            assert_eq!(view.page_table().is_some(), view.layout().has_table(), "{context}");
+            let lens: Vec<usize> = (0..).map_while(|row| view.row_len(row)).collect();
+            assert_eq!(lens, self.model.row_lens(layer), "{context}: lengths of rows");
+            assert_eq!(view.is_ragged(), view.layout().is_ragged(), "{context}");
+            assert!(view.is_ragged() || lens.iter().all(|&len| len == length), "{context}");
             assert_eq!(
                 view.is_contiguous(),
                 !wraps && view.page_table().is_none(),

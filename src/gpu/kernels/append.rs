@@ -51,9 +51,9 @@ params! {
 pub(crate) enum Positions {
     /// From `first` on: `zeros` that become zero, then one for each new token.
     Run { first: u32, zeros: u32 },
-    /// `named` (position, token) pairs of a list, then the `gap` positions from `first` on that it does not
-    /// name. The list of batch row b begins at word `at + b * stride`.
-    List { first: u32, named: u32, gap: u32, at: u32, stride: u32 },
+    /// `named` (position, token) pairs of a list, then up to `gap` positions that become zero. The list of batch
+    /// row b begins at word `at + b * stride`.
+    List { named: u32, gap: u32, at: u32, stride: u32 },
     /// Packed tokens, of a source with one batch row: for each, its batch row in the target and its position,
     /// from word `at` of the list on.
     Packed { at: u32 },
@@ -80,7 +80,7 @@ pub(crate) struct AppendShape<'a> {
     pub(crate) positions: Positions,
     /// The layer as it will be.
     pub(crate) target: &'a LayerView,
-    /// The buffer of the target's page table and of the list of positions.
+    /// The buffer of the target's page table and records, and of the list of positions.
     pub(crate) lists: Option<&'a Allocation>,
 }
 
@@ -138,7 +138,7 @@ impl Kernels {
         let sides = [x, y, most_units.div_ceil(tile.units)].map(u64::from);
         let [first, zeros, list_at, list_stride] = match shape.positions {
             Positions::Run { first, zeros } => [first, zeros, 0, 0],
-            Positions::List { first, named, at, stride, .. } => [first, named, at, stride],
+            Positions::List { named, at, stride, .. } => [0, named, at, stride],
             Positions::Packed { at } => [0, 0, at, 0],
         };
         let params = Params {

@@ -1,6 +1,7 @@
 //! Every small update, beside what each row must hold.
 
 use super::*;
+use crate::host::rows::Span;
 
 /// What one row holds after `writes`: `None` a position that was not live and was not written,
 /// otherwise old token (negative), new token, or zero.
@@ -25,7 +26,8 @@ fn resolve(
     bound: Option<usize>,
 ) -> Result<Writes> {
     let new_len = check(position, batch, tokens, len, bound)?;
-    Ok(Writes { len: new_len, plan: plan_write(position, len, new_len) })
+    let rows = Rows::Equal(Span { start: 0, len });
+    Ok(Writes { len: new_len, plan: plan_write(position, [batch, tokens], &rows, new_len) })
 }
 
 /// What the threads of a kernel do, one for each position that it visits.
@@ -61,22 +63,23 @@ fn apply(writes: &Writes, row: usize, tokens: u32, len: usize) -> Vec<Content> {
 /// The position of an entry of a list and the token for it, as `append.wgsl` finds them.
 fn visited(list: &PositionList, row: usize, entry: u32) -> Option<(u32, Option<u32>)> {
     let list_at = if list.per_row { row * list.stride() } else { 0 };
-    let pair = |index: u32| &list.words[list_at + 2 + 2 * index as usize..][..2];
+    let pair = |index: u32| &list.words[list_at + 3 + 2 * index as usize..][..2];
     if entry < list.named {
         let pair = pair(entry);
         return (pair[0] != SKIP).then_some((pair[0], Some(pair[1])));
     }
-    let (before, gap, entry) = (list.words[list_at], list.words[list_at + 1], entry - list.named);
+    let [before, gap, first] = [0, 1, 2].map(|word| list.words[list_at + word]);
+    let entry = entry - list.named;
     let (mut low, mut high) = (before, list.named);
     while low < high {
         let middle = (low + high) / 2;
-        if pair(middle)[0] - list.len - (middle - before) <= entry {
+        if pair(middle)[0] - first - (middle - before) <= entry {
             low = middle + 1;
         } else {
             high = middle;
         }
     }
-    (entry < gap).then_some((list.len + entry + low - before, None))
+    (entry < gap).then_some((first + entry + low - before, None))
 }
 
 fn expected(positions: &[u32], len: usize, new_len: usize) -> Vec<Content> {
@@ -167,4 +170,34 @@ fn wrong_counts_and_far_positions_are_refused() {
     assert!(resolve(CachePosition::At(u32::MAX), 1, 1, 0, None).is_err());
     let error = check(CachePosition::At(9), 1, 1, 0, Some(8)).unwrap_err().to_string();
     assert!(error.contains('9') && error.contains('8'), "{error}");
+}
+
+/// Rows that were cut one by one: zeros between each row's own end and what is written, as the kernel finds them.
+#[test]
+fn a_row_that_was_cut_gets_zeros_from_its_own_end_on() {
+    use crate::host::rows::Cut;
+    let rows = Rows::Equal(Span { start: 0, len: 6 }).cut(&Cut::TruncateRows(vec![6, 2]), 9);
+    let lists = [vec![6, 7], vec![5, 3]];
+    for (position, ends) in [
+        (CachePosition::Append, [8, 8]),
+        (CachePosition::PerToken(&[6, 7]), [8, 8]),
+        (CachePosition::PerRow(&lists), [8, 6]),
+    ] {
+        let new_len = check(position, 2, 2, 6, None).unwrap();
+        let plan = plan_write(position, [2, 2], &rows, new_len);
+        let after = rows_after(position, &rows, new_len);
+        assert_eq!([0, 1].map(|row| after.span(row).len), ends);
+        let writes = Writes { len: new_len, plan };
+        let content = apply(&writes, 1, 2, 2);
+        let due = match position {
+            CachePosition::PerRow(_) => expected(&lists[1], 2, 6),
+            _ => expected(&[6, 7], 2, 8),
+        };
+        assert_eq!(content[..ends[1]], due, "{position:?}");
+        assert!(content[ends[1]..].iter().all(|&it| it == Content::Stale), "{position:?}");
+        assert_eq!(apply(&writes, 0, 2, 6)[..6], expected(&[], 6, 6), "{position:?}");
+        let limit = 2 * (12 + 16);
+        assert_eq!(check_list(position, [2, 2], &rows, limit), Ok(()));
+        assert!(check_list(position, [2, 2], &rows, limit - 1).is_err());
+    }
 }
