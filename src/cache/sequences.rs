@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::cache::GetFuture;
 use crate::cache::options::CacheOptions;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, SequenceError};
 use crate::gpu::Gpu;
 use crate::gpu::kernels::LayerShape;
 use crate::sequence::SequenceId;
@@ -97,7 +97,7 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
-    /// [`Error::NoLayers`], [`Error::ZeroExtent`], and [`Error::OddHeadDim`] for heads of 16-bit
+    /// [`SequenceError::NoLayers`], [`Error::ZeroExtent`], and [`Error::OddHeadDim`] for heads of 16-bit
     /// types that have an odd number of elements.
     pub fn new(gpu: &Gpu, layers: &[LayerShape]) -> Result<Self> {
         Self::with_options(gpu, layers, CacheOptions::default())
@@ -112,7 +112,7 @@ impl SequenceCache {
     pub fn with_options(gpu: &Gpu, layers: &[LayerShape], options: CacheOptions) -> Result<Self> {
         let kind = "SequenceCache";
         if layers.is_empty() {
-            return Err(Error::NoLayers);
+            return Err(Error::Sequence(SequenceError::NoLayers));
         }
         if options.num_layers().is_some() {
             return Err(Error::UnusedOption { option: "num_layers", kind });
@@ -139,8 +139,8 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
-    /// [`Error::ForkPastEnd`], [`Error::StepUnfinished`] for tokens of a step that has not updated all layers yet, and
-    /// [`Error::UnknownSequence`] for a name that was removed or is of another cache;
+    /// [`SequenceError::ForkPastEnd`], [`SequenceError::StepUnfinished`] for tokens of a step that has not updated all layers yet, and
+    /// [`SequenceError::UnknownSequence`] for a name that was removed or is of another cache;
     /// so every call here that takes a name.
     pub fn fork(&mut self, id: SequenceId, tokens: usize) -> Result<SequenceId> {
         self.layers.check_written(id, tokens)?;
@@ -241,7 +241,7 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
-    /// [`Error::PrefixTokens`] for more ids than the sequence has tokens, and after a crop; else as for
+    /// [`SequenceError::PrefixTokens`] for more ids than the sequence has tokens, and after a crop; else as for
     /// [`fork`](Self::fork).
     pub fn remember_prefix(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
         self.layers.check_written(id, tokens.len())?;
@@ -266,8 +266,8 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
-    /// - [`Error::EmptyStep`], [`Error::SequenceTwice`], [`Error::NoNewTokens`], [`Error::UnknownSequence`].
-    /// - [`Error::StepUnfinished`] if the step before has not updated all layers.
+    /// - [`SequenceError::EmptyStep`], [`SequenceError::SequenceTwice`], [`SequenceError::NoNewTokens`], [`SequenceError::UnknownSequence`].
+    /// - [`SequenceError::StepUnfinished`] if the step before has not updated all layers.
     /// - No room: [`Error::OutOfPages`], [`Error::PoolTooLarge`], [`Error::SequenceTooLong`],
     ///   [`Error::ListTooLarge`], [`Error::OutOfMemory`].
     pub fn plan_step(
@@ -295,8 +295,8 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
-    /// - [`Error::StaleStep`] for a step that is not the latest of this cache.
-    /// - [`Error::StepTokens`], [`Error::LayerShape`], [`Error::WrongDType`], [`Error::LayerOutOfRange`].
+    /// - [`SequenceError::StaleStep`] for a step that is not the latest of this cache.
+    /// - [`SequenceError::StepTokens`], [`Error::LayerShape`], [`Error::WrongDType`], [`Error::LayerOutOfRange`].
     /// - Inputs that a kernel cannot read, as for [`KVCache::update`](crate::KVCache::update).
     pub fn update(
         &mut self,
@@ -313,7 +313,7 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
-    /// [`Error::StaleStep`], [`Error::LayerOutOfRange`], [`Error::PassDropped`], and [`Error::StepUnfinished`] before the
+    /// [`SequenceError::StaleStep`], [`Error::LayerOutOfRange`], [`Error::PassDropped`], and [`SequenceError::StepUnfinished`] before the
     /// layer's update.
     pub fn view(&self, step: &Step, layer_idx: usize) -> Result<LayerView> {
         self.layers.view(&step.0, layer_idx)
@@ -324,7 +324,7 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
-    /// As there, [`Error::UnknownSequence`], and [`Error::StepUnfinished`] if the sequence's latest step has not updated
+    /// As there, [`SequenceError::UnknownSequence`], and [`SequenceError::StepUnfinished`] if the sequence's latest step has not updated
     /// the layer yet.
     pub fn get(
         &self,

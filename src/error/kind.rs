@@ -82,16 +82,7 @@ impl Error {
             | Self::MissingOption { .. }
             | Self::UnusedOption { .. }
             | Self::NotSupported { .. }
-            | Self::UnknownSequence { .. }
-            | Self::ForkPastEnd { .. }
-            | Self::PrefixTokens { .. }
-            | Self::NoLayers
-            | Self::EmptyStep
-            | Self::SequenceTwice { .. }
-            | Self::NoNewTokens { .. }
-            | Self::StepTokens { .. }
-            | Self::StaleStep { .. }
-            | Self::StepUnfinished { .. } => ErrorKind::Input,
+            | Self::Sequence(_) => ErrorKind::Input,
             Self::LayerTooLarge { .. }
             | Self::OutOfPages { .. }
             | Self::PoolTooLarge { .. }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, SequenceError};
 use crate::host::pool::PagePool;
 use crate::host::prefix::PrefixMap;
 use crate::host::work::StepRow;
@@ -157,13 +157,14 @@ impl Sequences {
     fn get(&self, id: SequenceId) -> Result<&Sequence> {
         let slot = self.slots.get(id.index as usize);
         let slot = slot.filter(|slot| id.cache == self.cache && slot.generation == id.generation);
-        slot.and_then(|slot| slot.sequence.as_ref()).ok_or(Error::UnknownSequence { id })
+        slot.and_then(|slot| slot.sequence.as_ref())
+            .ok_or(Error::Sequence(SequenceError::UnknownSequence { id }))
     }
 
     fn get_mut(&mut self, id: SequenceId) -> Result<&mut Sequence> {
         self.get(id)?;
         let slot = &mut self.slots[id.index as usize];
-        slot.sequence.as_mut().ok_or(Error::UnknownSequence { id })
+        slot.sequence.as_mut().ok_or(Error::Sequence(SequenceError::UnknownSequence { id }))
     }
 
     /// Live tokens.
@@ -200,7 +201,11 @@ impl Sequences {
     pub(crate) fn fork(&mut self, id: SequenceId, len: usize) -> Result<SequenceId> {
         let parent = self.get(id)?;
         if len > parent.len {
-            return Err(Error::ForkPastEnd { id, asked: len, len: parent.len });
+            return Err(Error::Sequence(SequenceError::ForkPastEnd {
+                id,
+                asked: len,
+                len: parent.len,
+            }));
         }
         let pages = pages_of(parent.start, len, self.page_tokens);
         let start = if len == 0 { 0 } else { parent.start };
@@ -281,7 +286,12 @@ impl Sequences {
         let sequence = self.get(id)?;
         if sequence.dropped > 0 || tokens.len() > sequence.len {
             let Sequence { len, dropped, .. } = *sequence;
-            return Err(Error::PrefixTokens { id, tokens: tokens.len(), len, dropped });
+            return Err(Error::Sequence(SequenceError::PrefixTokens {
+                id,
+                tokens: tokens.len(),
+                len,
+                dropped,
+            }));
         }
         let pages = sequence.pages.clone();
         self.prefixes.insert(tokens, &pages, self.page_tokens, &mut self.pool);
@@ -300,17 +310,17 @@ impl Sequences {
         limits: StepLimits,
     ) -> Result<StagedStep> {
         if counts.is_empty() {
-            return Err(Error::EmptyStep);
+            return Err(Error::Sequence(SequenceError::EmptyStep));
         }
         let (mut seen, mut total, mut wanted) = (HashSet::new(), 0_usize, 0_usize);
         let mut shared_tails: Vec<u32> = Vec::new();
         for &(id, count) in counts {
             let sequence = self.get(id)?;
             if !seen.insert(id) {
-                return Err(Error::SequenceTwice { id });
+                return Err(Error::Sequence(SequenceError::SequenceTwice { id }));
             }
             if count == 0 {
-                return Err(Error::NoNewTokens { id });
+                return Err(Error::Sequence(SequenceError::NoNewTokens { id }));
             }
             let bound = limits.tokens.unwrap_or(MOST_TOKENS).min(MOST_TOKENS);
             let len = sequence.len.checked_add(count).filter(|&len| len <= bound);

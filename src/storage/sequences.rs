@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, SequenceError};
 use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::Purpose;
@@ -404,14 +404,14 @@ impl SequenceLayers {
     fn check_finished(&self) -> Result<()> {
         let updated = self.latest.as_ref().map_or(&[][..], |latest| &latest.updated);
         match updated.iter().position(|is_updated| !is_updated) {
-            Some(layer) => Err(Error::StepUnfinished { layer }),
+            Some(layer) => Err(Error::Sequence(SequenceError::StepUnfinished { layer })),
             None => Ok(()),
         }
     }
 
     fn check_updated(&self, layer: usize) -> Result<()> {
         let updated = self.latest.as_ref().is_none_or(|latest| latest.updated[layer]);
-        if updated { Ok(()) } else { Err(Error::StepUnfinished { layer }) }
+        if updated { Ok(()) } else { Err(Error::Sequence(SequenceError::StepUnfinished { layer })) }
     }
 
     /// Refuses tokens of a sequence that the latest step has not written into all layers yet.
@@ -426,11 +426,13 @@ impl SequenceLayers {
     fn check_step(&self, step: &StepData) -> Result<()> {
         let [cache, number] = step.number;
         if cache != self.sequences.cache() {
-            return Err(Error::StaleStep { reason: "another cache planned it" });
+            return Err(Error::Sequence(SequenceError::StaleStep {
+                reason: "another cache planned it",
+            }));
         }
         if self.latest.as_ref().is_none_or(|latest| latest.number != number) {
             let reason = "another one was planned since, or it was cancelled or reset";
-            return Err(Error::StaleStep { reason });
+            return Err(Error::Sequence(SequenceError::StaleStep { reason }));
         }
         Ok(())
     }
@@ -452,7 +454,7 @@ impl SequenceLayers {
             let [batch, _, tokens, _] = tensor.shape;
             if [batch, tokens] != [1, step.work.total] {
                 let (tokens, shape) = (step.work.total, tensor.shape);
-                return Err(Error::StepTokens { tokens, shape });
+                return Err(Error::Sequence(SequenceError::StepTokens { tokens, shape }));
             }
         }
         let dims = [key.shape[1], key.shape[3], value.shape[1], value.shape[3]];

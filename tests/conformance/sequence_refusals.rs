@@ -1,8 +1,8 @@
 //! What a cache of sequences refuses; a refusal changes nothing.
 
 use wgpu_kvcache::{
-    Attention, CacheOptions, DType, Error, ErrorKind, Gpu, LayerShape, SequenceCache, SequenceId,
-    Step, Tensor, TensorView,
+    Attention, CacheOptions, DType, Error, ErrorKind, Gpu, LayerShape, SequenceCache,
+    SequenceError, SequenceId, Step, Tensor, TensorView,
 };
 
 use crate::{gpu, kernels_run};
@@ -69,11 +69,11 @@ fn steps_that_cannot_be_planned() {
     let before = state(&cache, &[a, b]);
     let too_long = usize::try_from(u32::MAX / 2).expect("32 bits");
     let cases: [(&[(SequenceId, usize)], Error); 6] = [
-        (&[], Error::EmptyStep),
-        (&[(a, 1), (b, 1), (a, 1)], Error::SequenceTwice { id: a }),
-        (&[(a, 1), (b, 0)], Error::NoNewTokens { id: b }),
-        (&[(a, 1), (gone, 1)], Error::UnknownSequence { id: gone }),
-        (&[(theirs, 1)], Error::UnknownSequence { id: theirs }),
+        (&[], Error::Sequence(SequenceError::EmptyStep)),
+        (&[(a, 1), (b, 1), (a, 1)], Error::Sequence(SequenceError::SequenceTwice { id: a })),
+        (&[(a, 1), (b, 0)], Error::Sequence(SequenceError::NoNewTokens { id: b })),
+        (&[(a, 1), (gone, 1)], Error::Sequence(SequenceError::UnknownSequence { id: gone })),
+        (&[(theirs, 1)], Error::Sequence(SequenceError::UnknownSequence { id: theirs })),
         (
             &[(a, usize::MAX)],
             Error::SequenceTooLong { len: 5, new_tokens: usize::MAX, bound: too_long },
@@ -98,7 +98,7 @@ fn names_that_are_not_there_and_forks_past_the_end() {
     cache.remove(gone).expect("it is there");
     let reused = cache.add().expect("nothing was lost");
     assert_ne!(gone, reused);
-    let unknown = Err(Error::UnknownSequence { id: gone });
+    let unknown = Err(Error::Sequence(SequenceError::UnknownSequence { id: gone }));
     assert_eq!(cache.remove(gone), unknown);
     assert_eq!(cache.truncate(gone, 0), unknown);
     assert_eq!(cache.crop(gone, 0), unknown);
@@ -109,12 +109,17 @@ fn names_that_are_not_there_and_forks_past_the_end() {
     assert_eq!(cache.next_position(gone).map(|_| ()), unknown);
     assert_eq!(cache.get(gone, 0).map(|_| ()), unknown);
     let before = state(&cache, &[a, b]);
-    assert_eq!(cache.fork(a, 6), Err(Error::ForkPastEnd { id: a, asked: 6, len: 5 }));
-    let expected = Error::PrefixTokens { id: b, tokens: 4, len: 3, dropped: 0 };
+    assert_eq!(
+        cache.fork(a, 6),
+        Err(Error::Sequence(SequenceError::ForkPastEnd { id: a, asked: 6, len: 5 }))
+    );
+    let expected =
+        Error::Sequence(SequenceError::PrefixTokens { id: b, tokens: 4, len: 3, dropped: 0 });
     assert_eq!(cache.remember_prefix(b, &[1, 2, 3, 4]), Err(expected));
     assert_eq!(state(&cache, &[a, b]), before);
     cache.crop(b, 2).expect("it is there");
-    let expected = Error::PrefixTokens { id: b, tokens: 1, len: 2, dropped: 1 };
+    let expected =
+        Error::Sequence(SequenceError::PrefixTokens { id: b, tokens: 1, len: 2, dropped: 1 });
     assert_eq!(cache.remember_prefix(b, &[1]), Err(expected));
     assert_eq!(
         cache.get(a, 2).map(|_| ()),
@@ -134,11 +139,14 @@ fn tensors_that_are_not_those_of_the_step() {
         let got = gpu.submit_pass("update", |pass| cache.update(pass, &step, layer, key, value));
         got.map(|_| ()).expect_err("a refusal")
     };
-    let expected = Error::StepTokens { tokens: 4, shape: [1, 2, 3, 4] };
+    let expected = Error::Sequence(SequenceError::StepTokens { tokens: 4, shape: [1, 2, 3, 4] });
     assert_eq!(refused(0, &view(&short), &view(&right)), expected);
     assert_eq!(refused(0, &view(&right), &view(&short)), expected);
     let rows = TensorView::bthd(right.buffer(), DType::F32, &[2, 2, 2, 4]).expect("a shape");
-    assert_eq!(refused(0, &rows, &rows), Error::StepTokens { tokens: 4, shape: [2, 2, 2, 4] });
+    assert_eq!(
+        refused(0, &rows, &rows),
+        Error::Sequence(SequenceError::StepTokens { tokens: 4, shape: [2, 2, 2, 4] })
+    );
     let heads = TensorView::packed(right.buffer(), DType::F32, [4, 1, 4]).expect("a shape");
     assert!(matches!(refused(1, &heads, &heads), Error::LayerShape { layer: 1, .. }));
     let half = TensorView::packed(right.buffer(), DType::F16, [4, 2, 4]).expect("a shape");
@@ -155,7 +163,7 @@ fn steps_of_before_and_of_other_caches_and_steps_that_are_not_finished() {
     let input = tensor(&gpu, 1);
     let old = step(&gpu, &mut cache, &[(a, 1)], &input).expect("room");
     let latest = step(&gpu, &mut cache, &[(b, 1)], &input).expect("room");
-    let stale = |error: Error| matches!(error, Error::StaleStep { .. });
+    let stale = |error: Error| matches!(error, Error::Sequence(SequenceError::StaleStep { .. }));
     let (mut others, _) = filled(&gpu);
     gpu.submit_pass("update", |pass| {
         let key = view(&input);
@@ -173,7 +181,7 @@ fn steps_of_before_and_of_other_caches_and_steps_that_are_not_finished() {
         cache.update(pass, &planned, 0, &view(&input), &view(&input))?;
         cache.plan_step(pass, &[(b, 1)])
     });
-    let unfinished = Error::StepUnfinished { layer: 1 };
+    let unfinished = Error::Sequence(SequenceError::StepUnfinished { layer: 1 });
     assert_eq!(next.map(|_| ()), Err(unfinished.clone()));
     // What is not in all layers yet is not handed on.
     assert_eq!(cache.fork(a, 7).map(|_| ()), Err(unfinished.clone()));
@@ -209,7 +217,7 @@ fn a_step_that_is_dropped_with_its_pass_is_an_error_until_a_reset() {
     let planned = gpu.submit_pass("step", |pass| cache.plan_step(pass, &[(a, 1)]));
     assert!(lost(planned.map(|_| ()).expect_err("lost")));
     cache.reset();
-    assert_eq!(cache.len(a), Err(Error::UnknownSequence { id: a }));
+    assert_eq!(cache.len(a), Err(Error::Sequence(SequenceError::UnknownSequence { id: a })));
     let id = cache.add().expect("nothing is lost any more");
     step(&gpu, &mut cache, &[(id, 1)], &input).expect("room");
     let (key, _) = cache.get(id, 0).expect("it is submitted").expect("a token");
@@ -225,7 +233,7 @@ fn options_and_layers() {
         SequenceCache::with_options(&gpu, layers, options).map(|_| ()).expect_err("a refusal")
     };
     let plain = CacheOptions::default();
-    assert_eq!(new(&[], plain), Error::NoLayers);
+    assert_eq!(new(&[], plain), Error::Sequence(SequenceError::NoLayers));
     assert!(matches!(new(&[LayerShape { heads: 0, ..LAYER }], plain), Error::ZeroExtent { .. }));
     let odd = LayerShape { dtype: DType::F16, key_dim: 5, ..LAYER };
     assert!(matches!(new(&[LAYER, odd], plain), Error::OddHeadDim { what: "key", .. }));

@@ -10,8 +10,8 @@ use proptest::prelude::*;
 use proptest::test_runner::Config;
 use wgpu_kvcache::wgpu::ComputePass;
 use wgpu_kvcache::{
-    CacheOptions, DType, Error, Gpu, HostTensor, LayerShape, Result, SequenceCache, SequenceId,
-    Step, Tensor, TensorView,
+    CacheOptions, DType, Error, Gpu, HostTensor, LayerShape, Result, SequenceCache, SequenceError,
+    SequenceId, Step, Tensor, TensorView,
 };
 
 use crate::{gpu, kernels_run};
@@ -188,7 +188,7 @@ impl Rig {
     fn remove(&mut self, id: SequenceId) {
         self.cache.remove(id).expect("a sequence of the model");
         self.model.remove(&id);
-        assert_eq!(self.cache.len(id), Err(Error::UnknownSequence { id }));
+        assert_eq!(self.cache.len(id), Err(Error::Sequence(SequenceError::UnknownSequence { id })));
     }
 
     /// Pages that sequences of the model refer to. Where a write leaves a page to one other alone, the cache
@@ -298,7 +298,10 @@ fn run(rig: &mut Rig, call: &Call) {
         Call::Reset => {
             rig.cache.reset();
             ids.iter().for_each(|&id| {
-                assert_eq!(rig.cache.len(id), Err(Error::UnknownSequence { id }));
+                assert_eq!(
+                    rig.cache.len(id),
+                    Err(Error::Sequence(SequenceError::UnknownSequence { id }))
+                );
             });
             rig.model.clear();
         }

@@ -110,7 +110,7 @@ impl Kernels {
             Positions::List { named, gap, .. } => named + gap,
             Positions::Packed { .. } => tokens,
         };
-        let strided = |source: &Source| {
+        let strided = |source: &Source| -> Result<Strided> {
             let [b, h, t] = source.strides;
             let [offset, stride_b, stride_h, stride_t] =
                 [source.offset, b, h, t].map(|bytes| unit.count(bytes));

@@ -128,7 +128,10 @@ fn run(rig: &mut Rig, call: &Call) {
             let Some(id) = some(i) else { return };
             rig.sequences.remove(id).expect("a sequence of the model");
             rig.model.remove(&id);
-            assert_eq!(rig.sequences.len(id), Err(Error::UnknownSequence { id }));
+            assert_eq!(
+                rig.sequences.len(id),
+                Err(Error::Sequence(SequenceError::UnknownSequence { id }))
+            );
         }
         Call::Truncate(i, n) => {
             let Some(id) = some(i) else { return };
@@ -227,13 +230,25 @@ fn a_name_is_never_another_sequence() {
     sequences.remove(first).expect("it is there");
     let second = sequences.add();
     assert_ne!(first, second);
-    assert_eq!(sequences.len(first), Err(Error::UnknownSequence { id: first }));
-    assert_eq!(sequences.remove(first), Err(Error::UnknownSequence { id: first }));
+    assert_eq!(
+        sequences.len(first),
+        Err(Error::Sequence(SequenceError::UnknownSequence { id: first }))
+    );
+    assert_eq!(
+        sequences.remove(first),
+        Err(Error::Sequence(SequenceError::UnknownSequence { id: first }))
+    );
     let mut other = Sequences::new(4);
     let theirs = other.add();
-    assert_eq!(sequences.len(theirs), Err(Error::UnknownSequence { id: theirs }));
+    assert_eq!(
+        sequences.len(theirs),
+        Err(Error::Sequence(SequenceError::UnknownSequence { id: theirs }))
+    );
     sequences.clear();
-    assert_eq!(sequences.len(second), Err(Error::UnknownSequence { id: second }));
+    assert_eq!(
+        sequences.len(second),
+        Err(Error::Sequence(SequenceError::UnknownSequence { id: second }))
+    );
 }
 
 #[test]
