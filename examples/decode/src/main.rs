@@ -40,17 +40,17 @@ struct Arguments {
         help = "Model: a GGUF file of the llama architecture (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K or Q6_K)"
     )]
     model: PathBuf,
-    /// Text to go on from, taken as it is. May be given several times: the prompts are then served together.
+    /// Text to go on from, taken as it is. May be given several times: the prompts are then decoded together.
     #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
     prompt: Vec<String>,
     /// File of prompts, one a line; empty lines are skipped.
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     prompts: Option<PathBuf>,
-    /// Text that all prompts begin with. It is in the cache once. It is split into tokens by itself, and so is each
-    /// prompt: the ids of a prompt follow those of this text.
+    /// Shared prefix of all prompts. It is prefilled once, and its K and V are cached once. It is tokenised by itself,
+    /// and so is each prompt: the ids of a prompt are appended to those of this text.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Most prompts to serve at a time. The others wait, and join as some end.
+    /// Most prompts to decode at a time. The others wait, and join as some end.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = positive)]
     max_sequences: usize,
     /// Most tokens to generate, of each prompt.
@@ -60,7 +60,7 @@ struct Arguments {
     /// its end. For one prompt only.
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = positive)]
     beams: usize,
-    /// Kind of cache: dynamic if nothing is given. Several prompts, --prompts and --system are served from pages.
+    /// Kind of cache [default: dynamic]. With several prompts, --prompts or --system it is always paged.
     #[arg(long, value_enum)]
     cache: Option<CacheKind>,
     /// Type in which K and V are cached: f32, f16 or bf16.
@@ -100,18 +100,21 @@ impl Arguments {
             );
             ensure!(
                 matches!(self.cache, None | Some(CacheKind::Paged)),
-                "several prompts, --prompts and --system are served from pages; --cache takes paged, or leave it out"
+                "several prompts, --prompts and --system need a paged cache: say --cache paged or leave it out"
             );
         }
         ensure!(
             self.system.as_ref().is_none_or(|text| !text.is_empty()),
-            "the text of --system is empty; it takes what all prompts begin with"
+            "the text of --system is empty; it takes the shared prefix of all prompts"
         );
         let Some(path) = &self.prompts else {
-            ensure!(
-                self.prompt.iter().all(|text| !text.is_empty()),
-                "the prompt is empty; --prompt takes the text to go on from"
-            );
+            for (number, text) in (1..).zip(&self.prompt) {
+                ensure!(
+                    !text.is_empty(),
+                    "{} is empty; --prompt takes the text to go on from",
+                    self.name_of(number)
+                );
+            }
             return Ok(self.prompt.clone());
         };
         let file = std::fs::read_to_string(path);
@@ -120,6 +123,11 @@ impl Arguments {
         let texts: Vec<String> = lines.map(str::to_owned).collect();
         ensure!(!texts.is_empty(), "{} is empty; it takes a prompt a line", path.display());
         Ok(texts)
+    }
+
+    /// What messages call a prompt.
+    fn name_of(&self, number: usize) -> String {
+        if self.has_sequences() { format!("prompt {number}") } else { "the prompt".to_owned() }
     }
 
     fn settings(&self, tokenizer: &Tokenizer) -> Settings {
@@ -134,7 +142,7 @@ impl Arguments {
 /// The prompts of a run, as text and as ids.
 struct Work {
     texts: Vec<String>,
-    /// What all prompts begin with.
+    /// The ids of the shared prefix; none without --system.
     shared: Vec<u32>,
     /// The ids of each prompt after that.
     own: Vec<Vec<u32>>,
@@ -241,8 +249,7 @@ impl Work {
                 Some(_) => tokenizer.encode_more(text)?,
                 None => tokenizer.encode(text)?,
             };
-            let which =
-                if texts.len() == 1 { "the prompt".to_owned() } else { format!("prompt {number}") };
+            let which = arguments.name_of(number);
             ensure!(!ids.is_empty(), "{which} has no token");
             let count = shared.as_ref().map_or(0, Vec::len) + ids.len();
             let tokens = count.saturating_add(arguments.max_new_tokens);
@@ -304,7 +311,7 @@ fn generate_one(
     Ok(Report::new(gpu, sequences, beams, rates, share, stats))
 }
 
-/// Several prompts, or prompts that begin with the same text, as sequences of one cache.
+/// Several prompts, or prompts with a shared prefix, as sequences of one cache.
 fn serve_all(
     arguments: &Arguments,
     gpu: &Gpu,

@@ -4,8 +4,8 @@
 //! prefills gets a piece of its prompt, so that a long prompt does not hold up the others. When a sequence ends, it
 //! leaves, and the next prompt that waits joins.
 //!
-//! What all prompts begin with is prefilled once, as a sequence of its own. Each prompt starts as a fork of it, which
-//! shares its pages.
+//! The shared prefix of all prompts is prefilled once, as a sequence of its own. Each prompt starts as a fork of it,
+//! which shares its pages.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::generate::Settings;
 /// A prompt to serve.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Its token ids, after those that all prompts begin with: at least one.
+    /// Its token ids, after those of the shared prefix: at least one.
     pub ids: Vec<u32>,
     /// The most tokens to generate, if not as many as for the other prompts.
     pub max_new_tokens: Option<usize>,
@@ -69,9 +69,9 @@ impl Active {
     }
 }
 
-/// Generates greedily after each prompt, for as many at a time as the engine takes in a step. All prompts begin with
-/// `shared`, which may be empty. Each prompt gets the ids that it gets alone. `on_event` hears of each token as it
-/// comes, with the cache's counts.
+/// Generates greedily after each prompt, for as many at a time as the engine takes in a step. `shared` is the
+/// shared prefix of all prompts, and may be empty. Each prompt gets the ids that it gets alone. `on_event` hears of
+/// each token as it comes, with the cache's counts.
 ///
 /// # Errors
 ///
@@ -145,7 +145,7 @@ pub fn serve(
     Ok(served)
 }
 
-/// Prefills what all prompts begin with, as a sequence of its own. No sequence if that is nothing.
+/// Prefills the shared prefix as a sequence of its own. Returns no sequence if the prefix is empty.
 fn prefill_shared(
     engine: &mut Engine,
     cache: &mut SequenceCache,

@@ -324,7 +324,7 @@ fn all_prompts_in_one_run_get_the_ids_that_each_gets_alone() {
     assert_eq!(cache.stats().pages_used, 0, "all have left");
 }
 
-/// The pages of what all prompts begin with are there once, and each prompt goes on from them as if they were its own.
+/// The pages of a shared prefix are in the pool once, and each prompt goes on from them as if they were its own.
 #[test]
 fn prompts_that_begin_alike_share_pages() {
     const NEW: usize = 4;
@@ -348,7 +348,7 @@ fn prompts_that_begin_alike_share_pages() {
     let peak = cache.stats().peak_pages_used;
     assert!(peak <= bound as u64, "{peak} pages, and {bound} are enough");
 
-    // Alone, a prompt follows the same ids in a cache of its own; what it begins with is run once for all.
+    // Alone, a prompt follows the same ids in a cache of its own; the prefix is run once for all.
     let mut alone = loaded.cache(Kind::Dynamic, 0);
     engine.next_tokens(alone.as_mut(), &shared, 1, None).unwrap();
     for (request, ids) in requests.iter().zip(&served.ids) {
@@ -514,7 +514,7 @@ fn bad_input_gets_an_error_of_its_own() {
         (&["--prompt", "x", "--prompts", &one], 2, &["--prompts", "cannot be used"]),
         (&["--prompts", "/nowhere.txt"], 1, &["/nowhere.txt"]),
         (&["--prompts", &blank], 1, &["blank.txt", "empty"]),
-        (&["--prompt", "x", "--prompt", ""], 1, &["empty", "--prompt"]),
+        (&["--prompt", "x", "--prompt", ""], 1, &["prompt 2 is empty", "--prompt"]),
         (&["--prompt", "x", "--system", ""], 1, &["empty", "--system"]),
         (&[&several[..], &["--beams", "2"]].concat(), 1, &["--beams 2"]),
         (&[&several[..], &["--cache", "dynamic"]].concat(), 1, &["--cache", "paged"]),
