@@ -4,13 +4,13 @@ use crate::error::{Error, Result};
 
 /// What a cache is made for. Every kind takes the same options, and refuses those that it has no use for.
 ///
-/// | option | [`DynamicKVCache`] | [`StaticKVCache`] | [`PagedKVCache`] |
-/// | --- | --- | --- | --- |
-/// | `num_layers` | bound, else as many as are written | required | bound, else as many as are written |
-/// | `max_cache_len` | - | required | bound, else the pool's |
-/// | `capacity` | tokens to begin with | - | - |
-/// | `page_tokens` | - | - | 16, if not given |
-/// | `max_pages` | - | - | bound, else the pool grows |
+/// | option | [`DynamicKVCache`] | [`StaticKVCache`] | [`PagedKVCache`] | [`SequenceCache`] |
+/// | --- | --- | --- | --- | --- |
+/// | `num_layers` | bound, else as many as are written | required | bound, else as many as are written | - (it is made with its layers) |
+/// | `max_cache_len` | - | required | bound, else the pool's | bound, else the pool's |
+/// | `capacity` | tokens to begin with | - | - | - |
+/// | `page_tokens` | - | - | 16, if not given | 16, if not given |
+/// | `max_pages` | - | - | bound, else the pool grows | bound, else the pools grow |
 ///
 /// # Examples
 ///
@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 /// [`DynamicKVCache`]: crate::DynamicKVCache
 /// [`StaticKVCache`]: crate::StaticKVCache
 /// [`PagedKVCache`]: crate::PagedKVCache
+/// [`SequenceCache`]: crate::SequenceCache
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use = "options do nothing until a cache is made with them"]
 pub struct CacheOptions {

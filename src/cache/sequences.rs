@@ -135,7 +135,9 @@ impl SequenceCache {
         Ok(self.layers.sequences_mut()?.add())
     }
 
-    /// Adds a sequence with the first `tokens` live tokens of another one, in the same pages. Moves no byte.
+    /// Adds a sequence with the first `tokens` live tokens of another one, in the same pages. Moves no byte. A parent
+    /// that is not needed any more is best removed before the forks' next step: the last one that refers to a partly
+    /// filled page writes into it without a copy.
     ///
     /// # Errors
     ///

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
+use crate::host::pool::PagePool;
 use crate::host::position::WritePlan;
 use crate::host::rows::{Cut, Rows};
 use crate::host::words::Words;
@@ -35,12 +36,8 @@ pub(crate) struct PageMap {
     /// The first word of each row that is in use, and how many are.
     first: usize,
     row_pages: usize,
-    /// How many rows name each page that was ever in use.
-    counts: Words,
-    /// Pages of those that no row names. The last is used first.
-    free: Words,
-    /// Pages that several rows name.
-    shared: usize,
+    /// The references of rows to pages.
+    pool: PagePool,
     /// Live tokens of each row; starts are slots of its pages, the least of them in the first page.
     rows: Rows,
     /// Whether no other row names the last page of any: then an append needs no copies. It may be false of
@@ -84,9 +81,7 @@ impl PageMap {
             stride: 0,
             first: 0,
             row_pages: 0,
-            counts: Words::default(),
-            free: Words::default(),
-            shared: 0,
+            pool: PagePool::default(),
             rows: Rows::default(),
             has_own_tails: false,
         }
@@ -126,22 +121,21 @@ impl PageMap {
 
     /// Pages that the pool must have room for.
     pub(crate) fn pool_pages(&self) -> usize {
-        self.counts.len()
+        self.pool.len()
     }
 
     /// Pages up to the last one that is in use.
     pub(crate) fn used_prefix(&self) -> usize {
-        let counts = self.counts.to_vec();
-        counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1)
+        self.pool.used_prefix()
     }
 
     pub(crate) fn used(&self) -> usize {
-        self.counts.len() - self.free.len()
+        self.pool.used()
     }
 
     /// Pages that several rows name.
     pub(crate) fn shared(&self) -> usize {
-        self.shared
+        self.pool.shared()
     }
 
     /// Pages of each row of a layer of `len` tokens, the oldest of which lie where they do.
@@ -171,7 +165,7 @@ impl PageMap {
     pub(crate) fn copies_of_append(&self, new_len: usize) -> usize {
         let len = self.rows.len();
         let is_plain = self.rows.start().is_some() && !self.rows.has_stale();
-        if self.shared == 0 || (is_plain && self.has_own_tails) {
+        if self.pool.shared() == 0 || (is_plain && self.has_own_tails) {
             return 0;
         }
         // A row that was cut gets zeros as well.
@@ -200,7 +194,7 @@ impl PageMap {
 
     /// Copies that writes into these pages take, one entry for each row that writes into one.
     fn copies(&self, touched: impl Iterator<Item = u32>) -> usize {
-        let count = |page: u32| self.counts.get(page as usize) as usize;
+        let count = |page: u32| self.pool.count(page);
         let mut shared: Vec<u32> = touched.filter(|&page| count(page) > 1).collect();
         shared.sort_unstable();
         let writers = shared.chunk_by(|a, b| a == b);
@@ -218,7 +212,7 @@ impl PageMap {
     /// Whether a write surely goes to no page that rows share, as an append to rows that have all been
     /// appended to.
     fn is_unshared(&self, plan: &WritePlan, tokens: usize) -> bool {
-        self.shared == 0
+        self.pool.shared() == 0
             || match plan {
                 WritePlan::Run { first, zeros } => self.rows.start().is_some_and(|start| {
                     let old = self.old_pages(start + *first as usize, *zeros as usize + tokens);
@@ -260,16 +254,16 @@ impl PageMap {
             let touched = if is_unshared { Vec::new() } else { self.touched(plan, row, tokens) };
             for index in touched {
                 let (word, page) = (self.word(row, index), self.page(row, index));
-                if self.counts.get(page as usize) > 1 {
-                    self.release(page);
-                    let own = self.take();
+                if self.pool.count(page) > 1 {
+                    self.pool.release(page);
+                    let own = self.pool.take();
                     self.table.set(word, own);
                     written.words.push(word..word + 1);
                     written.copies.push((page, own));
                 }
             }
             for index in old_pages..new_pages {
-                let page = self.take();
+                let page = self.pool.take();
                 self.table.set(self.word(row, index), page);
             }
             if old_pages < new_pages {
@@ -350,14 +344,12 @@ impl PageMap {
         // First all new references, so that no page is free in between.
         for (row, &named) in named.iter().enumerate().filter(|(_, named)| **named > 1) {
             for &page in row_of(row) {
-                let count = self.counts.get(page as usize);
-                self.shared += usize::from(count == 1);
-                self.counts.set(page as usize, count + named - 1);
+                (1..named).for_each(|_| self.pool.share(page));
             }
         }
         let gone = named.iter().enumerate().rev().filter(|(_, named)| **named == 0);
         let gone = gone.flat_map(|(row, _)| row_of(row).iter().rev().copied());
-        gone.collect::<Vec<u32>>().into_iter().for_each(|page| self.release(page));
+        gone.collect::<Vec<u32>>().into_iter().for_each(|page| self.pool.release(page));
         (self.table, self.stride, self.first) = (table.as_slice().into(), stride, 0);
         self.batch = map.len();
         self.has_own_tails = false;
@@ -373,7 +365,7 @@ impl PageMap {
         }
         for row in (0..self.batch).rev() {
             for index in (0..from).chain(to..self.row_pages).rev() {
-                self.release(self.page(row, index));
+                self.pool.release(self.page(row, index));
             }
         }
         self.first += from;
@@ -393,26 +385,6 @@ impl PageMap {
         (self.table, self.stride, self.first) = (table.as_slice().into(), stride, 0);
     }
 
-    /// A page that no row names, from now on named once.
-    fn take(&mut self) -> u32 {
-        if let Some(page) = self.free.pop() {
-            self.counts.set(page as usize, 1);
-            return page;
-        }
-        self.counts.push(1);
-        u32::try_from(self.counts.len() - 1).expect("fewer pages than a buffer has bytes")
-    }
-
-    /// Takes a row's name off a page.
-    fn release(&mut self, page: u32) {
-        let count = self.counts.get(page as usize);
-        self.counts.set(page as usize, count - 1);
-        self.shared -= usize::from(count == 2);
-        if count == 1 {
-            self.free.push(page);
-        }
-    }
-
     /// Whether rows have the pages of their live tokens, and none too many.
     fn holds_rows(&self) -> bool {
         let pages = self.pages_of(self.rows.len());
@@ -426,17 +398,11 @@ impl PageMap {
 
     /// Whether every page is free or named, and named as often as its count says: a recount.
     pub(crate) fn is_sound(&self) -> bool {
-        let mut counts = vec![0; self.counts.len()];
         let words =
             (0..self.batch).flat_map(|row| (0..self.row_pages).map(move |index| (row, index)));
-        words.for_each(|(row, index)| counts[self.page(row, index) as usize] += 1);
-        let mut free = self.free.to_vec();
-        free.sort_unstable();
-        let unnamed = (0..).zip(&counts).filter(|(_, count)| **count == 0).map(|(page, _)| page);
+        let pages = words.map(|(row, index)| self.page(row, index));
         let tails = || (0..self.batch).map(|row| self.page(row, self.row_pages - 1));
-        counts == self.counts.to_vec()
-            && self.shared == counts.iter().filter(|&&count| count > 1).count()
-            && unnamed.eq(free.iter().copied())
+        self.pool.is_sound(pages)
             && self.holds_rows()
             && self.first + self.row_pages <= self.stride
             && self.table.len() == self.batch * self.stride

@@ -6,11 +6,11 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{CopyShape, GatherShape, MOST_MOVES};
 use crate::host::pages::{PageMap, Wanted};
 use crate::host::plan;
 use crate::host::rows::{Cut, Rows};
 use crate::storage::layer::{Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite};
+use crate::storage::pool::{copy_pages, copy_pool, new_pool};
 use crate::storage::ring::LEAST_TOKENS;
 use crate::storage::store::{Shape, Store};
 use crate::storage::table::{Table, Tables, check_table};
@@ -197,19 +197,9 @@ impl Arrangement for Paged {
             change = change.arrangement.grow(gpu, layer, store, &from.map, pages)?;
         }
         let target = change.store.as_ref().or(store).expect("a pool that holds what is needed");
-        for moves in step.copies.iter() {
-            let copy = GatherShape {
-                row_bytes: shape.row_bytes(),
-                heads: shape.heads,
-                start: 0,
-                len: paging.page_tokens,
-                capacity: paging.page_tokens,
-                moves: &moves.words,
-                cycles_at: moves.cycles_at,
-            };
-            change.dispatches.push(gpu.kernels().gather(target.gather_bindings(gpu)?, &copy)?);
-            change.moved += shape.bytes(moves.written, paging.page_tokens)?.iter().sum::<u64>();
-        }
+        let (copies, moved) = copy_pages(gpu, shape, paging.page_tokens, target, &step.copies)?;
+        change.dispatches.extend(copies);
+        change.moved += moved;
         let table = change
             .arrangement
             .table
@@ -272,25 +262,11 @@ impl Paged {
         pages: usize,
     ) -> Result<Staged<Self>> {
         let (shape, size) = (self.shape, used.page_tokens());
-        let new = Store::new(gpu, layer, shape.bytes(pages, size)?)?;
+        let new = new_pool(gpu, layer, shape, size, pages)?;
         let mut staged = Staged::unmoved(Self { pool: pages, ..self.clone() });
-        let prefix = used.used_prefix();
-        if let Some(old) = old.filter(|_| prefix > 0) {
-            // Pages keep their numbers: the pool's first pages are one row of one long head.
-            let page_slots = shape.heads * size;
-            let copies = &plan::list_copies(&[(0, 0)], MOST_MOVES)[0];
-            let copy = CopyShape {
-                row_bytes: shape.row_bytes(),
-                heads: 1,
-                start: 0,
-                len: prefix * page_slots,
-                old_capacity: self.pool * page_slots,
-                new_capacity: pages * page_slots,
-                copies: &copies.words,
-            };
-            let buffers = [old.buffers(), new.buffers()];
-            staged.dispatches.push(gpu.kernels().copy_rows(buffers, &copy)?);
-            staged.moved = shape.bytes(prefix, size)?.iter().sum();
+        if let Some(old) = old {
+            let counts = [self.pool, pages, used.used_prefix()];
+            (staged.dispatches, staged.moved) = copy_pool(gpu, shape, size, [old, &new], counts)?;
         }
         staged.store = Some(new);
         Ok(staged)

@@ -124,16 +124,16 @@ fn draw_pool(out: &Path) -> Result<()> {
         .with_style(ProgressStyle::with_template("requests {bar:40} {pos} of {len}, {eta} left")?);
     let samples = arrivals::run(&gpu, traffic, &bar)?;
     bar.finish_and_clear();
-    let sum = |of: fn(&arrivals::Sample) -> usize| samples.iter().map(of).sum::<usize>() as f64;
+    let sum = |of: fn(&arrivals::Sample) -> usize| samples.iter().map(of).sum::<usize>();
     let peak = |of: fn(&arrivals::Sample) -> usize| samples.iter().map(of).max().unwrap_or(0);
     let subtitle = format!(
         "{} requests at random (Poisson arrivals, log-normal lengths), at most {} at a time; \
-         peak {} pages, padded {}; on average {:.0} % of the padded batch",
+         peak {} pages, padded {}; on average {} % of the padded batch",
         traffic.requests,
         traffic.running,
         peak(|it| it.pages_used),
         peak(|it| it.padded),
-        100.0 * sum(|it| it.pages_used) / sum(|it| it.padded),
+        100 * sum(|it| it.pages_used) / sum(|it| it.padded).max(1),
     );
     println!("{subtitle}");
     pool::chart(out, &subtitle, &samples)

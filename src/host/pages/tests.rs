@@ -238,7 +238,7 @@ impl Memory for Paged {
             for (position, token) in Self::visits(plan, row, tokens) {
                 let slot = self.slot(row, position);
                 assert_eq!(
-                    self.map.counts.get(slot / size),
+                    self.map.pool.count(u32::try_from(slot / size).expect("few")),
                     1,
                     "a page that rows share is written"
                 );
