@@ -1,9 +1,11 @@
 //! The layers of a cache of sequences: pools of pages under one map, and the steps that write into them.
 
+mod checks;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::{Error, Result, SequenceError};
+use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::Purpose;
@@ -389,87 +391,6 @@ impl SequenceLayers {
 
     fn owner(&self) -> Owner {
         Owner { device: Arc::clone(self.gpu.handle()), ledger: self.ledger.clone() }
-    }
-
-    fn check_pass(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
-        self.gpu.handle().check_alive_for(pass)?;
-        self.ledger.check_pass(pass)
-    }
-
-    fn check_layer(&self, layer: usize) -> Result<()> {
-        let num_layers = self.shapes.len();
-        if layer < num_layers { Ok(()) } else { Err(Error::LayerOutOfRange { layer, num_layers }) }
-    }
-
-    fn check_finished(&self) -> Result<()> {
-        let updated = self.latest.as_ref().map_or(&[][..], |latest| &latest.updated);
-        match updated.iter().position(|is_updated| !is_updated) {
-            Some(layer) => Err(Error::Sequence(SequenceError::StepUnfinished { layer })),
-            None => Ok(()),
-        }
-    }
-
-    fn check_updated(&self, layer: usize) -> Result<()> {
-        let updated = self.latest.as_ref().is_none_or(|latest| latest.updated[layer]);
-        if updated { Ok(()) } else { Err(Error::Sequence(SequenceError::StepUnfinished { layer })) }
-    }
-
-    /// Refuses tokens of a sequence that the latest step has not written into all layers yet.
-    pub(crate) fn check_written(&self, id: SequenceId, tokens: usize) -> Result<()> {
-        let before = self.latest.iter().flat_map(|latest| &latest.before);
-        match before.into_iter().find(|(its, _)| *its == id) {
-            Some((_, len)) if tokens > *len => self.check_finished(),
-            _ => Ok(()),
-        }
-    }
-
-    fn check_step(&self, step: &StepData) -> Result<()> {
-        let [cache, number] = step.number;
-        if cache != self.sequences.cache() {
-            return Err(Error::Sequence(SequenceError::StaleStep {
-                reason: "another cache planned it",
-            }));
-        }
-        if self.latest.as_ref().is_none_or(|latest| latest.number != number) {
-            let reason = "another one was planned since, or it was cancelled or reset";
-            return Err(Error::Sequence(SequenceError::StaleStep { reason }));
-        }
-        Ok(())
-    }
-
-    fn check_tensors(
-        &self,
-        step: &StepData,
-        layer: usize,
-        key: &TensorView<'_>,
-        value: &TensorView<'_>,
-    ) -> Result<Shape> {
-        self.check_layer(layer)?;
-        let shape = self.shapes[layer];
-        for (what, tensor) in [("key", key), ("value", value)] {
-            if tensor.dtype != shape.dtype {
-                let (expected, got) = (shape.dtype, tensor.dtype);
-                return Err(Error::WrongDType { what, expected, got });
-            }
-            let [batch, _, tokens, _] = tensor.shape;
-            if [batch, tokens] != [1, step.work.total] {
-                let (tokens, shape) = (step.work.total, tensor.shape);
-                return Err(Error::Sequence(SequenceError::StepTokens { tokens, shape }));
-            }
-        }
-        let dims = [key.shape[1], key.shape[3], value.shape[1], value.shape[3]];
-        if dims != [shape.heads, shape.key_dim, shape.heads, shape.value_dim] {
-            return Err(Error::LayerShape {
-                layer,
-                batch: 1,
-                heads: shape.heads,
-                key_dim: shape.key_dim,
-                value_dim: shape.value_dim,
-                key: key.shape,
-                value: value.shape,
-            });
-        }
-        Ok(shape)
     }
 
     /// Leaves the lists of the latest step, which views have shown, to whoever reads them.
