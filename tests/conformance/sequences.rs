@@ -320,7 +320,7 @@ fn layers() -> impl Strategy<Value = Vec<LayerShape>> {
 
 #[test]
 fn sequences_hold_what_a_plain_model_holds_after_any_history() {
-    let cases = std::env::var("KV_HISTORIES").map_or(1000, |count| {
+    let cases = std::env::var("KV_HISTORIES").map_or(2000, |count| {
         count.parse().unwrap_or_else(|_| panic!("KV_HISTORIES is no number: {count}"))
     });
     let config = Config { cases, failure_persistence: None, ..Config::default() };
