@@ -11,6 +11,7 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../../shaders/append.wgsl"),
+    ragged: None,
     common: "",
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,

@@ -1,0 +1,622 @@
+// Attention over rows of different length, and of packed queries over sequences: attention.wgsl with the start,
+// length and pages of each row. A file of its own, since equal rows are a third faster without them on a CPU.
+//
+// A workgroup computes four query rows of one K/V head over one split of the live tokens. A quad is four
+// consecutive elements of a head. The invocations form a grid: `slices` along the head, `lanes` along the
+// tokens. Each invocation holds 4 x 4 quads (four rows, four quads of each), or `fours` times as many, and
+// reads every lanes-th token. Each lane keeps a running softmax, relative to its highest score so far
+// (Milakov and Gimelshein, 2018). At the end the lanes are merged here, and the splits in
+// attention_combine.wgsl (flash-decoding: Dao et al., 2023).
+//
+// The text is joined with one of `layout/` (the slot of a token) and one of `element/` (the type of K and V).
+//
+// A token that a row does not see must not change the row's result, whatever bits it holds. Its weight is
+// zero, but zero times an infinity or a NaN is NaN. So its score and its V are replaced by zeros with
+// `select`, and so are elements past head_dim. A row that sees no token gets zeros.
+//
+// Packed queries (`is_packed`) are [total tokens, Hq, D] over several sequences of different length. The host
+// lists the work: an item is four query rows of one sequence and a range of its tokens.
+//
+// group 0, binding 0: query          q, any strides over (B, Hq, Tq); not read if the output's buffer holds it
+// group 0, binding 1: key_cache      [slot, D of K], slots as the layout numbers them
+// group 0, binding 2: value_cache    [slot, D of V]
+// group 0, binding 3: result         the output, any strides over (B, Hq, Tq); with several splits the
+//                                    partial results [split, row, D of V + 2]: sums, highest score, total
+//                                    weight; if packed [part, H, 4, D of V + 2]. Holds q as well if `is_pooled`
+// group 1, binding 0: lists          the table of pages, records of ragged rows, items of packed queries
+// group 2, binding 0: params         a uniform, or immediate data where the device has it
+
+struct Rows {
+    offset: u32,
+    stride_b: u32,
+    stride_h: u32,
+    stride_t: u32,
+}
+
+struct Params {
+    kv: KvLayout,
+    // In elements.
+    query: Rows,
+    output: Rows,
+    // Units of a head of K and of V; quads of a head of V.
+    key_units: u32,
+    value_units: u32,
+    value_quads: u32,
+    // Query heads a K/V head; new tokens a batch row.
+    group: u32,
+    tokens: u32,
+    // Invocations along a head: a power of two.
+    slices: u32,
+    // Tokens a split; number of splits.
+    split: u32,
+    splits: u32,
+    scale: f32,
+    is_causal: u32,
+    // Packed queries: the first word of the items in `lists`, and the number of items. `splits` is 1 if items
+    // write to the output, and 2 if they write partial results.
+    items: u32,
+    item_count: u32,
+}
+
+@group(0) @binding(0) var<storage, read> query: array<f32>;
+@group(0) @binding(1) var<storage, read> key_cache: array<Unit>;
+@group(0) @binding(2) var<storage, read> value_cache: array<Unit>;
+@group(0) @binding(3) var<storage, read_write> result: array<f32>;
+@group(1) @binding(0) var<storage, read> lists: array<u32>;
+@group(2) @binding(0) var<uniform> params: Params;
+
+// Invocations a workgroup.
+override threads: u32 = 128u;
+// Groups of four quads that an invocation holds. A GPU has registers for one; a software adapter keeps
+// registers in memory, so it can hold more.
+override fours: u32 = 1u;
+// Whether an invocation holds whole heads. Then the loop needs no barrier, which is slow on a software
+// adapter, and each lane reads consecutive tokens. On a GPU neighbouring lanes should read neighbouring
+// tokens instead, so that loads are coalesced.
+override is_alone: bool = false;
+// How V of a token that a row does not see is masked.
+// 0: all rows see the same tokens, so V of the others becomes zero when it is loaded.
+// 1: per row, behind a branch that is taken only in rounds with such a token.
+// 2: per row in every round, for a software adapter, which runs both sides of a branch.
+override masking: u32 = 1u;
+// Whether the invocations of a lane hold more elements than a head of K has.
+override has_rest: bool = true;
+// Whether q is read from the buffer of the output: one buffer cannot be bound for reading and for writing.
+override is_pooled: bool = false;
+// Whether queries are packed.
+override is_packed: bool = false;
+
+const ROWS: u32 = 4u;
+// Below all scores, and far enough from the end of f32 that no difference is infinite.
+const LOWEST: f32 = -1.0e38;
+
+// Workgroup memory: four vectors an invocation, for 128 invocations at most.
+var<workgroup> shared_vectors: array<vec4<f32>, 512>;
+
+// Four quads of each of the four rows. A matrix holds one quad: column r is row r's.
+struct Quads {
+    x: mat4x4<f32>,
+    y: mat4x4<f32>,
+    z: mat4x4<f32>,
+    w: mat4x4<f32>,
+}
+
+// The work of a workgroup, eight words in `lists` if queries are packed.
+struct Item {
+    // Batch row of K and V: a sequence of the step.
+    b: u32,
+    // The row's first packed query token (zero if not packed), and its number of query tokens.
+    first: u32,
+    tokens: u32,
+    // Which four query rows.
+    tile: u32,
+    // K/V tokens begin..end.
+    begin: u32,
+    end: u32,
+    // Which partial result.
+    part: u32,
+    // K/V head; not in the list.
+    h: u32,
+}
+
+// x to w: tokens; each component: whether row r sees the token.
+struct Seen {
+    x: vec4<bool>,
+    y: vec4<bool>,
+    z: vec4<bool>,
+    w: vec4<bool>,
+}
+
+@compute @workgroup_size(threads)
+fn main(
+    @builtin(local_invocation_index) local: u32,
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+) {
+    // x: which four query rows; y: batch row and K/V head; z: split. If x exceeds one dimension of the grid,
+    // it continues along z.
+    let split = workgroup.z % params.splits;
+    var item = Item(
+        workgroup.y / params.kv.heads,
+        0u,
+        params.tokens,
+        workgroup.x + workgroups.x * (workgroup.z / params.splits),
+        split * params.split,
+        (split + 1u) * params.split,
+        split,
+        workgroup.y % params.kv.heads,
+    );
+    if is_packed {
+        item = packed_item(workgroup, workgroups);
+    }
+    let b = item.b;
+    let h = item.h;
+    let kv = kv_row(params.kv, b);
+    let rows = params.group * item.tokens;
+    // Rows past the last one are clamped to it, and not written.
+    let row = min(item.tile * ROWS + vec4(0u, 1u, 2u, 3u), vec4(rows - 1u));
+    let slices = params.slices;
+    let lanes = threads / slices;
+    let slice = local % slices;
+    let lane = local / slices;
+
+    // How many tokens each row sees. Causal: those up to the row's own token.
+    let unseen = select(vec4(0u), item.tokens - 1u - row / params.group, params.is_causal != 0u);
+    let seen = kv.len - min(unseen, vec4(kv.len));
+    let begin = item.begin;
+    let end = min(item.end, max(max(seen.x, seen.y), max(seen.z, seen.w)));
+    let last = max(end, 1u) - 1u;
+
+    // One quad of the four rows is a matrix; a quad of K times this matrix gives four partial scores.
+    let quad0 = slice + vec4(0u, 1u, 2u, 3u) * slices;
+    let quad1 = quad0 + 4u * slices;
+    let quad2 = quad0 + 8u * slices;
+    let quad3 = quad0 + 12u * slices;
+    let q0 = query_quads(item, row, quad0);
+    var q1 = Quads();
+    var q2 = Quads();
+    var q3 = Quads();
+    if fours > 1u {
+        q1 = query_quads(item, row, quad1);
+    }
+    if fours > 2u {
+        q2 = query_quads(item, row, quad2);
+    }
+    if fours > 3u {
+        q3 = query_quads(item, row, quad3);
+    }
+
+    var highest = vec4(LOWEST);
+    var total = vec4(0.0);
+    var sum0 = Quads();
+    var sum1 = Quads();
+    var sum2 = Quads();
+    var sum3 = Quads();
+    // A round is four tokens a lane, or one if `is_alone`: the state for more would not fit a CPU's L1 cache.
+    var first = begin + lane;
+    var step = 4u * lanes;
+    // A split that no row sees runs one round, in which all weights are zero.
+    var rounds = max((max(end, begin) - begin + step - 1u) / step, 1u);
+    if is_alone {
+        step = 1u;
+        rounds = max((max(end, begin) - begin + lanes - 1u) / lanes, 1u);
+        // An odd length keeps the lanes' runs from starting in the same set of a CPU's cache.
+        rounds |= u32(rounds >= 16u);
+        first = begin + lane * rounds;
+    }
+    loop {
+        let before = highest;
+        if is_alone {
+            let slot = kv_slot_in_row(kv, b, h, min(first, last));
+            // Unseen tokens: select zero, since exp(LOWEST - highest) is 1 while highest is LOWEST.
+            let is_seen = vec4(first) < min(seen, vec4(end));
+            let score = select(vec4(LOWEST), score_of(slot, quad0, q0, q1, q2, q3), is_seen);
+            highest = max(highest, score);
+            let fade = exp(before - highest);
+            let weight = select(vec4(0.0), exp(score - highest), is_seen);
+            total = total * fade + weight;
+            sum0 = with_value(sum0, fade, slot, quad0, weight, is_seen);
+            if fours > 1u {
+                sum1 = with_value(sum1, fade, slot, quad1, weight, is_seen);
+            }
+            if fours > 2u {
+                sum2 = with_value(sum2, fade, slot, quad2, weight, is_seen);
+            }
+            if fours > 3u {
+                sum3 = with_value(sum3, fade, slot, quad3, weight, is_seen);
+            }
+        } else {
+            let token = first + vec4(0u, 1u, 2u, 3u) * lanes;
+            let held = min(token, vec4(last));
+            let slot = vec4(
+                kv_slot_in_row(kv, b, h, held.x),
+                kv_slot_in_row(kv, b, h, held.y),
+                kv_slot_in_row(kv, b, h, held.z),
+                kv_slot_in_row(kv, b, h, held.w),
+            );
+            let scores = over_slices(local, mat4x4(
+                score_of(slot.x, quad0, q0, q1, q2, q3),
+                score_of(slot.y, quad0, q0, q1, q2, q3),
+                score_of(slot.z, quad0, q0, q1, q2, q3),
+                score_of(slot.w, quad0, q0, q1, q2, q3),
+            ));
+            let ends = min(seen, vec4(end));
+            let is_seen = Seen(
+                token < vec4(ends.x),
+                token < vec4(ends.y),
+                token < vec4(ends.z),
+                token < vec4(ends.w),
+            );
+            let s0 = select(vec4(LOWEST), scores[0], vec4(token.x) < ends);
+            let s1 = select(vec4(LOWEST), scores[1], vec4(token.y) < ends);
+            let s2 = select(vec4(LOWEST), scores[2], vec4(token.z) < ends);
+            let s3 = select(vec4(LOWEST), scores[3], vec4(token.w) < ends);
+            highest = max(max(highest, max(s0, s1)), max(s2, s3));
+            let fade = exp(before - highest);
+            // As above: weight zero for unseen tokens.
+            let w0 = select(vec4(0.0), exp(s0 - highest), vec4(token.x) < ends);
+            let w1 = select(vec4(0.0), exp(s1 - highest), vec4(token.y) < ends);
+            let w2 = select(vec4(0.0), exp(s2 - highest), vec4(token.z) < ends);
+            let w3 = select(vec4(0.0), exp(s3 - highest), vec4(token.w) < ends);
+            total = total * fade + (w0 + w1) + (w2 + w3);
+            let weights = transpose(mat4x4(w0, w1, w2, w3));
+            sum0 = with_values(sum0, fade, slot, quad0, weights, is_seen);
+            if fours > 1u {
+                sum1 = with_values(sum1, fade, slot, quad1, weights, is_seen);
+            }
+            if fours > 2u {
+                sum2 = with_values(sum2, fade, slot, quad2, weights, is_seen);
+            }
+            if fours > 3u {
+                sum3 = with_values(sum3, fade, slot, quad3, weights, is_seen);
+            }
+        }
+        first += step;
+        rounds--;
+        if rounds == 0u {
+            break;
+        }
+    }
+
+    // Merge the lanes, relative to the highest score of all.
+    let all_highest = over_lanes(local, highest, true);
+    let fade = exp(highest - all_highest);
+    let all_total = over_lanes(local, total * fade, false);
+
+    let sums = Sums(item, row, fade, all_highest, all_total);
+    write_fours(local, sums, 0u, sum0);
+    if fours > 1u {
+        write_fours(local, sums, 4u, sum1);
+    }
+    if fours > 2u {
+        write_fours(local, sums, 8u, sum2);
+    }
+    if fours > 3u {
+        write_fours(local, sums, 12u, sum3);
+    }
+}
+
+// The item of a workgroup, from the host's list.
+fn packed_item(workgroup: vec3<u32>, workgroups: vec3<u32>) -> Item {
+    // Workgroups past the last item repeat it, and write the same values.
+    let number = min(workgroup.x + workgroups.x * workgroup.z, params.item_count - 1u);
+    let at = params.items + 8u * number;
+    return Item(
+        lists[at],
+        lists[at + 1u],
+        lists[at + 2u],
+        lists[at + 3u],
+        lists[at + 4u],
+        lists[at + 5u],
+        lists[at + 6u],
+        workgroup.y,
+    );
+}
+
+// Four quads of four query rows, scaled.
+fn query_quads(item: Item, row: vec4<u32>, quad: vec4<u32>) -> Quads {
+    return Quads(
+        query_rows(item, row, quad.x),
+        query_rows(item, row, quad.y),
+        query_rows(item, row, quad.z),
+        query_rows(item, row, quad.w),
+    );
+}
+
+fn query_rows(item: Item, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
+    return mat4x4(
+        query_quad(item, row.x, quad),
+        query_quad(item, row.y, quad),
+        query_quad(item, row.z, quad),
+        query_quad(item, row.w, quad),
+    );
+}
+
+fn query_quad(item: Item, row: u32, quad: u32) -> vec4<f32> {
+    let at = row_start(params.query, item, row);
+    let d = 4u * quad + vec4(0u, 1u, 2u, 3u);
+    let i = at + min(d, vec4(params.kv.key_dim - 1u));
+    var elements: vec4<f32>;
+    if is_pooled {
+        elements = vec4(result[i.x], result[i.y], result[i.z], result[i.w]);
+    } else {
+        elements = vec4(query[i.x], query[i.y], query[i.z], query[i.w]);
+    }
+    return params.scale * select(vec4(0.0), elements, d < vec4(params.kv.key_dim));
+}
+
+// The first element of a query row. Rows of a K/V head are numbered query head first, then new token.
+fn row_start(strides: Rows, item: Item, row: u32) -> u32 {
+    let head = item.h * params.group + row % params.group;
+    let token = item.first + row / params.group;
+    // Packed queries are one batch row.
+    let b = select(item.b, 0u, is_packed);
+    return strides.offset + b * strides.stride_b + head * strides.stride_h + token * strides.stride_t;
+}
+
+// An invocation's part of a token's four scores.
+fn score_of(slot: u32, quad: vec4<u32>, q0: Quads, q1: Quads, q2: Quads, q3: Quads) -> vec4<f32> {
+    var sum = score(slot, quad, q0);
+    if fours > 1u {
+        sum += score(slot, quad + 4u * params.slices, q1);
+    }
+    if fours > 2u {
+        sum += score(slot, quad + 8u * params.slices, q2);
+    }
+    if fours > 3u {
+        sum += score(slot, quad + 12u * params.slices, q3);
+    }
+    return sum;
+}
+
+fn score(slot: u32, quad: vec4<u32>, q: Quads) -> vec4<f32> {
+    return key_quad(slot, quad.x) * q.x + key_quad(slot, quad.y) * q.y
+        + (key_quad(slot, quad.z) * q.z + key_quad(slot, quad.w) * q.w);
+}
+
+// The scores of a lane's tokens. All slices add the same numbers in the same order, so they agree bit for bit.
+fn over_slices(local: u32, part: mat4x4<f32>) -> mat4x4<f32> {
+    workgroupBarrier();
+    shared_vectors[local] = part[0];
+    shared_vectors[local + threads] = part[1];
+    shared_vectors[local + 2u * threads] = part[2];
+    shared_vectors[local + 3u * threads] = part[3];
+    workgroupBarrier();
+    var sums = mat4x4<f32>();
+    var i = local - local % params.slices;
+    let end = i + params.slices;
+    loop {
+        sums += mat4x4(shared_vectors[i], shared_vectors[i + threads], shared_vectors[i + 2u * threads], shared_vectors[i + 3u * threads]);
+        i++;
+        if i == end {
+            break;
+        }
+    }
+    return sums;
+}
+
+// sums * fade + V of four tokens * weights, for four quads.
+fn with_values(
+    sums: Quads,
+    fade: vec4<f32>,
+    slot: vec4<u32>,
+    quad: vec4<u32>,
+    weights: mat4x4<f32>,
+    is_seen: Seen,
+) -> Quads {
+    // Quads past head_dim are clamped to the last one; their sums are not written.
+    let at = min(quad, vec4(params.value_quads - 1u));
+    return Quads(
+        scaled(sums.x, fade) + weighed(values(slot, at.x, is_seen), weights, is_seen),
+        scaled(sums.y, fade) + weighed(values(slot, at.y, is_seen), weights, is_seen),
+        scaled(sums.z, fade) + weighed(values(slot, at.z, is_seen), weights, is_seen),
+        scaled(sums.w, fade) + weighed(values(slot, at.w, is_seen), weights, is_seen),
+    );
+}
+
+// sums * fade + V of one token * weight, for four quads.
+fn with_value(
+    sums: Quads,
+    fade: vec4<f32>,
+    slot: u32,
+    quad: vec4<u32>,
+    weight: vec4<f32>,
+    is_seen: vec4<bool>,
+) -> Quads {
+    let at = min(quad, vec4(params.value_quads - 1u));
+    return Quads(
+        scaled(sums.x, fade) + outer(value_quad(slot, at.x), weight, is_seen),
+        scaled(sums.y, fade) + outer(value_quad(slot, at.y), weight, is_seen),
+        scaled(sums.z, fade) + outer(value_quad(slot, at.z), weight, is_seen),
+        scaled(sums.w, fade) + outer(value_quad(slot, at.w), weight, is_seen),
+    );
+}
+
+// One quad of V times each row's weight; zero for rows that do not see the token.
+fn outer(quad: vec4<f32>, weight: vec4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
+    if masking == 0u {
+        let seen = select(vec4(0.0), quad, is_seen.x);
+        return mat4x4(seen * weight.x, seen * weight.y, seen * weight.z, seen * weight.w);
+    }
+    return mat4x4(
+        select(vec4(0.0), quad, is_seen.x) * weight.x,
+        select(vec4(0.0), quad, is_seen.y) * weight.y,
+        select(vec4(0.0), quad, is_seen.z) * weight.z,
+        select(vec4(0.0), quad, is_seen.w) * weight.w,
+    );
+}
+
+// The same quad of V of four tokens: column t is token t's.
+fn values(slot: vec4<u32>, quad: u32, is_seen: Seen) -> mat4x4<f32> {
+    let x = value_quad(slot.x, quad);
+    let y = value_quad(slot.y, quad);
+    let z = value_quad(slot.z, quad);
+    let w = value_quad(slot.w, quad);
+    if masking == 0u {
+        return masked(mat4x4(x, y, z, w), is_seen.x);
+    }
+    return mat4x4(x, y, z, w);
+}
+
+// V of four tokens (column t: token t) times the rows' weights; column r of the result is row r's.
+fn weighed(values: mat4x4<f32>, weights: mat4x4<f32>, is_seen: Seen) -> mat4x4<f32> {
+    if masking == 2u || (masking == 1u && !all(is_seen.x & is_seen.y & is_seen.z & is_seen.w)) {
+        return mat4x4(
+            masked(values, is_seen.x) * weights[0],
+            masked(values, is_seen.y) * weights[1],
+            masked(values, is_seen.z) * weights[2],
+            masked(values, is_seen.w) * weights[3],
+        );
+    }
+    return values * weights;
+}
+
+// Unseen tokens replaced by zeros.
+fn masked(values: mat4x4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
+    return mat4x4(
+        select(vec4(0.0), values[0], is_seen.x),
+        select(vec4(0.0), values[1], is_seen.y),
+        select(vec4(0.0), values[2], is_seen.z),
+        select(vec4(0.0), values[3], is_seen.w),
+    );
+}
+
+// Column r times by[r].
+fn scaled(sums: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4(sums[0] * by.x, sums[1] * by.y, sums[2] * by.z, sums[3] * by.w);
+}
+
+// The maximum or the sum of `mine` over the lanes. All slices of a lane pass the same value.
+fn over_lanes(local: u32, mine: vec4<f32>, is_max: bool) -> vec4<f32> {
+    // Wait until all have read the earlier content.
+    workgroupBarrier();
+    shared_vectors[threads + local] = mine;
+    workgroupBarrier();
+    for (var stride = threads / 2u; stride >= params.slices; stride /= 2u) {
+        if local < stride {
+            let near = shared_vectors[threads + local];
+            let far = shared_vectors[threads + local + stride];
+            shared_vectors[threads + local] = select(near + far, max(near, far), is_max);
+        }
+        workgroupBarrier();
+    }
+    return shared_vectors[threads];
+}
+
+// What write_fours needs beside the sums.
+struct Sums {
+    item: Item,
+    row: vec4<u32>,
+    // The factor that makes an invocation's sums relative to the highest score of all.
+    fade: vec4<f32>,
+    highest: vec4<f32>,
+    total: vec4<f32>,
+}
+
+// Adds up quads i to i + 3 of each invocation over all lanes, and writes them.
+fn write_fours(local: u32, sums: Sums, i: u32, quads: Quads) {
+    if threads <= 32u {
+        // With few invocations, workgroup memory holds all four at once.
+        workgroupBarrier();
+        share(local, 0u, quads.x, sums.fade);
+        share(local, 1u, quads.y, sums.fade);
+        share(local, 2u, quads.z, sums.fade);
+        share(local, 3u, quads.w, sums.fade);
+        write_shared(local, sums, i, 4u);
+        return;
+    }
+    write_quads(local, sums, i, quads.x);
+    write_quads(local, sums, i + 1u, quads.y);
+    write_quads(local, sums, i + 2u, quads.z);
+    write_quads(local, sums, i + 3u, quads.w);
+}
+
+// Adds up quad i over all lanes, and writes it, if it lies within the head.
+fn write_quads(local: u32, sums: Sums, i: u32, quads: mat4x4<f32>) {
+    if i * params.slices < params.value_quads {
+        workgroupBarrier();
+        share(local, 0u, quads, sums.fade);
+        write_shared(local, sums, i, 1u);
+    }
+}
+
+fn share(local: u32, k: u32, quads: mat4x4<f32>, fade: vec4<f32>) {
+    let faded = scaled(quads, fade);
+    let at = local + k * ROWS * threads;
+    shared_vectors[at] = faded[0];
+    shared_vectors[at + threads] = faded[1];
+    shared_vectors[at + 2u * threads] = faded[2];
+    shared_vectors[at + 3u * threads] = faded[3];
+}
+
+// Adds up `count` quads from workgroup memory over all lanes, quad i of each invocation first, and writes
+// one result for each quad, row and slice.
+fn write_shared(local: u32, sums: Sums, i: u32, count: u32) {
+    workgroupBarrier();
+    let slices = params.slices;
+    // With fewer results than invocations, several invocations share the lanes of one result.
+    let all = count * ROWS * slices;
+    let parts = threads / all;
+    var sum = sum_over_lanes(local / parts, local % parts * (count * ROWS), count * ROWS);
+    if parts > 1u {
+        workgroupBarrier();
+        shared_vectors[local] = sum;
+        workgroupBarrier();
+        sum = vec4(0.0);
+        for (var p = 0u; p < parts; p++) {
+            sum += shared_vectors[min(local, all - 1u) * parts + p];
+        }
+    }
+    let r = local / slices % ROWS;
+    let quad = (i + local / (slices * ROWS)) * slices + local % slices;
+    let rows = params.group * sums.item.tokens;
+    // No invocation returns early: barriers follow, and they must be in uniform control flow.
+    if local < all && quad < params.value_quads && sums.item.tile * ROWS + r < rows {
+        write_sum(sums, r, quad, sum);
+    }
+}
+
+// Writes one quad of row r: to the output or, with several splits, to this split's partial result.
+fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
+    let item = sums.item;
+    if params.splits == 1u {
+        let total = sums.total[r];
+        let elements = select(sum / total, vec4(0.0), total == 0.0);
+        write_elements(row_start(params.output, item, sums.row[r]), quad, elements);
+    } else {
+        let rows = params.group * params.tokens;
+        let all = params.kv.batch * params.kv.heads * rows;
+        var number = item.part * all + (item.b * params.kv.heads + item.h) * rows + sums.row[r];
+        if is_packed {
+            number = (item.part * params.kv.heads + item.h) * ROWS + r;
+        }
+        let at = number * (params.kv.value_dim + 2u);
+        write_elements(at, quad, sum);
+        if quad == 0u {
+            result[at + params.kv.value_dim] = sums.highest[r];
+            result[at + params.kv.value_dim + 1u] = sums.total[r];
+        }
+    }
+}
+
+// The sum of one quad in workgroup memory over `count` lanes; `number` is row * slices + slice.
+fn sum_over_lanes(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
+    let slices = params.slices;
+    var at = number / slices * threads + number % slices + first_lane * slices;
+    let end = at + count * slices;
+    var sum = vec4(0.0);
+    loop {
+        sum += shared_vectors[at];
+        at += slices;
+        if at == end {
+            break;
+        }
+    }
+    return sum;
+}
+
+fn write_elements(at: u32, quad: u32, elements: vec4<f32>) {
+    for (var i = 0u; i < min(4u, params.kv.value_dim - 4u * quad); i++) {
+        result[at + 4u * quad + i] = elements[i];
+    }
+}
