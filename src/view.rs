@@ -33,6 +33,14 @@ use crate::tensor::TensorView;
 ///
 /// 16-bit types lie two in a 32-bit word, the lower index in the lower half.
 ///
+/// The rows of a ragged view ([`is_ragged`](Self::is_ragged)) have their own start and length
+/// ([`row_start`](Self::row_start), [`row_len`](Self::row_len)): after updates at
+/// [`CachePosition::PerRow`](crate::CachePosition::PerRow), [`truncate_rows`](crate::Cache::truncate_rows) and
+/// [`crop_rows`](crate::Cache::crop_rows). The view is as long as its longest row, or longer if that was selected
+/// away. What lies behind the live tokens of a shorter row is undefined; `kv_len` of the layout's text is the length
+/// of a row. Start and length of each row lie on the GPU, in the buffer of the page table
+/// ([`page_table`](Self::page_table)), which a ring has for this alone.
+///
 /// The buffers stay the same until the layer grows or its batch outgrows them, so a bind group made
 /// from a view can be kept as long as `key()` and `value()` compare equal. Take offsets, start and
 /// length from a fresh view at every step.
@@ -256,7 +264,7 @@ impl LayerView {
         self.start
     }
 
-    /// Live tokens, of the longest row.
+    /// Live tokens, of the longest row of a ragged view, or more if that was selected away.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -347,9 +355,8 @@ impl LayerView {
 
     /// The buffer of the page table and of the records of ragged rows; `None` if the layout has neither
     /// ([`Layout::has_table`]). Bind it whole, read-only, as `array<u32>`: `layout_words` says at which word each
-    /// begins. It stays as it is until
-    /// what was recorded up to the cache's next update has run, also if the cache is reset or dropped before;
-    /// take it from a fresh view at every step.
+    /// begins. What the view reads of it stays as it is until what was recorded up to the cache's next update has
+    /// run, also if rows are cut, or the cache is reset or dropped before; take it from a fresh view at every step.
     pub fn page_table(&self) -> Option<&wgpu::Buffer> {
         self.table().map(|table| &table.buffer)
     }

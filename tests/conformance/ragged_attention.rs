@@ -220,8 +220,8 @@ fn every_arrangement_and_type_is_as_each_row_alone() {
                 vec![long, 2 * long, 5, 1],
                 vec![2100, 70 + random.below(900)],
             ];
-            for (nth, lens) in lens.into_iter().enumerate() {
-                let dim = [32, 64, 20, 6][(number + nth) % 4];
+            for lens in lens {
+                let dim = [32, 64, 20, 6][number % 4];
                 let case = Case { kind, dtype, lens, dim };
                 let mut cache = filled(&gpu, &case, &mut random);
                 check(&gpu, &mut attention, &case, cache.as_ref(), &mut random);
