@@ -75,10 +75,10 @@ fn filled(gpu: &Gpu, case: &Case, random: &mut Random) -> Box<dyn KVCache> {
         cache.crop(0);
     }
     let mut sides = [Vec::new(), Vec::new()];
-    for row in 0..batch {
+    for (&len, &dead) in case.lens.iter().zip(&dead) {
         for _ in 0..HEADS {
             for token in 0..tokens {
-                let is_live = (dead[row]..dead[row] + case.lens[row]).contains(&token);
+                let is_live = (dead..dead + len).contains(&token);
                 for side in &mut sides {
                     let values = random.floats(dim, 1.0);
                     side.extend(if is_live { values } else { vec![f32::NAN; dim] });
