@@ -38,10 +38,9 @@ struct Params {
     // many positions it names.
     first: u32,
     zeros: u32,
-    // A list: where it lies in `lists`, and how far the lists of two batch rows are apart. Three words, how many
-    // of its positions lie before the gap, how many become zero, and the first position of the gap; then
-    // (position, token) pairs, lowest position first. Entries past the pairs are the positions of the gap that
-    // no pair names, which become zero.
+    // A list: where it lies in `lists`, and how far the lists of two batch rows are apart. Two words, then
+    // (position, token) pairs, lowest position first. Entries past the pairs are positions that no pair names, and
+    // become zero: the second word says how many, the first how many unnamed positions lie below them.
     list_at: u32,
     list_stride: u32,
 }
@@ -115,7 +114,7 @@ fn main(
     if position_form == 1u {
         let list = params.list_at + b * params.list_stride;
         let named = params.zeros;
-        let at = list + 3u + 2u * min(entry, vec4(named - 1u));
+        let at = list + 2u + 2u * min(entry, vec4(named - 1u));
         position = vec4(lists[at.x], lists[at.y], lists[at.z], lists[at.w]);
         token = vec4(lists[at.x + 1u], lists[at.y + 1u], lists[at.z + 1u], lists[at.w + 1u]);
         if params.entries > named {
@@ -169,23 +168,21 @@ fn main(
     }
 }
 
-// The `i`-th position of a list's gap: of those from the gap's first on that no pair names. Pairs are sorted,
-// so how many unnamed positions lie before each one never falls, and the search is binary.
+// The `i`-th position of a list that becomes zero. Pairs are sorted, so how many unnamed positions lie below each
+// one never falls, and the search is binary.
 fn position_in_gap(list: u32, named: u32, i: u32) -> u32 {
-    let before = lists[list];
-    let first = lists[list + 2u];
-    var low = before;
+    let unnamed = lists[list] + i;
+    var low = 0u;
     var high = named;
     while low < high {
         let middle = (low + high) / 2u;
-        let unnamed = lists[list + 3u + 2u * middle] - first - (middle - before);
-        if unnamed <= i {
+        if lists[list + 2u + 2u * middle] - middle <= unnamed {
             low = middle + 1u;
         } else {
             high = middle;
         }
     }
-    return first + i + (low - before);
+    return unnamed + low;
 }
 
 // Where the first tokens of four rows lie in a source.

@@ -127,7 +127,8 @@ pub trait Cache {
     /// In a ring ([`DynamicKVCache`](crate::DynamicKVCache), [`StaticKVCache`](crate::StaticKVCache)),
     /// within the rows that a layer has memory for, the rows move in place, without scratch memory, and
     /// rows that stay cost nothing. A larger batch goes into new buffers, and so does a change that moves
-    /// more than 8,192 rows. In a [`PagedKVCache`](crate::PagedKVCache) nothing moves.
+    /// more than 8,192 rows. Rows that start at different slots ([`crop_rows`](Cache::crop_rows)) move with all
+    /// slots of theirs, live or not. In a [`PagedKVCache`](crate::PagedKVCache) nothing moves.
     ///
     /// # Errors
     ///

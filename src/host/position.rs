@@ -52,7 +52,7 @@ impl<'a> From<&'a [Vec<u32>]> for CachePosition<'a> {
 /// The position of a pair that writes nothing: it pads a shorter row.
 pub(crate) const SKIP: u32 = u32::MAX;
 /// Words of a list before its pairs.
-const HEADER: usize = 3;
+const HEADER: usize = 2;
 
 /// Which token goes to which position.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,9 +69,9 @@ pub(crate) enum WritePlan {
 /// does not name become zero; the list only counts them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PositionList {
-    /// As a kernel reads it. For each list three words, how many of its positions lie before the gap, how many
-    /// become zero, and the first position of the gap; then `named` pairs (position, token), lowest position
-    /// first.
+    /// As a kernel reads it. For each list two words, then `named` pairs (position, token), lowest position first.
+    /// The second word is how many positions become zero, the first how many positions below them are not named:
+    /// the i-th zero goes to the (first word + i)-th of all positions that are not named.
     pub(crate) words: Vec<u32>,
     /// Pairs a list: the same for every row.
     pub(crate) named: u32,
@@ -97,11 +97,18 @@ impl PositionList {
         pairs.map(|pair| pair[0]).take_while(|&position| position != SKIP)
     }
 
-    /// The gap of row `row`: each of its positions is written, with a token or as zero.
+    /// From the first to the last position of row `row` that becomes zero. Those in between are named, or become
+    /// zero as well.
     pub(crate) fn gap(&self, row: usize) -> Range<usize> {
-        let [before, zeros, first] = [0, 1, 2].map(|word| self.list(row)[word] as usize);
-        let named = self.positions(row).count() - before;
-        first..first + zeros + named
+        let [below, zeros] = [0, 1].map(|word| self.list(row)[word] as usize);
+        let pairs = self.list(row)[HEADER..].chunks(2);
+        // The search of the kernel: pair m, if it is not before the position sought, has more positions below it
+        // that are not named.
+        let unnamed = |i: usize| {
+            let is_behind = |(m, pair): (usize, &[u32])| pair[0] as usize - m > i;
+            i + pairs.clone().enumerate().position(is_behind).unwrap_or(self.named as usize)
+        };
+        if zeros == 0 { 0..0 } else { unnamed(below)..unnamed(below + zeros - 1) + 1 }
     }
 
     /// Positions written by each list, its gap included.
@@ -317,7 +324,7 @@ fn list(lists: Vec<(Vec<[u32; 2]>, Range<usize>)>) -> WritePlan {
         let before = below(gap.start);
         let zeros = gap.len() - (below(gap.end) - before);
         longest_gap = longest_gap.max(zeros);
-        words.extend([before, zeros, gap.start].map(narrow));
+        words.extend([gap.start - before, zeros].map(narrow));
         words.extend(list.as_flattened());
         words.extend([SKIP, 0].repeat(longest - list.len()));
     }

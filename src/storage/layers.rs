@@ -86,6 +86,7 @@ impl<L: Arrangement> Layers<L> {
 
     /// Cuts each row to a length of its own, in all layers or in none.
     pub(crate) fn cut_rows(&mut self, cut: &Cut) -> Result<()> {
+        self.prepared = None;
         self.ledger.check()?;
         let (Cut::CropRows(lens) | Cut::TruncateRows(lens)) = cut else {
             unreachable!("a cut of rows")

@@ -35,7 +35,7 @@ pub(crate) trait Memory {
             }
             WritePlan::List(list) => {
                 let from = if list.per_row { row * list.stride() } else { 0 };
-                let pairs = list.words[from + 3..from + list.stride()].chunks(2);
+                let pairs = list.words[from + 2..from + list.stride()].chunks(2);
                 let named: Vec<(usize, Option<usize>)> = pairs
                     .take_while(|pair| pair[0] != position::SKIP)
                     .map(|pair| (pair[0] as usize, Some(pair[1] as usize)))
