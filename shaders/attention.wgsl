@@ -11,15 +11,18 @@
 //
 // A token that a row does not see must not change the row's result, whatever bits it holds. Its weight is
 // zero, but zero times an infinity or a NaN is NaN. So its score and its V are replaced by zeros with
-// `select`, and so are elements past head_dim.
+// `select`, and so are elements past head_dim. A row that sees no token gets zeros.
+//
+// Packed queries (`is_packed`) are [total tokens, Hq, D] over several sequences of different length. The host
+// lists the work: an item is four query rows of one sequence and a range of its tokens.
 //
 // group 0, binding 0: query          q, any strides over (B, Hq, Tq); not read if the output's buffer holds it
 // group 0, binding 1: key_cache      [slot, D of K], slots as the layout numbers them
 // group 0, binding 2: value_cache    [slot, D of V]
 // group 0, binding 3: result         the output, any strides over (B, Hq, Tq); with several splits the
 //                                    partial results [split, row, D of V + 2]: sums, highest score, total
-//                                    weight. Holds q as well if `is_pooled`
-// group 1, binding 0: lists          the table of pages
+//                                    weight; if packed [part, H, 4, D of V + 2]. Holds q as well if `is_pooled`
+// group 1, binding 0: lists          the table of pages, records of ragged rows, items of packed queries
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
 struct Rows {
@@ -48,7 +51,8 @@ struct Params {
     splits: u32,
     scale: f32,
     is_causal: u32,
-    // Read by attention_ragged.wgsl alone.
+    // Packed queries: the first word of the items in `lists`, and the number of items. `splits` is 1 if items
+    // write to the output, and 2 if they write partial results.
     items: u32,
     item_count: u32,
 }
@@ -78,7 +82,7 @@ override masking: u32 = 1u;
 override has_rest: bool = true;
 // Whether q is read from the buffer of the output: one buffer cannot be bound for reading and for writing.
 override is_pooled: bool = false;
-// Whether queries are packed: in attention_ragged.wgsl alone.
+// Whether queries are packed.
 override is_packed: bool = false;
 
 const ROWS: u32 = 4u;
@@ -94,6 +98,27 @@ struct Quads {
     y: mat4x4<f32>,
     z: mat4x4<f32>,
     w: mat4x4<f32>,
+}
+
+// The work of a workgroup, eight words in `lists` if queries are packed.
+struct Item {
+    // Batch row of K and V: a sequence of the step.
+    b: u32,
+    // The row's first packed query token (zero if not packed), and its number of query tokens.
+    first: u32,
+    tokens: u32,
+    // Which four query rows.
+    tile: u32,
+    // K/V tokens begin..end.
+    begin: u32,
+    end: u32,
+    // Which partial result.
+    part: u32,
+    // K/V head; not in the list.
+    h: u32,
+    // Batch row and K/V head as one number, if not packed; not in the list. Computed from b and h where it is
+    // needed, it makes llvmpipe's code for the whole kernel 1.7 times slower.
+    row_of_kv: u32,
 }
 
 // x to w: tokens; each component: whether row r sees the token.
@@ -112,44 +137,56 @@ fn main(
 ) {
     // x: which four query rows; y: batch row and K/V head; z: split. If x exceeds one dimension of the grid,
     // it continues along z.
-    let group = vec3(
+    let split = workgroup.z % params.splits;
+    var item = Item(
+        workgroup.y / params.kv.heads,
+        0u,
+        params.tokens,
         workgroup.x + workgroups.x * (workgroup.z / params.splits),
+        split * params.split,
+        (split + 1u) * params.split,
+        split,
+        workgroup.y % params.kv.heads,
         workgroup.y,
-        workgroup.z % params.splits,
     );
-    let b = group.y / params.kv.heads;
-    let h = group.y % params.kv.heads;
-    let rows = params.group * params.tokens;
+    if is_packed {
+        item = packed_item(workgroup, workgroups);
+    }
+    let b = item.b;
+    let h = item.h;
+    let kv = kv_row(params.kv, b);
+    let rows = params.group * item.tokens;
     // Rows past the last one are clamped to it, and not written.
-    let row = min(group.x * ROWS + vec4(0u, 1u, 2u, 3u), vec4(rows - 1u));
+    let row = min(item.tile * ROWS + vec4(0u, 1u, 2u, 3u), vec4(rows - 1u));
     let slices = params.slices;
     let lanes = threads / slices;
     let slice = local % slices;
     let lane = local / slices;
 
     // How many tokens each row sees. Causal: those up to the row's own token.
-    let unseen = select(vec4(0u), params.tokens - 1u - row / params.group, params.is_causal != 0u);
-    let seen = kv_len(params.kv, b) - unseen;
-    let begin = group.z * params.split;
-    let end = min(begin + params.split, max(max(seen.x, seen.y), max(seen.z, seen.w)));
+    let unseen = select(vec4(0u), item.tokens - 1u - row / params.group, params.is_causal != 0u);
+    let seen = kv.len - min(unseen, vec4(kv.len));
+    let begin = item.begin;
+    let end = min(item.end, max(max(seen.x, seen.y), max(seen.z, seen.w)));
+    let last = max(end, 1u) - 1u;
 
     // One quad of the four rows is a matrix; a quad of K times this matrix gives four partial scores.
     let quad0 = slice + vec4(0u, 1u, 2u, 3u) * slices;
     let quad1 = quad0 + 4u * slices;
     let quad2 = quad0 + 8u * slices;
     let quad3 = quad0 + 12u * slices;
-    let q0 = query_quads(b, h, row, quad0);
+    let q0 = query_quads(item, row, quad0);
     var q1 = Quads();
     var q2 = Quads();
     var q3 = Quads();
     if fours > 1u {
-        q1 = query_quads(b, h, row, quad1);
+        q1 = query_quads(item, row, quad1);
     }
     if fours > 2u {
-        q2 = query_quads(b, h, row, quad2);
+        q2 = query_quads(item, row, quad2);
     }
     if fours > 3u {
-        q3 = query_quads(b, h, row, quad3);
+        q3 = query_quads(item, row, quad3);
     }
 
     var highest = vec4(LOWEST);
@@ -173,7 +210,7 @@ fn main(
     loop {
         let before = highest;
         if is_alone {
-            let slot = kv_slot(params.kv, b, h, min(first, end - 1u));
+            let slot = kv_slot_in_row(kv, b, h, min(first, last));
             // Unseen tokens: select zero, since exp(LOWEST - highest) is 1 while highest is LOWEST.
             let is_seen = vec4(first) < min(seen, vec4(end));
             let score = select(vec4(LOWEST), score_of(slot, quad0, q0, q1, q2, q3), is_seen);
@@ -193,12 +230,12 @@ fn main(
             }
         } else {
             let token = first + vec4(0u, 1u, 2u, 3u) * lanes;
-            let held = min(token, vec4(end - 1u));
+            let held = min(token, vec4(last));
             let slot = vec4(
-                kv_slot(params.kv, b, h, held.x),
-                kv_slot(params.kv, b, h, held.y),
-                kv_slot(params.kv, b, h, held.z),
-                kv_slot(params.kv, b, h, held.w),
+                kv_slot_in_row(kv, b, h, held.x),
+                kv_slot_in_row(kv, b, h, held.y),
+                kv_slot_in_row(kv, b, h, held.z),
+                kv_slot_in_row(kv, b, h, held.w),
             );
             let scores = over_slices(local, mat4x4(
                 score_of(slot.x, quad0, q0, q1, q2, q3),
@@ -249,7 +286,7 @@ fn main(
     let fade = exp(highest - all_highest);
     let all_total = over_lanes(local, total * fade, false);
 
-    let sums = Sums(group, row, fade, all_highest, all_total);
+    let sums = Sums(item, row, fade, all_highest, all_total);
     write_fours(local, sums, 0u, sum0);
     if fours > 1u {
         write_fours(local, sums, 4u, sum1);
@@ -262,27 +299,45 @@ fn main(
     }
 }
 
+// The item of a workgroup, from the host's list.
+fn packed_item(workgroup: vec3<u32>, workgroups: vec3<u32>) -> Item {
+    // Workgroups past the last item repeat it, and write the same values.
+    let number = min(workgroup.x + workgroups.x * workgroup.z, params.item_count - 1u);
+    let at = params.items + 8u * number;
+    return Item(
+        lists[at],
+        lists[at + 1u],
+        lists[at + 2u],
+        lists[at + 3u],
+        lists[at + 4u],
+        lists[at + 5u],
+        lists[at + 6u],
+        workgroup.y,
+        0u,
+    );
+}
+
 // Four quads of four query rows, scaled.
-fn query_quads(b: u32, h: u32, row: vec4<u32>, quad: vec4<u32>) -> Quads {
+fn query_quads(item: Item, row: vec4<u32>, quad: vec4<u32>) -> Quads {
     return Quads(
-        query_rows(b, h, row, quad.x),
-        query_rows(b, h, row, quad.y),
-        query_rows(b, h, row, quad.z),
-        query_rows(b, h, row, quad.w),
+        query_rows(item, row, quad.x),
+        query_rows(item, row, quad.y),
+        query_rows(item, row, quad.z),
+        query_rows(item, row, quad.w),
     );
 }
 
-fn query_rows(b: u32, h: u32, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
+fn query_rows(item: Item, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
     return mat4x4(
-        query_quad(b, h, row.x, quad),
-        query_quad(b, h, row.y, quad),
-        query_quad(b, h, row.z, quad),
-        query_quad(b, h, row.w, quad),
+        query_quad(item, row.x, quad),
+        query_quad(item, row.y, quad),
+        query_quad(item, row.z, quad),
+        query_quad(item, row.w, quad),
     );
 }
 
-fn query_quad(b: u32, h: u32, row: u32, quad: u32) -> vec4<f32> {
-    let at = row_start(params.query, b, h, row);
+fn query_quad(item: Item, row: u32, quad: u32) -> vec4<f32> {
+    let at = row_start(params.query, item, row);
     let d = 4u * quad + vec4(0u, 1u, 2u, 3u);
     let i = at + min(d, vec4(params.kv.key_dim - 1u));
     var elements: vec4<f32>;
@@ -295,9 +350,12 @@ fn query_quad(b: u32, h: u32, row: u32, quad: u32) -> vec4<f32> {
 }
 
 // The first element of a query row. Rows of a K/V head are numbered query head first, then new token.
-fn row_start(strides: Rows, b: u32, h: u32, row: u32) -> u32 {
-    let head = h * params.group + row % params.group;
-    return strides.offset + b * strides.stride_b + head * strides.stride_h + (row / params.group) * strides.stride_t;
+fn row_start(strides: Rows, item: Item, row: u32) -> u32 {
+    let head = item.h * params.group + row % params.group;
+    let token = item.first + row / params.group;
+    // Packed queries are one batch row.
+    let b = select(item.b, 0u, is_packed);
+    return strides.offset + b * strides.stride_b + head * strides.stride_h + token * strides.stride_t;
 }
 
 // An invocation's part of a token's four scores.
@@ -451,7 +509,7 @@ fn over_lanes(local: u32, mine: vec4<f32>, is_max: bool) -> vec4<f32> {
 
 // What write_fours needs beside the sums.
 struct Sums {
-    group: vec3<u32>,
+    item: Item,
     row: vec4<u32>,
     // The factor that makes an invocation's sums relative to the highest score of all.
     fade: vec4<f32>,
@@ -515,23 +573,28 @@ fn write_shared(local: u32, sums: Sums, i: u32, count: u32) {
     }
     let r = local / slices % ROWS;
     let quad = (i + local / (slices * ROWS)) * slices + local % slices;
-    let rows = params.group * params.tokens;
+    let rows = params.group * sums.item.tokens;
     // No invocation returns early: barriers follow, and they must be in uniform control flow.
-    if local < all && quad < params.value_quads && sums.group.x * ROWS + r < rows {
+    if local < all && quad < params.value_quads && sums.item.tile * ROWS + r < rows {
         write_sum(sums, r, quad, sum);
     }
 }
 
 // Writes one quad of row r: to the output or, with several splits, to this split's partial result.
 fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
-    let b = sums.group.y / params.kv.heads;
-    let h = sums.group.y % params.kv.heads;
+    let item = sums.item;
     if params.splits == 1u {
-        write_elements(row_start(params.output, b, h, sums.row[r]), quad, sum / sums.total[r]);
+        let total = sums.total[r];
+        let elements = select(sum / total, vec4(0.0), total == 0.0);
+        write_elements(row_start(params.output, item, sums.row[r]), quad, elements);
     } else {
         let rows = params.group * params.tokens;
-        let results = params.kv.batch * params.kv.heads * rows;
-        let at = (sums.group.z * results + sums.group.y * rows + sums.row[r]) * (params.kv.value_dim + 2u);
+        let all = params.kv.batch * params.kv.heads * rows;
+        var number = item.part * all + item.row_of_kv * rows + sums.row[r];
+        if is_packed {
+            number = (item.part * params.kv.heads + item.h) * ROWS + r;
+        }
+        let at = number * (params.kv.value_dim + 2u);
         write_elements(at, quad, sum);
         if quad == 0u {
             result[at + params.kv.value_dim] = sums.highest[r];

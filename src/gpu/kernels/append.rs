@@ -11,7 +11,6 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../../shaders/append.wgsl"),
-    ragged: None,
     common: "",
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,

@@ -13,7 +13,6 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",
     wgsl: include_str!("../../../shaders/attention.wgsl"),
-    ragged: Some(include_str!("../../../shaders/attention_ragged.wgsl")),
     common: "",
     writes: &[false, false, false, true],
     params_bytes: Params::BYTES,
@@ -25,7 +24,6 @@ pub(super) const SOURCE: super::Source = super::Source {
 pub(super) const COMBINE: super::Source = super::Source {
     label: "kvcache attention combine",
     wgsl: include_str!("../../../shaders/attention_combine.wgsl"),
-    ragged: None,
     common: "",
     writes: &[false, true],
     params_bytes: CombineParams::BYTES,

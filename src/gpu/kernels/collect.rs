@@ -12,7 +12,6 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache collect",
     wgsl: include_str!("../../../shaders/collect.wgsl"),
-    ragged: None,
     common: "",
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,

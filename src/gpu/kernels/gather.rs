@@ -7,7 +7,6 @@ use crate::error::Result;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache gather",
     wgsl: include_str!("../../../shaders/gather.wgsl"),
-    ragged: None,
     common: include_str!("../../../shaders/columns.wgsl"),
     writes: &[true, true],
     params_bytes: Params::BYTES,

@@ -74,8 +74,6 @@ impl Kernels {
 pub(crate) struct Source {
     label: &'static str,
     wgsl: &'static str,
-    /// Its text for layouts whose rows differ, if it has one of its own.
-    ragged: Option<&'static str>,
     /// A text that several kernels share, appended to `wgsl`; may be empty.
     common: &'static str,
     /// For each binding of group 0, in order, whether the kernel writes it.

@@ -70,9 +70,7 @@ pub(crate) struct Variant {
 impl Variant {
     /// The WGSL of this variant of a kernel.
     pub(crate) fn text(&self, source: &Source, path: ParamsPath) -> String {
-        let is_ragged = self.layout.is_some_and(Layout::is_ragged);
-        let wgsl = source.ragged.filter(|_| is_ragged).unwrap_or(source.wgsl);
-        let mut text = wgsl.to_owned() + source.common;
+        let mut text = source.wgsl.to_owned() + source.common;
         if self.unit == Unit::Word {
             text = text.replace("alias Unit = vec4<u32>;", "alias Unit = u32;");
         }
