@@ -7,7 +7,8 @@
 // (Milakov and Gimelshein, 2018). At the end the lanes are merged here, and the splits in
 // attention_combine.wgsl (flash-decoding: Dao et al., 2023).
 //
-// The text is joined with one of `layout/` (the slot of a token) and one of `element/` (the type of K and V).
+// The text is joined with `attention/` (parameters, and which tokens a row sees), one of `layout/` (the slot of a
+// token) and one of `element/` (the type of K and V).
 //
 // A token that a row does not see must not change the row's result, whatever bits it holds. Its weight is
 // zero, but zero times an infinity or a NaN is NaN. So its score and its V are replaced by zeros with
@@ -25,45 +26,6 @@
 // group 1, binding 0: lists          the table of pages, records of ragged rows, items of packed queries
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
-struct Rows {
-    offset: u32,
-    stride_b: u32,
-    stride_h: u32,
-    stride_t: u32,
-}
-
-struct Params {
-    kv: KvLayout,
-    // In elements.
-    query: Rows,
-    output: Rows,
-    // Units of a head of K and of V; quads of a head of V.
-    key_units: u32,
-    value_units: u32,
-    value_quads: u32,
-    // Query heads a K/V head; new tokens a batch row.
-    group: u32,
-    tokens: u32,
-    // Invocations along a head: a power of two.
-    slices: u32,
-    // Tokens a split; number of splits.
-    split: u32,
-    splits: u32,
-    scale: f32,
-    is_causal: u32,
-    // Packed queries: the first word of the items in `lists`, and the number of items. `splits` is 1 if items
-    // write to the output, and 2 if they write partial results.
-    items: u32,
-    item_count: u32,
-}
-
-@group(0) @binding(0) var<storage, read> query: array<f32>;
-@group(0) @binding(1) var<storage, read> key_cache: array<Unit>;
-@group(0) @binding(2) var<storage, read> value_cache: array<Unit>;
-@group(0) @binding(3) var<storage, read_write> result: array<f32>;
-@group(1) @binding(0) var<storage, read> lists: array<u32>;
-@group(2) @binding(0) var<uniform> params: Params;
-
 // Invocations a workgroup.
 override threads: u32 = 128u;
 // Groups of four quads that an invocation holds. A GPU has registers for one; a software adapter keeps
@@ -80,14 +42,8 @@ override is_alone: bool = false;
 override masking: u32 = 1u;
 // Whether the invocations of a lane hold more elements than a head of K has.
 override has_rest: bool = true;
-// Whether q is read from the buffer of the output: one buffer cannot be bound for reading and for writing.
-override is_pooled: bool = false;
-// Whether queries are packed.
-override is_packed: bool = false;
 
 const ROWS: u32 = 4u;
-// Below all scores, and far enough from the end of f32 that no difference is infinite.
-const LOWEST: f32 = -1.0e38;
 
 // Workgroup memory: four vectors an invocation, for 128 invocations at most.
 var<workgroup> shared_vectors: array<vec4<f32>, 512>;
@@ -100,28 +56,7 @@ struct Quads {
     w: mat4x4<f32>,
 }
 
-// The work of a workgroup, eight words in `lists` if queries are packed.
-struct Item {
-    // Batch row of K and V: a sequence of the step.
-    b: u32,
-    // The row's first packed query token (zero if not packed), and its number of query tokens.
-    first: u32,
-    tokens: u32,
-    // Which four query rows.
-    tile: u32,
-    // K/V tokens begin..end.
-    begin: u32,
-    end: u32,
-    // Which partial result.
-    part: u32,
-    // K/V head; not in the list.
-    h: u32,
-    // Batch row and K/V head as one number, if not packed; not in the list. Computed from b and h where it is
-    // needed, it makes llvmpipe's code for the whole kernel 1.7 times slower.
-    row_of_kv: u32,
-}
-
-// x to w: tokens; each component: whether row r sees the token.
+// x to w: query rows; each component: whether the row sees that of four tokens.
 struct Seen {
     x: vec4<bool>,
     y: vec4<bool>,
@@ -154,7 +89,8 @@ fn main(
     }
     let b = item.b;
     let h = item.h;
-    let kv = kv_row(params.kv, b);
+    let kv_b = min(b, params.kv.batch - 1u);
+    let kv = kv_row(params.kv, kv_b);
     let rows = params.group * item.tokens;
     // Rows past the last one are clamped to it, and not written.
     let row = min(item.tile * ROWS + vec4(0u, 1u, 2u, 3u), vec4(rows - 1u));
@@ -163,11 +99,10 @@ fn main(
     let slice = local % slices;
     let lane = local / slices;
 
-    // How many tokens each row sees. Causal: those up to the row's own token.
-    let unseen = select(vec4(0u), item.tokens - 1u - row / params.group, params.is_causal != 0u);
-    let seen = kv.len - min(unseen, vec4(kv.len));
+    let sight = sight_of(item, kv.len, row);
+    let walk = walk_of(sight);
     let begin = item.begin;
-    let end = min(item.end, max(max(seen.x, seen.y), max(seen.z, seen.w)));
+    let end = min(item.end, walk.end);
     let last = max(end, 1u) - 1u;
 
     // One quad of the four rows is a matrix; a quad of K times this matrix gives four partial scores.
@@ -189,8 +124,10 @@ fn main(
         q3 = query_quads(item, row, quad3);
     }
 
-    var highest = vec4(LOWEST);
-    var total = vec4(0.0);
+    // The sink of a head stands for a token that is seen before all others, whose V is zero.
+    let sink = sinks(item, row, begin + lane == 0u);
+    var highest = sink.highest;
+    var total = sink.total;
     var sum0 = Quads();
     var sum1 = Quads();
     var sum2 = Quads();
@@ -210,13 +147,15 @@ fn main(
     loop {
         let before = highest;
         if is_alone {
-            let slot = kv_slot_in_row(kv, b, h, min(first, last));
-            // Unseen tokens: select zero, since exp(LOWEST - highest) is 1 while highest is LOWEST.
-            let is_seen = vec4(first) < min(seen, vec4(end));
-            let score = select(vec4(LOWEST), score_of(slot, quad0, q0, q1, q2, q3), is_seen);
-            highest = max(highest, score);
+            let token = token_at(walk, min(first, last));
+            let slot = kv_slot_in_row(kv, kv_b, h, token);
+            let product = score_of(slot, quad0, q0, q1, q2, q3);
+            let scored = score_token(item, kv.len, row, sight, token, first < end, product);
+            let is_seen = scored.is_seen;
+            highest = max(highest, scored.score);
             let fade = exp(before - highest);
-            let weight = select(vec4(0.0), exp(score - highest), is_seen);
+            // Unseen tokens: select zero, since exp(LOWEST - highest) is 1 while highest is LOWEST.
+            let weight = select(vec4(0.0), exp(scored.score - highest), is_seen);
             total = total * fade + weight;
             sum0 = with_value(sum0, fade, slot, quad0, weight, is_seen);
             if fours > 1u {
@@ -229,38 +168,39 @@ fn main(
                 sum3 = with_value(sum3, fade, slot, quad3, weight, is_seen);
             }
         } else {
-            let token = first + vec4(0u, 1u, 2u, 3u) * lanes;
-            let held = min(token, vec4(last));
-            let slot = vec4(
-                kv_slot_in_row(kv, b, h, held.x),
-                kv_slot_in_row(kv, b, h, held.y),
-                kv_slot_in_row(kv, b, h, held.z),
-                kv_slot_in_row(kv, b, h, held.w),
+            let number = first + vec4(0u, 1u, 2u, 3u) * lanes;
+            let walked = min(number, vec4(last));
+            let token = vec4(
+                token_at(walk, walked.x),
+                token_at(walk, walked.y),
+                token_at(walk, walked.z),
+                token_at(walk, walked.w),
             );
-            let scores = over_slices(local, mat4x4(
+            let slot = vec4(
+                kv_slot_in_row(kv, kv_b, h, token.x),
+                kv_slot_in_row(kv, kv_b, h, token.y),
+                kv_slot_in_row(kv, kv_b, h, token.z),
+                kv_slot_in_row(kv, kv_b, h, token.w),
+            );
+            let products = over_slices(local, mat4x4(
                 score_of(slot.x, quad0, q0, q1, q2, q3),
                 score_of(slot.y, quad0, q0, q1, q2, q3),
                 score_of(slot.z, quad0, q0, q1, q2, q3),
                 score_of(slot.w, quad0, q0, q1, q2, q3),
             ));
-            let ends = min(seen, vec4(end));
-            let is_seen = Seen(
-                token < vec4(ends.x),
-                token < vec4(ends.y),
-                token < vec4(ends.z),
-                token < vec4(ends.w),
-            );
-            let s0 = select(vec4(LOWEST), scores[0], vec4(token.x) < ends);
-            let s1 = select(vec4(LOWEST), scores[1], vec4(token.y) < ends);
-            let s2 = select(vec4(LOWEST), scores[2], vec4(token.z) < ends);
-            let s3 = select(vec4(LOWEST), scores[3], vec4(token.w) < ends);
-            highest = max(max(highest, max(s0, s1)), max(s2, s3));
+            let is_walked = number < vec4(end);
+            let s0 = score_token(item, kv.len, row, sight, token.x, is_walked.x, products[0]);
+            let s1 = score_token(item, kv.len, row, sight, token.y, is_walked.y, products[1]);
+            let s2 = score_token(item, kv.len, row, sight, token.z, is_walked.z, products[2]);
+            let s3 = score_token(item, kv.len, row, sight, token.w, is_walked.w, products[3]);
+            let is_seen = seen_by_rows(s0.is_seen, s1.is_seen, s2.is_seen, s3.is_seen);
+            highest = max(max(highest, max(s0.score, s1.score)), max(s2.score, s3.score));
             let fade = exp(before - highest);
             // As above: weight zero for unseen tokens.
-            let w0 = select(vec4(0.0), exp(s0 - highest), vec4(token.x) < ends);
-            let w1 = select(vec4(0.0), exp(s1 - highest), vec4(token.y) < ends);
-            let w2 = select(vec4(0.0), exp(s2 - highest), vec4(token.z) < ends);
-            let w3 = select(vec4(0.0), exp(s3 - highest), vec4(token.w) < ends);
+            let w0 = select(vec4(0.0), exp(s0.score - highest), s0.is_seen);
+            let w1 = select(vec4(0.0), exp(s1.score - highest), s1.is_seen);
+            let w2 = select(vec4(0.0), exp(s2.score - highest), s2.is_seen);
+            let w3 = select(vec4(0.0), exp(s3.score - highest), s3.is_seen);
             total = total * fade + (w0 + w1) + (w2 + w3);
             let weights = transpose(mat4x4(w0, w1, w2, w3));
             sum0 = with_values(sum0, fade, slot, quad0, weights, is_seen);
@@ -299,24 +239,6 @@ fn main(
     }
 }
 
-// The item of a workgroup, from the host's list.
-fn packed_item(workgroup: vec3<u32>, workgroups: vec3<u32>) -> Item {
-    // Workgroups past the last item repeat it, and write the same values.
-    let number = min(workgroup.x + workgroups.x * workgroup.z, params.item_count - 1u);
-    let at = params.items + 8u * number;
-    return Item(
-        lists[at],
-        lists[at + 1u],
-        lists[at + 2u],
-        lists[at + 3u],
-        lists[at + 4u],
-        lists[at + 5u],
-        lists[at + 6u],
-        workgroup.y,
-        0u,
-    );
-}
-
 // Four quads of four query rows, scaled.
 fn query_quads(item: Item, row: vec4<u32>, quad: vec4<u32>) -> Quads {
     return Quads(
@@ -336,26 +258,14 @@ fn query_rows(item: Item, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
     );
 }
 
-fn query_quad(item: Item, row: u32, quad: u32) -> vec4<f32> {
-    let at = row_start(params.query, item, row);
-    let d = 4u * quad + vec4(0u, 1u, 2u, 3u);
-    let i = at + min(d, vec4(params.kv.key_dim - 1u));
-    var elements: vec4<f32>;
-    if is_pooled {
-        elements = vec4(result[i.x], result[i.y], result[i.z], result[i.w]);
-    } else {
-        elements = vec4(query[i.x], query[i.y], query[i.z], query[i.w]);
-    }
-    return params.scale * select(vec4(0.0), elements, d < vec4(params.kv.key_dim));
-}
-
-// The first element of a query row. Rows of a K/V head are numbered query head first, then new token.
-fn row_start(strides: Rows, item: Item, row: u32) -> u32 {
-    let head = item.h * params.group + row % params.group;
-    let token = item.first + row / params.group;
-    // Packed queries are one batch row.
-    let b = select(item.b, 0u, is_packed);
-    return strides.offset + b * strides.stride_b + head * strides.stride_h + token * strides.stride_t;
+// From which rows see each of four tokens.
+fn seen_by_rows(x: vec4<bool>, y: vec4<bool>, z: vec4<bool>, w: vec4<bool>) -> Seen {
+    return Seen(
+        vec4(x.x, y.x, z.x, w.x),
+        vec4(x.y, y.y, z.y, w.y),
+        vec4(x.z, y.z, z.z, w.z),
+        vec4(x.w, y.w, z.w, w.w),
+    );
 }
 
 // An invocation's part of a token's four scores.
@@ -586,19 +496,19 @@ fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
     if params.splits == 1u {
         let total = sums.total[r];
         let elements = select(sum / total, vec4(0.0), total == 0.0);
-        write_elements(row_start(params.output, item, sums.row[r]), quad, elements);
+        write_output(row_start(params.output, item, sums.row[r]), quad, elements);
     } else {
         let rows = params.group * params.tokens;
-        let all = params.kv.batch * params.kv.heads * rows;
+        let all = params.batch * params.kv.heads * rows;
         var number = item.part * all + item.row_of_kv * rows + sums.row[r];
         if is_packed {
             number = (item.part * params.kv.heads + item.h) * ROWS + r;
         }
         let at = number * (params.kv.value_dim + 2u);
-        write_elements(at, quad, sum);
+        write_floats(at, quad, sum);
         if quad == 0u {
-            result[at + params.kv.value_dim] = sums.highest[r];
-            result[at + params.kv.value_dim + 1u] = sums.total[r];
+            result[at + params.kv.value_dim] = bitcast<u32>(sums.highest[r]);
+            result[at + params.kv.value_dim + 1u] = bitcast<u32>(sums.total[r]);
         }
     }
 }
@@ -617,10 +527,4 @@ fn sum_over_lanes(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
         }
     }
     return sum;
-}
-
-fn write_elements(at: u32, quad: u32, elements: vec4<f32>) {
-    for (var i = 0u; i < min(4u, params.kv.value_dim - 4u * quad); i++) {
-        result[at + 4u * quad + i] = elements[i];
-    }
 }

@@ -1,6 +1,6 @@
 // Merges the splits of attention.wgsl: each row's sums, weighted by their highest scores.
 //
-// A workgroup takes one query row, an invocation one element of it. If queries are packed, the host lists the
+// A workgroup takes one query row, an invocation two elements of it. If queries are packed, the host lists the
 // work: an item is four query rows of one sequence, whose partial results follow one another.
 //
 // group 0, binding 0: partial        [split, row, D of V + 2]: sums, highest score, total weight; if packed
@@ -32,12 +32,14 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> partial: array<f32>;
-@group(0) @binding(1) var<storage, read_write> result: array<f32>;
+@group(0) @binding(1) var<storage, read_write> result: array<u32>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
 
 // Whether queries are packed.
 override is_packed: bool = false;
+// Type of the output: 0 f32, 1 f16, 2 bf16. Heads of 16-bit types begin at a whole word.
+override output_type: u32 = 0u;
 
 const THREADS: u32 = 64u;
 const ROWS: u32 = 4u;
@@ -70,17 +72,26 @@ fn main(
             let at = (parts.first + split * parts.stride) * stride;
             highest = max(highest, partial[at + params.value_dim]);
         }
-        for (var d = local; d < params.value_dim; d += THREADS) {
-            var sum = 0.0;
+        for (var d = 2u * local; d < params.value_dim; d += 2u * THREADS) {
+            let next = min(d + 1u, params.value_dim - 1u);
+            var sum = vec2(0.0);
             var total = 0.0;
             for (var split = 0u; split < parts.count; split++) {
                 let at = (parts.first + split * parts.stride) * stride;
                 let weight = exp(partial[at + params.value_dim] - highest);
-                sum += weight * partial[at + d];
+                sum += weight * vec2(partial[at + d], partial[at + next]);
                 total += weight * partial[at + params.value_dim + 1u];
             }
             // A row that sees no token gets zeros.
-            result[parts.target_at + d] = select(sum / total, 0.0, total == 0.0);
+            let pair = select(sum / total, vec2(0.0), total == 0.0);
+            if output_type == 0u {
+                result[parts.target_at + d] = bitcast<u32>(pair.x);
+                if next > d {
+                    result[parts.target_at + next] = bitcast<u32>(pair.y);
+                }
+            } else {
+                result[(parts.target_at + d) / 2u] = word_of(pair, output_type);
+            }
         }
     }
 }

@@ -44,7 +44,7 @@ mod storage;
 mod tensor;
 mod view;
 
-pub use attention::{Attention, AttentionOptions};
+pub use attention::{Attention, AttentionOptions, BitMask};
 pub use cache::dynamic::DynamicKVCache;
 pub use cache::encoder_decoder::{EncoderDecoderCache, Side};
 pub use cache::fixed::StaticKVCache;

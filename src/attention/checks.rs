@@ -3,10 +3,9 @@
 use std::ops::Range;
 
 use super::AttentionOptions;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::gpu::kernels::MOST_DIM;
+use crate::gpu::kernels::{MOST_DIM, Rules};
 use crate::tensor::{Source, TensorView};
 use crate::view::LayerView;
 
@@ -17,11 +16,6 @@ pub(super) fn shapes(
     output: &TensorView<'_>,
     options: AttentionOptions<'_>,
 ) -> Result<(usize, usize)> {
-    for (what, tensor) in [("query", query), ("output", output)] {
-        if tensor.dtype != DType::F32 {
-            return Err(Error::WrongDType { what, expected: DType::F32, got: tensor.dtype });
-        }
-    }
     let [batch, heads, tokens, dim] = query.shape;
     let refused = |reason, remedy| Error::AttentionShape {
         reason,
@@ -38,7 +32,7 @@ pub(super) fn shapes(
                 "hand in one query token for each new token of the step, in its order",
             ));
         }
-    } else if batch != view.batch {
+    } else if batch != view.batch && view.batch != 1 {
         return Err(refused("the query and the cache differ in batch rows", fit));
     }
     if heads % view.heads != 0 {
@@ -61,7 +55,7 @@ pub(super) fn shapes(
     {
         if dim > MOST_DIM {
             return Err(Error::AttentionShape {
-                reason: "head_dim is more than the 256 that this kernel supports",
+                reason: "head_dim is more than the 512 that this kernel supports",
                 remedy: "read the view with an attention shader of your own, joined with its layout's text",
                 query: query.shape,
                 what,
@@ -82,16 +76,65 @@ pub(super) fn shapes(
     Ok((heads / view.heads, tokens))
 }
 
-/// What scores are multiplied by.
-pub(super) fn scale(given: Option<f32>, dim: usize) -> Result<f32> {
-    match given {
-        Some(scale) if scale.is_finite() => Ok(scale),
-        Some(scale) => Err(Error::AttentionScale { scale: scale.to_string() }),
-        None => {
-            let dim =
-                u16::try_from(dim).expect("the head was checked to have at most 256 elements");
-            Ok(1.0 / f32::from(dim).sqrt())
+/// What queries see and how scores are made, as the kernel takes it.
+pub(super) fn rules(options: &AttentionOptions<'_>, dim: usize) -> Result<Rules> {
+    let refused = |option, value: String, rule| Err(Error::AttentionOption { option, value, rule });
+    let scale = match options.scale {
+        Some(scale) if scale.is_finite() => scale,
+        Some(scale) => {
+            return refused(
+                "scale",
+                scale.to_string(),
+                "it must be finite; None stands for 1/sqrt(head_dim)",
+            );
         }
+        None => {
+            let dim = u16::try_from(dim).expect("the head was checked to have few elements");
+            1.0 / f32::from(dim).sqrt()
+        }
+    };
+    if let Some(cap) = options.cap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+        return refused(
+            "soft cap",
+            cap.to_string(),
+            "it must be finite and above zero; None is no cap",
+        );
+    }
+    if options.window == Some(0) {
+        return refused(
+            "window",
+            "0".to_owned(),
+            "a query sees its own token at least, which is a window of 1; None is no window",
+        );
+    }
+    let window = options.window.map(|window| [window, options.first_tokens]);
+    Ok(Rules {
+        scale,
+        is_causal: options.is_causal,
+        window,
+        cap: options.cap,
+        has: Default::default(),
+    })
+}
+
+/// The output must not overwrite a mask of the same call: one buffer cannot be bound for both.
+pub(super) fn masks(
+    gpu: &Gpu,
+    options: &AttentionOptions<'_>,
+    output: &TensorView<'_>,
+) -> Result<()> {
+    let masks = [
+        ("the mask", options.mask.map(|it| it.buffer)),
+        ("the bit mask", options.bits.map(|it| it.buffer)),
+    ];
+    for (what, buffer) in masks {
+        if buffer == Some(output.buffer) {
+            return Err(Error::OutputIsRead { what });
+        }
+    }
+    match options.mask {
+        Some(mask) => mask.check_device("mask", gpu.handle()),
+        None => Ok(()),
     }
 }
 
@@ -133,20 +176,20 @@ pub(super) fn output(
     Ok(())
 }
 
-/// Where the elements of an f32 view lie, in elements of 4 bytes.
+/// Where the elements of a view lie, in words of 4 bytes: heads of 16-bit types begin and end at whole words.
 #[derive(Clone, Copy, Debug)]
 struct Elements {
     first: u64,
     /// Extents and strides of B, H and T. An extent of 1 has a stride of zero.
     axes: [(u64, u64); 3],
-    /// Elements of a head, which are adjacent.
+    /// Words of a head, which are adjacent.
     run: u64,
 }
 
 impl Elements {
     fn of(view: &TensorView<'_>, source: &Source) -> Self {
         let axis = |i: usize| (view.shape[i] as u64, source.strides[i] / 4);
-        Self { first: view.offset / 4, axes: [0, 1, 2].map(axis), run: view.shape[3] as u64 }
+        Self { first: view.offset / 4, axes: [0, 1, 2].map(axis), run: source.row_bytes / 4 }
     }
 
     /// From the first element to one past the last, along the axes that `is_counted` picks.
@@ -282,12 +325,22 @@ mod tests {
     }
 
     #[test]
-    fn a_scale_is_a_finite_number() {
-        assert_eq!(scale(None, 64), Ok(0.125));
-        assert_eq!(scale(Some(-3.0), 64), Ok(-3.0));
-        for refused in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = scale(Some(refused), 64).expect_err("no number");
-            assert!(error.to_string().contains("finite"), "{error}");
+    fn numbers_that_make_no_scores_are_refused() {
+        let plain = AttentionOptions::default();
+        assert_eq!(rules(&plain, 64).map(|rules| rules.scale), Ok(0.125));
+        assert_eq!(rules(&plain.with_scale(-3.0), 64).map(|rules| rules.scale), Ok(-3.0));
+        let mut refused =
+            vec![plain.with_window(0), plain.with_soft_cap(0.0), plain.with_soft_cap(-1.0)];
+        for number in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            refused.extend([plain.with_scale(number), plain.with_soft_cap(number)]);
+        }
+        for options in refused {
+            let error = rules(&options, 64).expect_err("no scores");
+            assert!(matches!(error, Error::AttentionOption { .. }), "{error}");
+            assert!(
+                error.to_string().contains("must") || error.to_string().contains("at least"),
+                "{error}"
+            );
         }
     }
 }

@@ -1,29 +1,35 @@
 //! Attention over a layer's view: softmax(q·Kᵀ·scale)·V.
 
 mod checks;
+mod extras;
+mod options;
 
-use std::marker::PhantomData;
 use std::sync::PoisonError;
+
+pub use options::{AttentionOptions, BitMask};
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::{Keepers, Purpose};
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AttentionShape, Items, ROWS, most_tokens};
+use crate::gpu::kernels::{AttentionShape, Items, ROWS, Rules, most_tokens};
 use crate::gpu::ledger::Ledger;
 use crate::host::work::{ITEM_WORDS, Work, WorkLimits};
 use crate::layout::KvLayout;
 use crate::tensor::{Source, TensorView};
 use crate::view::{LayerView, StepWork, WorkList};
+use extras::Extras;
 
 /// Attention of new tokens over any [`LayerView`]: contiguous, wrapped or paged, read where it lies.
 ///
 /// For q [B, Hq, Tq, D], with Hq a multiple of the view's H (grouped queries), it records
-/// softmax(q·Kᵀ·scale)·V into the caller's pass: one dispatch, or two where the tokens are split. K and V
-/// are f32, f16 or bf16; q, the output and all sums are f32. The highest score is taken off before the
+/// softmax(q·Kᵀ·scale)·V into the caller's pass: one dispatch, or two where the tokens are split. q, K, V and
+/// the output are f32, f16 or bf16, each of its own type; all sums are f32, and a 16-bit output is rounded to nearest
+/// even once. The highest score is taken off before the
 /// exponential, so any scores within ±1e38 give finite weights (online softmax: Milakov and Gimelshein, 2018).
-/// A score of -inf gives a weight of zero, if not all scores of a query are -inf. A token that a query does
+/// A score of -inf gives a weight of zero, if not all scores of a query are -inf. Windows, masks and biases:
+/// [`AttentionOptions`]. A token that a query does
 /// not see changes no bit of its result, whatever K and V hold there, NaN included.
 /// Where the new tokens are few, the live ones are split over workgroups and put together afterwards, so
 /// that a long cache fills a GPU (flash-decoding: Dao et al., 2023).
@@ -65,41 +71,6 @@ pub struct Attention {
     ledger: Ledger,
 }
 
-/// Which tokens [`Attention::record`] lets a query see, and how it scores them.
-///
-/// Causal, with scores scaled by 1/√D, if nothing else is set.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[must_use = "options do nothing until attention is recorded with them"]
-pub struct AttentionOptions<'a> {
-    scale: Option<f32>,
-    is_causal: bool,
-    /// Options to come borrow masks and logits.
-    borrowed: PhantomData<&'a ()>,
-}
-
-impl Default for AttentionOptions<'_> {
-    fn default() -> Self {
-        Self { scale: None, is_causal: true, borrowed: PhantomData }
-    }
-}
-
-impl AttentionOptions<'_> {
-    /// What scores are multiplied by; `None` for 1/√D.
-    pub fn with_scale(self, scale: impl Into<Option<f32>>) -> Self {
-        Self { scale: scale.into(), ..self }
-    }
-
-    /// A new token sees the tokens before it and itself; the last Tq live tokens are the new ones. The default.
-    pub fn causal(self) -> Self {
-        Self { is_causal: true, ..self }
-    }
-
-    /// Each new token sees all live ones, as in cross-attention.
-    pub fn unmasked(self) -> Self {
-        Self { is_causal: false, ..self }
-    }
-}
-
 impl Attention {
     /// Compiles nothing yet: a kernel is compiled when it is first used.
     pub fn new(gpu: &Gpu) -> Self {
@@ -114,10 +85,11 @@ impl Attention {
 
     /// Records attention of `query` over `view` into `output`.
     ///
-    /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], both f32 with any strides: a
+    /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], of any type and with any strides: a
     /// [`TensorView::bthd`] serves a projection that comes in or goes on as (B, T, H, D). Both may lie in one
     /// buffer if they do not overlap: at different ranges, or in different columns of the same rows. Elements
-    /// of `output` that its strides skip are left alone.
+    /// of `output` that its strides skip are left alone. A view of one batch row serves queries of any number of rows:
+    /// the memory of an encoder that all beams share is stored once.
     ///
     /// The work of a call grows with Tq times the live tokens, and systems end a dispatch that takes seconds:
     /// hand a prompt of many thousands of tokens in by pieces, a piece's K and V with its queries.
@@ -125,9 +97,11 @@ impl Attention {
     /// # Errors
     ///
     /// - [`Error::AttentionShape`] where the shapes do not fit the view, where the view holds no token,
-    ///   or, if causal, fewer tokens than there are queries, and where D is more than 256.
+    ///   or, if causal, fewer tokens than there are queries, and where D is more than 512.
     /// - [`Error::AttentionShape`] as well for an output whose strides put two elements in one place.
-    /// - [`Error::WrongDType`] where q or the output is not f32, and [`Error::AttentionScale`].
+    /// - [`Error::AttentionOption`] for a scale, window, soft cap, slope or sink that no scores can be made with;
+    ///   [`Error::WrongDType`] for a mask that is not f32, and [`Error::PositionOutOfBounds`] for a row start past the
+    ///   live tokens.
     /// - [`Error::OutputIsRead`] for an output in a buffer of a cache of this device, and
     ///   [`Error::OutputOverlapsQuery`].
     /// - Views that a kernel cannot read, as for [`KVCache::update`](crate::KVCache::update).
@@ -145,18 +119,24 @@ impl Attention {
     ) -> Result<()> {
         let gpu = self.gpu.clone();
         let (group, tokens) = checks::shapes(query, view, output, options)?;
-        let scale = checks::scale(options.scale, view.key_dim)?;
+        let mut rules = checks::rules(&options, view.key_dim)?;
         view.check(gpu.handle(), pass, [("query", query), ("output", output)])?;
         let mut from = query.source("query", gpu.limits())?;
         let mut to = output.source("output", gpu.limits())?;
         checks::output(&gpu, (query, &from), view, (output, &to))?;
+        checks::masks(&gpu, &options, output)?;
+        let extras = Extras::new(&gpu, view, query.shape, &options)?;
+        rules.has = extras.as_ref().map_or_else(Default::default, |extras| extras.has);
 
         if let Some(step) = &view.step {
-            let call = Packed { view, step, group, scale, options, query, output };
+            let extras = extras.as_ref();
+            let call = Packed { view, step, group, rules, extras, query, output };
             return self.record_packed(pass, &call, [from, to]);
         }
+        let batch = query.shape[0];
         let rows = group * tokens;
-        let (mut split, mut splits) = self.splits(view, rows);
+        let walked = walked(view.len, &rules, group, tokens);
+        let (mut split, mut splits) = self.splits(view, batch, rows, walked);
         let mut is_pooled = splits == 1 && query.buffer == output.buffer;
         if is_pooled {
             if let Some(joined) = joined([from, to], binding_limit(gpu.limits())) {
@@ -164,19 +144,21 @@ impl Attention {
             } else {
                 // Too far apart for one binding, so partial results go through another buffer. The second
                 // split is empty.
-                (split, splits, is_pooled) = (view.len, 2, false);
+                (split, splits, is_pooled) = (walked, 2, false);
             }
         }
         let shape = AttentionShape {
             view,
+            batch,
             query: &from,
             output: &to,
             group,
             tokens,
             split,
             splits,
-            scale,
-            is_causal: options.is_causal,
+            types: [query.dtype, output.dtype],
+            rules,
+            extras: extras.as_ref().map(|extras| &extras.values),
             is_cpu: self.is_cpu,
             is_pooled,
             items: None,
@@ -184,14 +166,17 @@ impl Attention {
         let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
         let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
         let output = to.binding(output.buffer);
+        let extras = extras.as_ref();
         let mut call = Call::default();
         if splits == 1 {
-            let bindings = self.bind(view, Purpose::Attention, &[q, k, v, output])?;
+            let bindings = with_extras([q, k, v, output], extras);
+            let bindings = self.bind(view, Purpose::Attention, &bindings)?;
             call.add(gpu.kernels().attention(bindings, &shape)?);
         } else {
-            let scratch = self.scratch(view, splits, scratch_bytes(view, rows, splits))?;
+            let scratch = self.scratch(view, splits, scratch_bytes(view, batch * rows, splits))?;
             let scratch = scratch.as_entire_buffer_binding();
-            let bindings = self.bind(view, Purpose::Attention, &[q, k, v, scratch.clone()])?;
+            let bindings = with_extras([q, k, v, scratch.clone()], extras);
+            let bindings = self.bind(view, Purpose::Attention, &bindings)?;
             call.add(gpu.kernels().attention(bindings, &shape)?);
             let bindings = self.bind(view, Purpose::AttentionCombine, &[scratch, output])?;
             call.add(gpu.kernels().attention_combine(bindings, &shape)?);
@@ -220,14 +205,16 @@ impl Attention {
         let kv = rebased(view.kv_layout(), &list);
         let shape = |[at, count]: [u32; 2], splits: usize| AttentionShape {
             view,
+            batch: view.batch,
             query: &from,
             output: &to,
             group: packed.group,
             tokens: packed.step.rows.iter().map(|row| row.tokens).max().unwrap_or(0),
             split: 0,
             splits,
-            scale: packed.scale,
-            is_causal: packed.options.is_causal,
+            types: [packed.query.dtype, packed.output.dtype],
+            rules: packed.rules,
+            extras: packed.extras.map(|extras| &extras.values),
             is_cpu: self.is_cpu,
             is_pooled: is_pooled && splits == 1,
             items: Some(Items { lists: &list.allocation, kv, at, count }),
@@ -240,6 +227,7 @@ impl Attention {
         if list.whole[1] > 0 {
             let q = if is_pooled { k.clone() } else { from.binding(packed.query.buffer) };
             let bindings = [q, k.clone(), v.clone(), output.clone()];
+            let bindings = with_extras(bindings, packed.extras);
             let bindings = self.bind(view, Purpose::Attention, &bindings)?;
             call.add(gpu.kernels().attention(bindings, &whole)?);
         }
@@ -248,7 +236,7 @@ impl Attention {
             let scratch = self.scratch(view, count, part_bytes(view, count))?;
             let scratch = scratch.as_entire_buffer_binding();
             let q = from.binding(packed.query.buffer);
-            let bindings = [q, k, v, scratch.clone()];
+            let bindings = with_extras([q, k, v, scratch.clone()], packed.extras);
             let bindings = self.bind(view, Purpose::AttentionParts, &bindings)?;
             call.add(gpu.kernels().attention(bindings, &parts)?);
             let bindings = self.bind(view, Purpose::AttentionCombine, &[scratch, output])?;
@@ -271,7 +259,8 @@ impl Attention {
             least,
             most: most_tokens(view, self.is_cpu),
             parts: usize::try_from(limit / part_bytes(view, 1)).unwrap_or(usize::MAX),
-            is_causal: packed.options.is_causal,
+            is_causal: packed.rules.is_causal,
+            window: packed.rules.window,
             has_whole,
         };
         let mut lists = step.lists.lock().unwrap_or_else(PoisonError::into_inner);
@@ -314,16 +303,17 @@ impl Attention {
     }
 
     /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
-    /// to be worth putting together; but no more tokens than a workgroup can go through.
-    fn splits(&self, view: &LayerView, rows: usize) -> (usize, usize) {
+    /// to be worth putting together; but no more tokens than a workgroup can go through. `walked` is the most tokens
+    /// that a workgroup goes through.
+    fn splits(&self, view: &LayerView, batch: usize, rows: usize, walked: usize) -> (usize, usize) {
         let (wanted, least) = self.wanted();
-        let workgroups = rows.div_ceil(ROWS).saturating_mul(view.batch * view.heads);
-        let splits = wanted_splits(workgroups, wanted, view.len, least);
-        let fit = binding_limit(self.gpu.limits()) / scratch_bytes(view, rows, 1);
+        let workgroups = rows.div_ceil(ROWS).saturating_mul(batch * view.heads);
+        let splits = wanted_splits(workgroups, wanted, walked, least);
+        let fit = binding_limit(self.gpu.limits()) / scratch_bytes(view, batch * rows, 1);
         let splits = splits.min(usize::try_from(fit).unwrap_or(usize::MAX));
-        let splits = splits.max(view.len.div_ceil(most_tokens(view, self.is_cpu)));
-        let split = view.len.div_ceil(splits);
-        (split, view.len.div_ceil(split))
+        let splits = splits.max(walked.div_ceil(most_tokens(view, self.is_cpu)));
+        let split = walked.div_ceil(splits);
+        (split, walked.div_ceil(split))
     }
 
     /// A bind group, kept with the layer if its buffers have come before. All of attention's are made here.
@@ -370,8 +360,8 @@ struct Packed<'a> {
     view: &'a LayerView,
     step: &'a StepWork,
     group: usize,
-    scale: f32,
-    options: AttentionOptions<'a>,
+    rules: Rules,
+    extras: Option<&'a Extras<'a>>,
     query: &'a TensorView<'a>,
     output: &'a TensorView<'a>,
 }
@@ -389,9 +379,28 @@ fn part_bytes(view: &LayerView, parts: usize) -> u64 {
         .fold(parts as u64, |all, &n| all.saturating_mul(n as u64))
 }
 
+/// The most tokens that four query rows go through: with a window, those of the rows together.
+fn walked(len: usize, rules: &Rules, group: usize, tokens: usize) -> usize {
+    let Some([window, first]) = rules.window else { return len };
+    // Tokens of four rows in a row of them.
+    let spanned = tokens.min((ROWS - 1).div_ceil(group) + 1);
+    let latest = if rules.is_causal { spanned } else { tokens };
+    first.saturating_add(window).saturating_add(latest - 1).min(len)
+}
+
+/// The bindings of a call of attention.
+fn with_extras<'a>(
+    bindings: [wgpu::BufferBinding<'a>; 4],
+    extras: Option<&'a Extras<'_>>,
+) -> Vec<wgpu::BufferBinding<'a>> {
+    let others = extras.map(|extras| extras.bindings(&bindings[1]));
+    bindings.into_iter().chain(others.into_iter().flatten()).collect()
+}
+
 /// Bytes of the partial results of `splits` splits: sums, highest score and total weight of each query row.
+/// `rows` are those of all batch rows.
 fn scratch_bytes(view: &LayerView, rows: usize, splits: usize) -> u64 {
-    [view.batch, view.heads, rows, view.value_dim + 2, size_of::<f32>()]
+    [view.heads, rows, view.value_dim + 2, size_of::<f32>()]
         .iter()
         .fold(splits as u64, |all, &n| all.saturating_mul(n as u64))
 }

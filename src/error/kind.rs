@@ -72,7 +72,7 @@ impl Error {
             | Self::LayerOutOfRange { .. }
             | Self::PageSize { .. }
             | Self::AttentionShape { .. }
-            | Self::AttentionScale { .. }
+            | Self::AttentionOption { .. }
             | Self::AttentionTooLarge { .. }
             | Self::OutputIsRead { .. }
             | Self::OutputOverlapsQuery { .. }

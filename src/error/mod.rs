@@ -396,13 +396,15 @@ pub enum Error {
         other: [usize; 4],
     },
 
-    /// A scale of attention that is infinite or NaN.
-    #[error(
-        "the scale of attention is {scale}, which makes scores infinite or NaN; give a finite scale, or None for 1/sqrt(head_dim)"
-    )]
-    AttentionScale {
-        /// The scale that was given, as text.
-        scale: String,
+    /// A number among the options of attention that no scores can be made with.
+    #[error("the {option} of attention is {value}: {rule}")]
+    AttentionOption {
+        /// Which option.
+        option: &'static str,
+        /// What was given, as text.
+        value: String,
+        /// What it must be.
+        rule: &'static str,
     },
 
     /// The partial results of attention do not fit into one buffer.

@@ -87,7 +87,7 @@ impl BindGroups {
     /// Drops the bind groups for attention.
     fn clear_attention(&self) {
         let mut kept = self.kept();
-        for purpose in [Purpose::Attention, Purpose::AttentionCombine] {
+        for purpose in [Purpose::Attention, Purpose::AttentionParts, Purpose::AttentionCombine] {
             kept[purpose as usize] = Kept::default();
         }
     }

@@ -29,6 +29,8 @@ pub(crate) struct WorkLimits {
     /// Partial results that there is memory for.
     pub(crate) parts: usize,
     pub(crate) is_causal: bool,
+    /// Tokens that a query looks back on, its own included, and the first tokens that it sees as well.
+    pub(crate) window: Option<[usize; 2]>,
     /// Whether items may write to the output. If not, all write partial results.
     pub(crate) has_whole: bool,
 }
@@ -38,7 +40,7 @@ pub(crate) struct WorkLimits {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Work {
     /// Items that write to the output: sequence, first query token, its query tokens, which four rows, first
-    /// and end of its K/V tokens, two zeros.
+    /// and end of its walk through the K/V tokens that its rows see, two zeros.
     pub(crate) whole: Vec<u32>,
     /// Items that write partial results; likewise, with the number of the part as the seventh word.
     pub(crate) parts: Vec<u32>,
@@ -104,7 +106,7 @@ impl Work {
 struct Tile {
     row: usize,
     number: usize,
-    /// Tokens that any of its rows sees.
+    /// Tokens that it goes through: all that any of its rows sees.
     seen: usize,
 }
 
@@ -116,8 +118,13 @@ fn tiles(rows: &[StepRow], limits: &WorkLimits) -> Vec<Tile> {
         for number in 0..queries.div_ceil(limits.rows) {
             let last = ((number + 1) * limits.rows).min(queries) - 1;
             // A query sees the tokens up to its own; those of later queries it does not.
-            let later = if limits.is_causal { tokens - 1 - last / limits.group } else { 0 };
-            tiles.push(Tile { row, number, seen: len - later.min(len) });
+            let own_end = |query: usize| len.saturating_sub(tokens - 1 - query / limits.group);
+            let end = if limits.is_causal { own_end(last) } else { len };
+            // Nor those before its window, but for the first ones.
+            let skipped = limits.window.map_or(0, |[window, first]| {
+                own_end(number * limits.rows).saturating_sub(window).saturating_sub(first)
+            });
+            tiles.push(Tile { row, number, seen: end.saturating_sub(skipped) });
         }
     }
     tiles.sort_by_key(|tile| std::cmp::Reverse(tile.seen));
@@ -142,6 +149,7 @@ mod tests {
         most: 1000,
         parts: 100,
         is_causal: true,
+        window: None,
         has_whole: true,
     };
 

@@ -108,7 +108,7 @@ impl Case {
     }
 }
 
-/// A [B, H, T, D] tensor of f32, in any form.
+/// A [B, H, T, D] tensor, in any form.
 pub(crate) struct Placed {
     tensor: Tensor,
     form: Form,
@@ -116,24 +116,37 @@ pub(crate) struct Placed {
 }
 
 impl Placed {
+    /// Of f32.
     pub(crate) fn new(gpu: &Gpu, form: Form, shape: [usize; 4], values: &[f32]) -> Self {
-        let (starts, count) = Self::rows(form, shape);
-        let mut elements = vec![GAP; count];
+        Self::typed(gpu, form, DType::F32, shape, values)
+    }
+
+    pub(crate) fn typed(
+        gpu: &Gpu,
+        form: Form,
+        dtype: DType,
+        shape: [usize; 4],
+        values: &[f32],
+    ) -> Self {
+        let (starts, count) = Self::rows(form, dtype, shape);
+        let mut elements = vec![Self::gap(dtype); count];
         for (start, row) in starts.into_iter().zip(values.chunks(shape[3])) {
             elements[start..][..shape[3]].copy_from_slice(row);
         }
-        Self { tensor: upload(gpu, DType::F32, &elements, &[1, 1, 1, count]), form, shape }
+        Self { tensor: upload(gpu, dtype, &elements, &[1, 1, 1, count]), form, shape }
     }
 
     pub(crate) fn view(&self) -> TensorView<'_> {
         let [b, h, t, d] = self.shape;
-        let plain = TensorView::new(self.tensor.buffer(), DType::F32, &self.shape);
+        let dtype = self.tensor.dtype();
+        let plain = TensorView::new(self.tensor.buffer(), dtype, &self.shape);
         let view = match self.form {
             Form::HeadsFirst => plain,
-            Form::TokensFirst => TensorView::bthd(self.tensor.buffer(), DType::F32, &[b, t, h, d]),
+            Form::TokensFirst => TensorView::bthd(self.tensor.buffer(), dtype, &[b, t, h, d]),
             Form::Fused => plain.map(|view| {
                 let columns = h * d + 8;
-                view.with_offset(3 * 4).with_strides([t * columns, d, columns, 1])
+                let offset = Self::first(dtype) * dtype.size();
+                view.with_offset(offset as u64).with_strides([t * columns, d, columns, 1])
             }),
         };
         view.expect("a shape")
@@ -141,19 +154,46 @@ impl Placed {
 
     /// The elements, row-major (B, H, T, D). What lies between the rows must be as it was.
     pub(crate) fn read(&self, gpu: &Gpu) -> Vec<f32> {
-        let mut elements = read(gpu, &self.tensor);
+        let dtype = self.tensor.dtype();
+        let bytes = read_buffer(gpu, self.tensor.buffer());
+        let mut elements: Vec<f32> = match dtype {
+            DType::F16 => {
+                bytemuck::pod_collect_to_vec::<_, f16>(&bytes).iter().map(|x| x.to_f32()).collect()
+            }
+            DType::BF16 => {
+                bytemuck::pod_collect_to_vec::<_, bf16>(&bytes).iter().map(|x| x.to_f32()).collect()
+            }
+            _ => bytemuck::pod_collect_to_vec(&bytes),
+        };
+        let gap = Self::gap(dtype);
+        let (starts, count) = Self::rows(self.form, dtype, self.shape);
+        elements.truncate(count);
         let mut values = Vec::new();
-        for start in Self::rows(self.form, self.shape).0 {
+        for start in starts {
             let row = &mut elements[start..][..self.shape[3]];
             values.extend_from_slice(row);
-            row.fill(GAP);
+            row.fill(gap);
         }
-        assert!(elements.iter().all(|&x| x == GAP), "written between the rows");
+        assert!(elements.iter().all(|&x| x == gap), "written between the rows");
         values
     }
 
+    /// What lies between the rows: a number of the type.
+    fn gap(dtype: DType) -> f32 {
+        if dtype == DType::F32 { GAP } else { 16384.0 }
+    }
+
+    /// The first column of a fused tensor: a whole number of words in.
+    fn first(dtype: DType) -> usize {
+        if dtype == DType::F32 { 3 } else { 6 }
+    }
+
     /// Where each row of D elements begins, and how many elements the buffer holds.
-    fn rows(form: Form, [batch, heads, tokens, dim]: [usize; 4]) -> (Vec<usize>, usize) {
+    fn rows(
+        form: Form,
+        dtype: DType,
+        [batch, heads, tokens, dim]: [usize; 4],
+    ) -> (Vec<usize>, usize) {
         let columns = heads * dim + if form == Form::Fused { 8 } else { 0 };
         let mut starts = Vec::new();
         for b in 0..batch {
@@ -161,7 +201,7 @@ impl Placed {
                 starts.extend((0..tokens).map(|t| match form {
                     Form::HeadsFirst => ((b * heads + h) * tokens + t) * dim,
                     Form::TokensFirst => (b * tokens + t) * columns + h * dim,
-                    Form::Fused => (b * tokens + t) * columns + h * dim + 3,
+                    Form::Fused => (b * tokens + t) * columns + h * dim + Self::first(dtype),
                 }));
             }
         }
@@ -351,7 +391,7 @@ fn every_layout_and_type() {
     let mut random = Random(7);
     for (number, (lie, dtype)) in lies_and_dtypes().into_iter().enumerate() {
         for (nth, len) in [1, 2, 3, 31, 32, 33, 127, 128, 129, 513, 2049].into_iter().enumerate() {
-            let dim = [32, 64, 80, 128, 256][random.below(5)];
+            let dim = [32, 64, 80, 128, 256, 512][random.below(6)];
             let tokens = if len > 3 && random.below(2) == 0 { 1 + random.below(7) } else { 1 };
             let case = Case {
                 lie,
@@ -373,7 +413,7 @@ fn every_layout_and_type() {
 }
 
 /// Random shapes, for every layout and type: a length between any two powers of two up to 8192, one or
-/// more rows, any even D up to 256, odd ones in f32, K and V of different D, causal or not.
+/// more rows, any even D up to 256, odd ones in f32 up to 512, K and V of different D, causal or not.
 #[test]
 fn random_shapes() {
     // So many elements of K, and so many products with q, that a case takes no longer than needed.
@@ -388,6 +428,7 @@ fn random_shapes() {
             // Every fourth is below the 32 that models begin at.
             let mut some_dim = || match (dtype, random.below(4)) {
                 (DType::F32, 0) => 1 + random.below(31),
+                (DType::F32, 1) => 32 + random.below(481),
                 (DType::F32, _) => 32 + random.below(225),
                 (_, 0) => 2 + 2 * random.below(15),
                 _ => 32 + 2 * random.below(113),

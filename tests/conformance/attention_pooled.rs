@@ -285,7 +285,7 @@ fn a_scale_that_is_no_number() {
     for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let options = AttentionOptions::default().with_scale(scale);
         let error = refused(&gpu, &query.view(), cache.as_ref(), &output.view(), options);
-        assert!(matches!(error, Error::AttentionScale { .. }), "{error:?}");
+        assert!(matches!(error, Error::AttentionOption { .. }), "{error:?}");
         assert!(error.to_string().contains(&scale.to_string()), "{error}");
     }
     assert!(output.read(&gpu).iter().all(|&x| x == -7.0), "written all the same");

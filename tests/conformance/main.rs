@@ -3,6 +3,7 @@
 
 mod attention;
 mod attention_long;
+mod attention_options;
 mod attention_pooled;
 mod attention_refusals;
 mod attention_scores;

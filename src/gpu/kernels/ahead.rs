@@ -66,7 +66,7 @@ impl Kernels {
                     let attention = self.attention_ahead(layer, layout);
                     wanted.extend(attention.into_iter().map(|it| (4, it)));
                     let is_packed = layout == Layout::RaggedPaged;
-                    wanted.insert((5, super::attention::combine_variant(is_packed)));
+                    wanted.insert((5, super::attention::combine_variant(is_packed, DType::F32)));
                 }
             }
         }

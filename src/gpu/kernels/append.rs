@@ -11,7 +11,7 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../../shaders/append.wgsl"),
-    common: "",
+    joined: &[],
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,
     constants: &[
@@ -190,7 +190,14 @@ fn variant(unit: Unit, layout: Layout, tile: Tile, form: u32, entries: u32) -> V
     Variant {
         unit,
         layout: Some(layout),
-        constants: [tile.units, tile.threads, tile.height, is_bthd, form, is_single, 0, 0],
+        constants: super::variant::constants([
+            tile.units,
+            tile.threads,
+            tile.height,
+            is_bthd,
+            form,
+            is_single,
+        ]),
         ..Variant::default()
     }
 }

@@ -1,10 +1,10 @@
 //! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
 
 use super::params::{Strided, params};
-use super::variant::CONSTANTS;
+use super::variant::{CONSTANTS, constants};
 use super::{Dispatch, Kernels, LayerShape, Unit, Variant};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::arena::Allocation;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
@@ -13,24 +13,58 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",
     wgsl: include_str!("../../../shaders/attention.wgsl"),
-    common: "",
+    joined: &[COMMON, include_str!("../../../shaders/attention/no_extras.wgsl"), PAIRS],
     writes: &[false, false, false, true],
     params_bytes: Params::BYTES,
-    constants: &["threads", "fours", "is_alone", "masking", "has_rest", "is_pooled", "is_packed"],
+    constants: CONSTANT_NAMES.first_chunk::<PLAIN_CONSTANTS>().expect("fewer than all"),
     layouts: Layout::ALL,
     dtypes: &[DType::F32, DType::F16, DType::BF16],
+};
+
+/// With masks, biases, sinks and row starts, whose bindings follow those of [`SOURCE`].
+pub(super) const EXTRAS: super::Source = super::Source {
+    label: "kvcache attention with masks",
+    wgsl: include_str!("../../../shaders/attention.wgsl"),
+    joined: &[COMMON, include_str!("../../../shaders/attention/extras.wgsl"), PAIRS],
+    writes: &[false, false, false, true, false, false, false],
+    constants: &CONSTANT_NAMES,
+    ..SOURCE
 };
 
 pub(super) const COMBINE: super::Source = super::Source {
     label: "kvcache attention combine",
     wgsl: include_str!("../../../shaders/attention_combine.wgsl"),
-    common: "",
+    joined: &[PAIRS],
     writes: &[false, true],
     params_bytes: CombineParams::BYTES,
-    constants: &["is_packed"],
+    constants: &["is_packed", "output_type"],
     layouts: &[],
     dtypes: &[],
 };
+
+const COMMON: &str = include_str!("../../../shaders/attention/common.wgsl");
+const PAIRS: &str = include_str!("../../../shaders/element/pairs.wgsl");
+
+/// The pipeline constants; those after the first [`PLAIN_CONSTANTS`] are of masks, biases, sinks and row starts.
+const CONSTANT_NAMES: [&str; 16] = [
+    "threads",
+    "fours",
+    "is_alone",
+    "masking",
+    "has_rest",
+    "is_pooled",
+    "is_packed",
+    "query_type",
+    "output_type",
+    "has_window",
+    "has_cap",
+    "has_mask",
+    "has_bits",
+    "has_slopes",
+    "has_sinks",
+    "has_starts",
+];
+const PLAIN_CONSTANTS: usize = 11;
 
 params! {
     /// `struct Params` of the shader, which says what each field is.
@@ -41,6 +75,7 @@ params! {
         key_units: u32,
         value_units: u32,
         value_quads: u32,
+        batch: u32,
         group: u32,
         tokens: u32,
         slices: u32,
@@ -48,8 +83,12 @@ params! {
         splits: u32,
         scale: f32,
         is_causal: u32,
+        window: u32,
+        first_tokens: u32,
+        cap: f32,
         items: u32,
         item_count: u32,
+        extras: u32,
     }
 }
 
@@ -111,12 +150,27 @@ impl Spread {
 
     /// The pipeline constants.
     fn constants(self, masking: Masking, key_dim: u32, form: Form) -> [u32; CONSTANTS] {
-        let Form { is_pooled, is_packed } = form;
         let has_rest = 16 * self.fours * self.slices > key_dim;
-        let flags = [self.is_alone, has_rest, is_pooled, is_packed];
-        let [is_alone, has_rest, is_pooled, is_packed] = flags.map(u32::from);
-        let masking = masking as u32;
-        [self.threads, self.fours, is_alone, masking, has_rest, is_pooled, is_packed, 0]
+        let [query, output] = form.types.map(type_number);
+        let Has { mask, bits, slopes, sinks, starts } = form.has;
+        constants([
+            self.threads,
+            self.fours,
+            self.is_alone.into(),
+            masking as u32,
+            has_rest.into(),
+            form.is_pooled.into(),
+            form.is_packed.into(),
+            query,
+            output,
+            form.has_window.into(),
+            form.has_cap.into(),
+            mask.into(),
+            bits.into(),
+            slopes.into(),
+            sinks.into(),
+            starts.into(),
+        ])
     }
 
     /// Tokens of a split that a workgroup can go through.
@@ -142,20 +196,52 @@ pub(crate) fn most_tokens(view: &LayerView, is_cpu: bool) -> usize {
     Spread::of([view.key_dim, view.value_dim], is_cpu).most_tokens()
 }
 
-/// How a call binds q, and how its queries lie.
-#[derive(Clone, Copy, Debug, Default)]
+/// What a call needs of the kernel beside the spread of a head.
+#[derive(Clone, Copy, Debug)]
 struct Form {
     is_pooled: bool,
     is_packed: bool,
+    /// Of q and of the output.
+    types: [DType; 2],
+    has_window: bool,
+    has_cap: bool,
+    has: Has,
+}
+
+/// A type's number in the shaders.
+fn type_number(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        DType::BF16 => 2,
+    }
+}
+
+/// Which masks, biases, sinks and row starts a call has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Has {
+    pub(crate) mask: bool,
+    pub(crate) bits: bool,
+    pub(crate) slopes: bool,
+    pub(crate) sinks: bool,
+    pub(crate) starts: bool,
+}
+
+impl Has {
+    pub(crate) fn any(self) -> bool {
+        self != Self::default()
+    }
 }
 
 /// Elements a head at most: what leaves four lanes or more for each part of a sum.
-pub(crate) const MOST_DIM: usize = 256;
+pub(crate) const MOST_DIM: usize = 512;
 
 /// What attention reads and writes, and how it is split.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttentionShape<'a> {
     pub(crate) view: &'a LayerView,
+    /// Batch rows of the queries.
+    pub(crate) batch: usize,
     /// q and the output, [B, Hq, Tq, D].
     pub(crate) query: &'a Source,
     pub(crate) output: &'a Source,
@@ -166,8 +252,11 @@ pub(crate) struct AttentionShape<'a> {
     /// Tokens of a split, and how many splits there are.
     pub(crate) split: usize,
     pub(crate) splits: usize,
-    pub(crate) scale: f32,
-    pub(crate) is_causal: bool,
+    /// Types of q and of the output.
+    pub(crate) types: [DType; 2],
+    pub(crate) rules: Rules,
+    /// The header of masks and biases, if there are any.
+    pub(crate) extras: Option<&'a Allocation>,
     /// Whether it is a CPU that runs the kernel.
     pub(crate) is_cpu: bool,
     /// Whether q is read from the buffer that the kernel writes, in the window of that.
@@ -175,6 +264,35 @@ pub(crate) struct AttentionShape<'a> {
     /// The work of packed queries. `splits` is 1 if it writes to the output, and more if it writes partial
     /// results.
     pub(crate) items: Option<Items<'a>>,
+}
+
+/// What a query sees, and how scores are made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
+    pub(crate) scale: f32,
+    pub(crate) is_causal: bool,
+    /// Tokens that a query looks back on, its own included, and the first tokens that it sees as well.
+    pub(crate) window: Option<[usize; 2]>,
+    pub(crate) cap: Option<f32>,
+    pub(crate) has: Has,
+}
+
+impl Rules {
+    /// Whether query rows of different tokens or heads may see different tokens.
+    fn differ(&self, tokens: usize) -> bool {
+        let by_token = self.is_causal || self.window.is_some();
+        by_token && tokens > 1 || self.has.mask || self.has.bits
+    }
+
+    /// The window as the kernel takes it: one without an end, where only the rows' starts matter.
+    fn window_words(&self) -> Option<[u32; 2]> {
+        let narrow = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
+        match self.window {
+            // What a view holds is counted in 32 bits with room to spare.
+            Some([window, first]) => Some([narrow(window), narrow(first).min(u32::MAX / 4)]),
+            None => self.has.starts.then_some([u32::MAX, 0]),
+        }
+    }
 }
 
 /// A list of work, eight words an item, in one buffer with the records and pages of the view.
@@ -190,12 +308,14 @@ pub(crate) struct Items<'a> {
 
 impl Kernels {
     /// Binds q, K, V and the result for any number of calls. If q is pooled with the result, which is bound
-    /// once then, K stands in its place.
+    /// once then, K stands in its place. Masks, bits and the values of heads follow, if there are any.
     pub(crate) fn bind_attention(
         &self,
         bindings: &[wgpu::BufferBinding<'_>],
     ) -> Result<wgpu::BindGroup> {
-        self.attention.bind(bindings)
+        let is_plain = bindings.len() == SOURCE.writes.len();
+        let kernel = if is_plain { &self.attention } else { &self.attention_extras };
+        kernel.bind(bindings)
     }
 
     /// Binds partial results and the output for any number of calls.
@@ -211,7 +331,8 @@ impl Kernels {
         bindings: wgpu::BindGroup,
         shape: &AttentionShape<'_>,
     ) -> Result<Dispatch> {
-        let view = shape.view;
+        let (view, rules) = (shape.view, &shape.rules);
+        let window = rules.window_words();
         let unit = unit_of([view.key_dim, view.value_dim]);
         let unit_bytes = match unit {
             Unit::Vector => 4 * view.dtype.size(),
@@ -221,23 +342,35 @@ impl Kernels {
         let units = |dim: usize| super::narrow(dim * view.dtype.size() / unit_bytes);
         let params = Params {
             kv: shape.items.map_or_else(|| view.kv_layout(), |items| items.kv),
-            query: rows(shape.query)?,
-            output: rows(shape.output)?,
+            query: rows(shape.query, shape.types[0])?,
+            output: rows(shape.output, shape.types[1])?,
             key_units: units(view.key_dim)?,
             value_units: units(view.value_dim)?,
             value_quads: super::narrow(view.value_dim.div_ceil(4))?,
+            batch: super::narrow(shape.batch)?,
             group: super::narrow(shape.group)?,
             tokens: super::narrow(shape.tokens)?,
             slices: spread.slices,
             split: super::narrow(shape.split)?,
             splits: super::narrow(shape.splits)?,
-            scale: shape.scale,
-            is_causal: u32::from(shape.is_causal),
+            scale: rules.scale,
+            is_causal: u32::from(rules.is_causal),
+            window: window.map_or(0, |[window, _]| window),
+            first_tokens: window.map_or(0, |[_, first]| first),
+            cap: rules.cap.unwrap_or(0.0),
             items: shape.items.map_or(0, |items| items.at),
             item_count: shape.items.map_or(0, |items| items.count),
+            extras: shape.extras.map_or(0, |extras| extras.offset / 4),
         };
-        let form = Form { is_pooled: shape.is_pooled, is_packed: shape.items.is_some() };
-        let masking = masking(shape.is_cpu, shape.is_causal && shape.tokens > 1);
+        let form = Form {
+            is_pooled: shape.is_pooled,
+            is_packed: shape.items.is_some(),
+            types: [shape.types[0], if shape.splits == 1 { shape.types[1] } else { DType::F32 }],
+            has_window: window.is_some(),
+            has_cap: rules.cap.is_some(),
+            has: rules.has,
+        };
+        let masking = masking(shape.is_cpu, rules.differ(shape.tokens));
         let variant = Variant {
             unit,
             layout: Some(view.layout()),
@@ -248,7 +381,7 @@ impl Kernels {
             Some(items) => (items.count as usize, view.heads, 1),
             None => {
                 let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
-                (tiles, view.batch * view.heads, shape.splits)
+                (tiles, shape.batch * view.heads, shape.splits)
             }
         };
         // If there are more tiles than a dimension of the grid may have, they continue along z.
@@ -259,7 +392,10 @@ impl Kernels {
             Some(items) => Some(items.lists.clone()),
             None => view.table().cloned(),
         };
-        self.attention.prepare_sides(variant, bindings, table, &params, groups)
+        let kernel = if rules.has.any() { &self.attention_extras } else { &self.attention };
+        let mut dispatch = kernel.prepare_sides(variant, bindings, table, &params, groups)?;
+        dispatch.reads.extend(shape.extras.map(|extras| extras.guard.clone()));
+        Ok(dispatch)
     }
 
     pub(crate) fn attention_combine(
@@ -270,10 +406,10 @@ impl Kernels {
         let view = shape.view;
         let all = match shape.items {
             Some(items) => items.count as usize * view.heads * ROWS,
-            None => view.batch * view.heads * shape.group * shape.tokens,
+            None => shape.batch * view.heads * shape.group * shape.tokens,
         };
         let params = CombineParams {
-            output: rows(shape.output)?,
+            output: rows(shape.output, shape.types[1])?,
             value_dim: super::narrow(view.value_dim)?,
             heads: super::narrow(view.heads)?,
             group: super::narrow(shape.group)?,
@@ -284,15 +420,15 @@ impl Kernels {
         };
         let limit = u64::from(self.uploads.device().limits.max_compute_workgroups_per_dimension);
         let groups = [(all as u64).min(limit), 1, 1];
-        let variant = combine_variant(shape.items.is_some());
+        let variant = combine_variant(shape.items.is_some(), shape.types[1]);
         let lists = shape.items.map(|items| items.lists.clone());
         self.attention_combine.prepare_sides(variant, bindings, lists, &params, groups)
     }
 }
 
 /// The form of the kernel that combines splits.
-pub(super) fn combine_variant(is_packed: bool) -> Variant {
-    let constants = [u32::from(is_packed), 0, 0, 0, 0, 0, 0, 0];
+pub(super) fn combine_variant(is_packed: bool, output: DType) -> Variant {
+    let constants = constants([is_packed.into(), type_number(output)]);
     Variant { constants, ..Variant::default() }
 }
 
@@ -323,7 +459,14 @@ impl Kernels {
         }
         let is_cpu = self.uploads.device().is_cpu;
         let spread = Spread::of(dims, is_cpu);
-        let form = Form { is_packed: layout == Layout::RaggedPaged, ..Form::default() };
+        let form = Form {
+            is_pooled: false,
+            is_packed: layout == Layout::RaggedPaged,
+            types: [DType::F32; 2],
+            has_window: false,
+            has_cap: false,
+            has: Has::default(),
+        };
         let variants = [false, true].map(|has_unseen| Variant {
             unit: unit_of(dims),
             layout: Some(layout),
@@ -334,9 +477,13 @@ impl Kernels {
     }
 }
 
-/// A checked view of f32 as a kernel reads it: offset and strides along (B, H, T), in elements.
-fn rows(source: &Source) -> Result<Strided> {
-    let count = |bytes: u64| Unit::Word.count(bytes);
+/// A checked view as a kernel reads it: offset and strides along (B, H, T), in elements.
+fn rows(source: &Source, dtype: DType) -> Result<Strided> {
+    let count = |bytes: u64| {
+        let elements = bytes / dtype.size() as u64;
+        u32::try_from(elements)
+            .map_err(|_| Error::too_many("offset or stride, in elements", elements))
+    };
     let [b, h, t] = source.strides;
     Ok(Strided {
         offset: count(source.offset)?,

@@ -12,7 +12,7 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache collect",
     wgsl: include_str!("../../../shaders/collect.wgsl"),
-    common: "",
+    joined: &[],
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,
     constants: &[],

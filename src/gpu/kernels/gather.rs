@@ -7,7 +7,7 @@ use crate::error::Result;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache gather",
     wgsl: include_str!("../../../shaders/gather.wgsl"),
-    common: include_str!("../../../shaders/columns.wgsl"),
+    joined: &[include_str!("../../../shaders/columns.wgsl")],
     writes: &[true, true],
     params_bytes: Params::BYTES,
     constants: &["has_copies", "has_cycles"],
@@ -98,7 +98,11 @@ pub(super) const FORMS: [[bool; 2]; 3] = [[true, false], [false, true], [true, t
 
 pub(super) fn variant(unit: Unit, form: [bool; 2]) -> Variant {
     let [has_copies, has_cycles] = form.map(u32::from);
-    Variant { unit, constants: [has_copies, has_cycles, 0, 0, 0, 0, 0, 0], ..Variant::default() }
+    Variant {
+        unit,
+        constants: super::variant::constants([has_copies, has_cycles]),
+        ..Variant::default()
+    }
 }
 
 /// Workgroups for the live tokens of one head, for kernels whose invocations move four units each.

@@ -11,11 +11,11 @@ pub(super) const WORKGROUP_BYTES: u32 = 8 << 10;
 pub(crate) fn check_limits(limits: &wgpu::Limits) -> Result<()> {
     let (workgroup, params) = (u64::from(WORKGROUP), u64::from(PARAMS_BYTES));
     let needed: [(&str, u64, u64); 15] = [
-        // K and V as inputs and as outputs, a list, and a witness.
+        // Attention with masks: q, K, V and the result, a list, two masks, and values a head.
         (
             "max_storage_buffers_per_shader_stage",
             limits.max_storage_buffers_per_shader_stage.into(),
-            6,
+            8,
         ),
         (
             "max_storage_buffer_binding_size",
@@ -48,7 +48,7 @@ pub(crate) fn check_limits(limits: &wgpu::Limits) -> Result<()> {
             1,
         ),
         ("max_bind_groups", limits.max_bind_groups.into(), 3),
-        ("max_bindings_per_bind_group", limits.max_bindings_per_bind_group.into(), 4),
+        ("max_bindings_per_bind_group", limits.max_bindings_per_bind_group.into(), 7),
         (
             "max_dynamic_storage_buffers_per_pipeline_layout",
             limits.max_dynamic_storage_buffers_per_pipeline_layout.into(),

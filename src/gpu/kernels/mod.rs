@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use ahead::{CompileScope, LayerShape};
 pub(crate) use append::{AppendShape, Positions};
-pub(crate) use attention::{AttentionShape, Items, MOST_DIM, ROWS, most_tokens};
+pub(crate) use attention::{AttentionShape, Has, Items, MOST_DIM, ROWS, Rules, most_tokens};
 pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;
@@ -42,6 +42,8 @@ pub(crate) struct Kernels {
     uploads: Arc<Uploads>,
     append: Kernel,
     attention: Kernel,
+    /// With masks, biases, sinks or row starts.
+    attention_extras: Kernel,
     attention_combine: Kernel,
     gather: Kernel,
     collect: Kernel,
@@ -60,6 +62,7 @@ impl Kernels {
         Self {
             append: kernel(&append::SOURCE),
             attention: kernel(&attention::SOURCE),
+            attention_extras: kernel(&attention::EXTRAS),
             attention_combine: kernel(&attention::COMBINE),
             gather: kernel(&gather::SOURCE),
             collect: kernel(&collect::SOURCE),
@@ -74,8 +77,8 @@ impl Kernels {
 pub(crate) struct Source {
     label: &'static str,
     wgsl: &'static str,
-    /// A text that several kernels share, appended to `wgsl`; may be empty.
-    common: &'static str,
+    /// Texts that several kernels share, appended to `wgsl`.
+    joined: &'static [&'static str],
     /// For each binding of group 0, in order, whether the kernel writes it.
     writes: &'static [bool],
     /// Bytes of its parameters.
@@ -99,9 +102,10 @@ impl Source {
 
 /// Every kernel.
 #[cfg(test)]
-const SOURCES: [&Source; 6] = [
+const SOURCES: [&Source; 7] = [
     &append::SOURCE,
     &attention::SOURCE,
+    &attention::EXTRAS,
     &attention::COMBINE,
     &gather::SOURCE,
     &repeat_interleave::SOURCE,
@@ -241,15 +245,15 @@ impl Kernel {
                 Parameters::Uniform(self.uploads.upload(words)?)
             }
         };
-        let (lists, list_lease) = match list {
-            Some(allocation) => (allocation.bound, Some(allocation.guard)),
-            None => (Arc::clone(self.uploads.unused_list()), None),
+        let (lists, reads) = match list {
+            Some(allocation) => (allocation.bound, vec![allocation.guard]),
+            None => (Arc::clone(self.uploads.unused_list()), Vec::new()),
         };
         Ok(Dispatch {
             pipeline: self.pipeline(variant)?,
             bindings,
             lists,
-            list_lease,
+            reads,
             is_witnessed: self.is_witnessed,
             params,
             workgroups,
@@ -270,7 +274,8 @@ pub(crate) struct Dispatch {
     pipeline: wgpu::ComputePipeline,
     bindings: wgpu::BindGroup,
     lists: Arc<Bound>,
-    list_lease: Option<RegionGuard>,
+    /// The data that it reads.
+    reads: Vec<RegionGuard>,
     is_witnessed: bool,
     params: Parameters,
     workgroups: [u32; 3],
@@ -293,7 +298,7 @@ impl Dispatch {
         } else {
             pass.set_bind_group(1, &self.lists.lists, &[]);
         }
-        guards.extend(self.list_lease);
+        guards.extend(self.reads);
         match self.params {
             Parameters::Immediate(bytes) => {
                 pass.set_immediates(0, &bytes);

@@ -81,9 +81,10 @@ mod tests {
 
     #[test]
     fn parameters_are_laid_out_as_the_shaders_read_them() {
-        let all: [(&Source, Fields); 6] = [
+        let all: [(&Source, Fields); 7] = [
             (&append::SOURCE, append::Params::FIELDS),
             (&attention::SOURCE, attention::Params::FIELDS),
+            (&attention::EXTRAS, attention::Params::FIELDS),
             (&attention::COMBINE, attention::CombineParams::FIELDS),
             (&collect::SOURCE, collect::Params::FIELDS),
             (&gather::SOURCE, gather::Params::FIELDS),

@@ -8,7 +8,7 @@ use crate::error::Result;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache repeat_interleave",
     wgsl: include_str!("../../../shaders/repeat_interleave.wgsl"),
-    common: include_str!("../../../shaders/columns.wgsl"),
+    joined: &[include_str!("../../../shaders/columns.wgsl")],
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,
     constants: &[],
