@@ -307,6 +307,13 @@ fn attention(_: &mut Criterion) {
     turns.measure(100, Duration::from_secs(3));
 }
 
+/// Many new tokens, and one token over a window.
+fn attention_forms(_: &mut Criterion) {
+    let gpu = gpu();
+    support::prefill::prefill(&gpu);
+    support::prefill::window(&gpu);
+}
+
 /// One query a sequence over sequences of different length.
 fn sequences(_: &mut Criterion) {
     let gpu = gpu();
@@ -413,6 +420,7 @@ criterion_group!(
     copies,
     reorder_paged,
     attention,
+    attention_forms,
     sequences,
     get,
     truncate_crop
