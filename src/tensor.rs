@@ -267,7 +267,8 @@ impl Tensor {
         }
     }
 
-    /// The buffer that holds the elements.
+    /// The buffer that holds the elements. It has the usages `STORAGE`, `COPY_DST` and `COPY_SRC`: an output of attention is
+    /// read back by copying it into a buffer of [`wgpu::BufferUsages::MAP_READ`].
     pub fn buffer(&self) -> &wgpu::Buffer {
         &self.buffer
     }

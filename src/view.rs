@@ -152,8 +152,47 @@ impl LayerView {
     /// A view of a cache of one's own. Nothing is known of its passes: such a view is never refused because of
     /// work that was lost.
     ///
-    /// Bind groups that [`Attention`](crate::Attention) keeps go with the view and its clones: hand in the same one
-    /// at each step while nothing but the contents changes.
+    /// Bind groups that [`Attention`](crate::Attention) keeps go with the view and its clones. So make a view once for
+    /// a pair of buffers, and at each step derive the one to read by [`with_tokens`](Self::with_tokens): then a steady
+    /// loop makes none.
+    ///
+    /// # Examples
+    ///
+    /// A layer in buffers of an engine's own, of 8 slots, over which one token attends at a time:
+    ///
+    /// ```
+    /// use wgpu_kvcache::{Attention, DType, Gpu, LayerView, Rings};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// // [B 1, H 2, capacity 8, D 4]. What `upload` makes has the usages STORAGE, COPY_DST and COPY_SRC.
+    /// let [key, value] = [0.0, 1.0].map(|x| gpu.upload(&[x; 2 * 8 * 4], &[1, 2, 8, 4]));
+    /// let (key, value) = (key?, value?);
+    /// let layer = LayerView::of_rings(Rings {
+    ///     key: key.buffer().clone(),
+    ///     value: value.buffer().clone(),
+    ///     dtype: DType::F32,
+    ///     batch: 1,
+    ///     heads: 2,
+    ///     key_dim: 4,
+    ///     value_dim: 4,
+    ///     capacity: 8,
+    ///     start: 0,
+    ///     len: 0,
+    /// })?;
+    /// let query = gpu.upload(&[0.5_f32; 2 * 4], &[1, 2, 1, 4])?;
+    /// let output = gpu.upload(&[0.0_f32; 2 * 4], &[1, 2, 1, 4])?;
+    /// let mut attention = Attention::new(&gpu);
+    /// for len in 1..=3 {
+    ///     // The engine's own kernels have written token len - 1 before this pass.
+    ///     let view = layer.with_tokens(0, len)?;
+    ///     gpu.submit_pass("step", |pass| {
+    ///         attention.record(pass, &query.view(), &view, &output.view(), Default::default())
+    ///     })?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -174,12 +213,7 @@ impl LayerView {
             TensorView::new(buffer, dtype, &[batch, heads, capacity, dim])?
                 .source(what, &limits)?;
         }
-        if start >= capacity {
-            return Err(Error::PositionOutOfBounds { position: start, bound: capacity });
-        }
-        if len > capacity {
-            return Err(Error::SequenceTooLong { len: 0, new_tokens: len, bound: capacity });
-        }
+        check_tokens(start, len, capacity)?;
         let (bind_groups, pages, rows, step, owner) = (Arc::default(), None, None, None, None);
         Ok(Self {
             key,
@@ -198,6 +232,21 @@ impl LayerView {
             bind_groups,
             owner,
         })
+    }
+
+    /// The same buffers with other live tokens: `len` of them, the oldest at slot `start`. Bind groups that
+    /// [`Attention`](crate::Attention) keeps serve both views.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] for views that are not [of rings](Self::of_rings), since what those show is known to
+    /// their cache alone; else as for `of_rings`.
+    pub fn with_tokens(&self, start: usize, len: usize) -> Result<Self> {
+        if self.owner.is_some() {
+            return Err(Error::NotSupported { what: "with_tokens() for a view of a cache" });
+        }
+        check_tokens(start, len, self.capacity)?;
+        Ok(Self { start, len, ..self.clone() })
     }
 
     /// Refuses what `gpu` cannot read: what was lost with a pass since the view was taken, and the view or a
@@ -364,4 +413,15 @@ impl LayerView {
 
 fn strides(heads: usize, capacity: usize, dim: usize) -> [usize; 4] {
     [heads * capacity * dim, capacity * dim, dim, 1]
+}
+
+/// Refuses live tokens that a ring has no slots for.
+fn check_tokens(start: usize, len: usize, capacity: usize) -> Result<()> {
+    if start >= capacity {
+        return Err(Error::PositionOutOfBounds { position: start, bound: capacity });
+    }
+    if len > capacity {
+        return Err(Error::SequenceTooLong { len: 0, new_tokens: len, bound: capacity });
+    }
+    Ok(())
 }

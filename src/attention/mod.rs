@@ -91,6 +91,9 @@ impl Attention {
     /// of `output` that its strides skip are left alone. A view of one batch row serves queries of any number of rows:
     /// the memory of an encoder that all beams share is stored once.
     ///
+    /// Where the rows of a view differ in length, the queries of row b are the latest Tq of that row's own live tokens;
+    /// a query of a row with fewer tokens than that, which has no token of its own, sees none and gives zeros.
+    ///
     /// The work of a call grows with Tq times the live tokens, and systems end a dispatch that takes seconds:
     /// hand a prompt of many thousands of tokens in by pieces, a piece's K and V with its queries.
     ///

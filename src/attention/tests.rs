@@ -91,6 +91,9 @@ fn forms_for_a_gpu_and_for_a_cpu_agree() {
     let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
     let mut attention = [false, true].map(|is_cpu| Attention { is_cpu, ..Attention::new(&gpu) });
     let mut state = 1;
+    let mut number = 0;
+    let slopes = [0.5, 0.25, 0.125, 0.06, 0.03, 0.01];
+    let sinks = [1.0, f32::NEG_INFINITY, 0.0, 3.0, -2.0, 0.5];
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for (dim, len, tokens, is_whole) in [
             (50, 700, 3, false),
@@ -99,6 +102,7 @@ fn forms_for_a_gpu_and_for_a_cpu_agree() {
             (96, 40, 5, false),
             (128, 2100, 3, true),
             (256, 900, 2, false),
+            (512, 300, 2, false),
         ] {
             for (layout, mut cache) in caches(&gpu, len) {
                 // A second piece follows where the oldest are dropped: over the end of a ring, or
@@ -126,7 +130,16 @@ fn forms_for_a_gpu_and_for_a_cpu_agree() {
                 let query = random(&mut state, 12 * tokens * dim, is_whole);
                 let query = upload(&gpu, DType::F32, &query, &[2, 6, tokens, dim]);
                 let scale = is_whole.then_some(2.0);
-                let options = AttentionOptions::default().with_scale(scale);
+                let plain = AttentionOptions::default().with_scale(scale);
+                let starts = [1, 2];
+                number += 1;
+                let options = match number % 6 {
+                    1 => plain.with_window(len / 3 + 1),
+                    2 => plain.with_window(9).with_first_tokens(4),
+                    3 => plain.with_soft_cap(2.0).with_sink_logits(&sinks[..]),
+                    4 => plain.with_alibi_slopes(&slopes[..]).with_row_starts(&starts[..]),
+                    _ => plain,
+                };
                 let answers = attention
                     .each_mut()
                     .map(|attention| answer(&gpu, attention, &query, &view, options, &case));

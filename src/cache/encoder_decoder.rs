@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::cache::dynamic::DynamicKVCache;
 use crate::cache::{Cache, KVCache};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::host::batch::BatchChange;
 use crate::host::position::CachePosition;
@@ -27,7 +27,8 @@ pub enum Side {
 /// [`is_updated`](Self::is_updated) says so, and [`crop`](Cache::crop), [`truncate`](Cache::truncate),
 /// [`crop_rows`](Cache::crop_rows), [`truncate_rows`](Cache::truncate_rows) and
 /// [`drop_latest`](Cache::drop_latest) leave it alone. Batch operations and [`reset`](Cache::reset) concern
-/// both sides; a batch operation checks both before it touches one.
+/// both sides; a batch operation checks both before it touches one. If all beams attend to the memory of one input,
+/// store it once: see [`with_shared_memory`](Self::with_shared_memory).
 ///
 /// # Examples
 ///
@@ -55,6 +56,8 @@ pub struct EncoderDecoderCache<S = DynamicKVCache, C = DynamicKVCache> {
     cross_attention: C,
     /// The layers whose cross side was written since the last reset.
     updated: BTreeSet<usize>,
+    /// Whether one row of memory serves all rows of the decoder.
+    is_shared: bool,
 }
 
 impl EncoderDecoderCache {
@@ -67,7 +70,37 @@ impl EncoderDecoderCache {
 impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// A cache made of two.
     pub fn new(self_attention: S, cross_attention: C) -> Self {
-        Self { self_attention, cross_attention, updated: BTreeSet::new() }
+        Self { self_attention, cross_attention, updated: BTreeSet::new(), is_shared: false }
+    }
+
+    /// The same cache, whose cross side is of one batch row that all rows of the decoder share, such as the beams of
+    /// one input: batch operations concern the self side alone. [`Attention`](crate::Attention) reads a view of one batch row
+    /// for any number of query rows.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{Cache, CachePosition, EncoderDecoderCache, Gpu, Side};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// let mut cache = EncoderDecoderCache::dynamic(&gpu).with_shared_memory();
+    /// let tokens = gpu.upload(&[1.0_f32; 6], &[1, 1, 6, 1])?;
+    /// gpu.submit_pass("four beams", |pass| {
+    ///     for side in [Side::CrossAttention, Side::SelfAttention] {
+    ///         cache.update(pass, &tokens.view(), &tokens.view(), 0, CachePosition::Append, side)?;
+    ///     }
+    ///     cache.batch_repeat_interleave(pass, 4)
+    /// })?;
+    /// let rows = |side| cache.view(0, side).map(|view| view.map(|view| view.key_shape()[0]));
+    /// assert_eq!(rows(Side::SelfAttention)?, Some(4));
+    /// assert_eq!(rows(Side::CrossAttention)?, Some(1));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_shared_memory(self) -> Self {
+        Self { is_shared: true, ..self }
     }
 
     /// The decoder's side.
@@ -108,7 +141,7 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As there; [`Error::SharedMemory`] for a [shared memory](Self::with_shared_memory) of more than one batch row.
     pub fn update(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
@@ -123,6 +156,9 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
             return self.self_attention.update(pass, key, value, layer_idx, cache_position);
         }
         let_go(&mut self.self_attention);
+        if self.is_shared && key.shape()[0] != 1 {
+            return Err(Error::SharedMemory { batch: key.shape()[0] });
+        }
         let view = self.cross_attention.update(pass, key, value, layer_idx, cache_position)?;
         self.updated.insert(layer_idx);
         Ok(view)
@@ -199,7 +235,10 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
 
     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
         let prepared = self.self_attention.prepare_batch(change);
-        let prepared = prepared.and_then(|()| self.cross_attention.prepare_batch(change));
+        let prepared = prepared.and_then(|()| match self.is_shared {
+            true => Ok(()),
+            false => self.cross_attention.prepare_batch(change),
+        });
         if prepared.is_err() {
             let_go(&mut self.self_attention);
             let_go(&mut self.cross_attention);
@@ -215,6 +254,9 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
         // Where it is prepared already, this only asks whether the sides are still whole.
         self.prepare_batch(BatchChange::Select(indices))?;
         self.self_attention.batch_select_indices(pass, indices)?;
+        if self.is_shared {
+            return Ok(());
+        }
         self.cross_attention.batch_select_indices(pass, indices)
     }
 
@@ -225,6 +267,9 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
     ) -> Result<()> {
         self.prepare_batch(BatchChange::Repeat(repeats))?;
         self.self_attention.batch_repeat_interleave(pass, repeats)?;
+        if self.is_shared {
+            return Ok(());
+        }
         self.cross_attention.batch_repeat_interleave(pass, repeats)
     }
 

@@ -220,7 +220,14 @@ pub trait Cache {
 /// # For implementers
 ///
 /// A cache of one's own returns views of its buffers ([`LayerView::of_rings`]) and tensors of its data
-/// ([`HostTensor::from_slice`]), or what a cache that it wraps returns. This one counts the tokens that it is handed:
+/// ([`HostTensor::from_slice`]), or what a cache that it wraps returns. Methods that it does not have answer
+/// [`Error::NotSupported`](crate::Error::NotSupported) with their name as `what`, parentheses included, as the default bodies do;
+/// [`prepare_batch`](Cache::prepare_batch) may answer it too. That work was lost with a dropped pass it need not
+/// notice: the promises about it are those of this crate's caches. Bind groups that [`Attention`](crate::Attention)
+/// keeps go when the last clone of the view that came out of `of_rings` is dropped, so a `reset` that keeps its
+/// buffers may keep the view.
+///
+/// This one counts the tokens that it is handed:
 ///
 /// ```
 /// use wgpu_kvcache::{

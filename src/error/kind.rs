@@ -73,6 +73,7 @@ impl Error {
             | Self::PageSize { .. }
             | Self::AttentionShape { .. }
             | Self::AttentionOption { .. }
+            | Self::SharedMemory { .. }
             | Self::AttentionTooLarge { .. }
             | Self::OutputIsRead { .. }
             | Self::OutputOverlapsQuery { .. }

@@ -396,6 +396,15 @@ pub enum Error {
         other: [usize; 4],
     },
 
+    /// Memory of several batch rows for the cross side of a cache whose rows share one.
+    #[error(
+        "the memory has {batch} batch rows, and this cache shares one among all rows of the decoder; hand in one row, or make the cache without with_shared_memory()"
+    )]
+    SharedMemory {
+        /// Batch rows that were handed in.
+        batch: usize,
+    },
+
     /// A number among the options of attention that no scores can be made with.
     #[error("the {option} of attention is {value}: {rule}")]
     AttentionOption {

@@ -87,12 +87,12 @@ impl Gpu {
     ///
     /// WebGPU's default limits and no optional feature are enough. If the device has
     /// [`wgpu::Features::IMMEDIATES`], parameters of up to `max_immediate_size` bytes are passed as immediates: up to
-    /// 128 bytes for the kernels of caches, 136 for attention. `queue` must be the device's own.
+    /// 128 bytes for the kernels of caches, 164 for attention. `queue` must be the device's own.
     ///
     /// # Errors
     ///
     /// - [`Error::DeviceLimit`] if a limit of the device is lower than the kernels need, for example fewer storage
-    ///   buffers per stage than the six that they bind.
+    ///   buffers per stage than the eight that attention with masks binds.
     /// - [`Error::OtherDevice`] for a queue of another device.
     /// - [`Error::DeviceLost`]; [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot create three buffers
     ///   of 64 KiB.
@@ -183,6 +183,13 @@ impl Gpu {
         self.kernels().compile(layers, layouts, scope)
     }
 
+    /// Compiles from now on with an engine's pipeline cache, so that a later run of the program compiles faster. The
+    /// device must have [`wgpu::Features::PIPELINE_CACHE`], and the cache must be of this device. The engine loads and
+    /// stores it; [`compile`](Self::compile) then fills it before the first step.
+    pub fn set_pipeline_cache(&self, cache: wgpu::PipelineCache) {
+        self.kernels().set_pipeline_cache(cache);
+    }
+
     /// The device.
     pub fn device(&self) -> &wgpu::Device {
         &self.handle().device
@@ -196,7 +203,9 @@ impl Gpu {
     /// Opens a compute pass, runs `record` in it, and submits it: for callers without a pass of their own. Does not
     /// wait.
     ///
-    /// The pass is submitted whatever `record` returns; a call that failed has recorded nothing.
+    /// The pass is submitted whatever `record` returns; a call that failed has recorded nothing. In a pass of one's own
+    /// mind the `?`: a function that returns early drops its encoder, and what was recorded into it before is lost
+    /// ([`Error::PassDropped`]). Finish and submit the encoder first, then return the error.
     pub fn submit_pass<R>(
         &self,
         label: &str,

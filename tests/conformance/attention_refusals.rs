@@ -1,7 +1,7 @@
 //! Attention that is refused, over every kind of view: it says why, and leaves the output as it was.
 
 use wgpu_kvcache::wgpu::BufferUsages;
-use wgpu_kvcache::{Attention, DType, Error, Gpu, KVCache, TensorView};
+use wgpu_kvcache::{Attention, AttentionOptions, BitMask, DType, Error, Gpu, KVCache, TensorView};
 
 use crate::attention::{BOUND, Case, Form, Lie, Placed, Random, attend, distance, filled, upload};
 use crate::rig::buffer;
@@ -93,14 +93,14 @@ fn shapes_that_do_not_fit() {
     }
 }
 
-/// 256 elements are served, for K as for V, and more are not.
+/// 512 elements are served, for K as for V, and more are not.
 #[test]
 fn heads_too_large() {
     let gpu = gpu();
     let mut attention = Attention::new(&gpu);
     for lie in LIES {
         for dtype in [DType::F32, DType::BF16] {
-            for (dim, value_dim) in [(258, 8), (8, 258), (260, 260), (1024, 1024)] {
+            for (dim, value_dim) in [(514, 8), (8, 514), (516, 516), (1024, 1024)] {
                 let case = case(lie, dtype, dim, value_dim);
                 let cache = layer(&gpu, &case);
                 let [query, output] = case.shapes().map(|shape| untouched(&gpu, shape));
@@ -108,10 +108,10 @@ fn heads_too_large() {
                 let error =
                     refused(&gpu, &mut attention, &query, cache.as_ref(), &output, |view| view);
                 assert!(matches!(error, Error::AttentionShape { .. }), "{lie:?}: {error:?}");
-                assert!(error.to_string().contains("more than the 256"), "{lie:?}: {error}");
+                assert!(error.to_string().contains("more than the 512"), "{lie:?}: {error}");
                 assert!(error.to_string().contains("shader of your own"), "{lie:?}: {error}");
             }
-            for (dim, value_dim) in [(256, 8), (8, 256)] {
+            for (dim, value_dim) in [(512, 8), (8, 512)] {
                 let case = case(lie, dtype, dim, value_dim);
                 serves(&gpu, &mut attention, &case, layer(&gpu, &case).as_ref());
             }
@@ -132,13 +132,10 @@ fn types_and_views_that_a_kernel_cannot_take() {
         };
         let good = query.view();
 
+        // Two elements of 16 bits share a word, so heads of an odd number would share one.
         let half = upload(&gpu, DType::F16, &[0.5; 64], &[2, 4, 1, 8]);
-        let error = refused(&half.view(), |view| view);
-        assert!(matches!(error, Error::WrongDType { what: "query", .. }), "{lie:?}: {error:?}");
-        let error = refused(&good, |view| {
-            TensorView::new(view.buffer(), DType::BF16, &view.shape()).expect("a shape")
-        });
-        assert!(matches!(error, Error::WrongDType { what: "output", .. }), "{lie:?}: {error:?}");
+        let error = refused(&half.view().with_strides([32, 9, 8, 1]), |view| view);
+        assert!(matches!(error, Error::Misaligned { what: "query", .. }), "{lie:?}: {error:?}");
 
         let error = refused(&good.with_offset(2), |view| view);
         assert!(matches!(error, Error::Misaligned { what: "query", .. }), "{lie:?}: {error:?}");
@@ -209,5 +206,67 @@ fn a_layer_without_tokens() {
         let query = query.view();
         let error = refused(&gpu, &mut attention, &query, cache.as_ref(), &output, |view| view);
         assert!(error.to_string().contains("no token"), "{lie:?}: {error}");
+    }
+}
+
+/// Masks, slopes, sinks, starts and numbers that do not fit: each says what and why, and nothing is written.
+#[test]
+fn options_that_do_not_fit() {
+    let gpu = gpu();
+    let mut attention = Attention::new(&gpu);
+    let ones =
+        |shape: [usize; 4]| upload(&gpu, DType::F32, &vec![1.0; shape.iter().product()], &shape);
+    for lie in LIES {
+        let case = case(lie, DType::F32, 8, 6);
+        let cache = layer(&gpu, &case);
+        let view = cache.view(0).expect("it exists").expect("it was written");
+        let [query, output] = case.shapes().map(|shape| untouched(&gpu, shape));
+        let plain = AttentionOptions::default();
+        let half = upload(&gpu, DType::F16, &[1.0; 10], &[1, 1, 1, 10]);
+        let words = ones([1, 1, 1, 1]);
+        let outside = BitMask::new(words.buffer(), [1, 4, 1, 40]);
+        let shifted = BitMask::new(words.buffer(), [1, 1, 1, 9]).with_offset(2);
+        let masks = [[3, 1, 1, 9], [1, 2, 1, 9], [1, 1, 2, 9]].map(|shape| (ones(shape), shape));
+        let mut cases = vec![
+            (plain.with_mask(half.view()), "f16"),
+            (plain.with_bit_mask(outside), "bit mask"),
+            (plain.with_bit_mask(shifted), "bit mask"),
+            (plain.with_alibi_slopes(&[0.5; 3][..]), "as many numbers as the query has heads"),
+            (plain.with_sink_logits(&[0.5; 5][..]), "as many numbers as the query has heads"),
+            (plain.with_alibi_slopes(&[0.5, f32::NAN, 0.0, 0.0][..]), "must be finite"),
+            (plain.with_alibi_slopes(&[0.5, f32::NEG_INFINITY, 0.0, 0.0][..]), "must be finite"),
+            (plain.with_sink_logits(&[0.5, f32::INFINITY, 0.0, 0.0][..]), "must be finite"),
+            (plain.with_row_starts(&[0_u32][..]), "as many starts as there are batch rows"),
+            (plain.with_row_starts(&[0_u32, 10][..]), "10"),
+            (plain.with_window(0), "window of 1"),
+            (plain.with_soft_cap(-1.0), "above zero"),
+            (plain.with_scale(f32::NAN), "must be finite"),
+        ];
+        cases.extend(masks.iter().flat_map(|(mask, shape)| {
+            let bits = BitMask::new(mask.buffer(), *shape);
+            [
+                (plain.with_mask(mask.view()), "(B or 1, Hq or 1"),
+                (plain.with_bit_mask(bits), "(B or 1"),
+            ]
+        }));
+        for (options, words) in cases {
+            let error = gpu
+                .submit_pass("refused", |pass| {
+                    attention.record(pass, &query.view(), &view, &output.view(), options)
+                })
+                .expect_err("it does not fit");
+            assert!(error.to_string().contains(words), "{lie:?}: '{words}' is not in '{error}'");
+        }
+        // A mask in the buffer of the output would be read and written at once.
+        let overlapping = TensorView::new(output.view().buffer(), DType::F32, &[1, 1, 1, 9]);
+        let error = gpu
+            .submit_pass("refused", |pass| {
+                let options = plain.with_mask(overlapping?);
+                attention.record(pass, &query.view(), &view, &output.view(), options)
+            })
+            .expect_err("it is written");
+        assert_eq!(error, Error::OutputIsRead { what: "the mask" });
+        assert!(output.read(&gpu).iter().all(|&x| x == -7.0), "{lie:?}: written all the same");
+        serves(&gpu, &mut attention, &case, cache.as_ref());
     }
 }

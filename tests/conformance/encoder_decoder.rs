@@ -231,3 +231,33 @@ fn sides_of_different_kinds() {
     );
     assert_eq!(bounded.get_max_cache_shape(), Some(5));
 }
+
+/// Memory of one row that all beams share stays as it is, whatever becomes of the batch.
+#[test]
+fn shared_memory_takes_no_part_in_changes_of_the_batch() {
+    let mut pair = dynamic();
+    pair.cache = EncoderDecoderCache::dynamic(&pair.gpu).with_shared_memory();
+    pair.update(Side::CrossAttention, 0, [1, 2, 9, 4]);
+    pair.update(Side::SelfAttention, 0, [1, 2, 3, 4]);
+    let [decoder, _] = &mut pair.models;
+    let repeated =
+        pair.gpu.submit_pass("repeat", |pass| pair.cache.batch_repeat_interleave(pass, 3));
+    assert_eq!(repeated, Ok(()));
+    decoder.repeat_interleave(3).expect("three beams");
+    pair.check("three beams");
+    pair.update(Side::SelfAttention, 0, [3, 2, 1, 4]);
+    let indices = [2, 0, 0, 1];
+    assert_eq!(pair.select(&indices), Ok(()));
+    let [decoder, _] = &mut pair.models;
+    decoder.select(&indices).expect("rows exist");
+    pair.check("four beams");
+    // A change that the decoder's side refuses, and memory of two rows: nothing changes.
+    assert!(pair.select(&[4]).is_err());
+    let two = upload(&pair.gpu, DType::F32, &Block::noise([2, 2, 9, 4], 4, 90));
+    let refused = pair.gpu.submit_pass("two rows", |pass| {
+        let (view, append) = (two.view(), CachePosition::Append);
+        pair.cache.update(pass, &view, &view, 1, append, Side::CrossAttention).map(|_| ())
+    });
+    assert_eq!(refused, Err(Error::SharedMemory { batch: 2 }));
+    pair.check("after refusals");
+}

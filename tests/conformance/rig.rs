@@ -118,13 +118,13 @@ pub(crate) fn read_back(
     got
 }
 
-/// What cutting tokens off, or a reset, leaves as it is.
 /// The same, with so many bytes read back.
 pub(crate) fn with_read_back(mut stats: Stats, bytes: u64) -> Stats {
     stats.bytes_read_back = bytes;
     stats
 }
 
+/// What cutting tokens off, or a reset, leaves as it is.
 pub(crate) fn but_pages(stats: Stats) -> Stats {
     let mut stats = stats;
     (stats.pages_used, stats.pages_shared, stats.pages_free) = (0, 0, 0);

@@ -211,3 +211,80 @@ fn types_have_bits() {
         assert_eq!(dtype.bits(), 8 * dtype.size());
     }
 }
+
+/// What a cache that is implemented elsewhere does not have, it says so by name, and changes nothing.
+#[test]
+fn methods_that_a_cache_of_ones_own_lacks_are_refused_by_name() {
+    struct Least;
+    impl Cache for Least {
+        fn reset(&mut self) {}
+        fn crop(&mut self, _: usize) {}
+        fn truncate(&mut self, _: usize) {}
+        fn prepare_batch(&mut self, _: wgpu_kvcache::BatchChange<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+        fn batch_select_indices(
+            &mut self,
+            _: &mut wgpu_kvcache::wgpu::ComputePass<'_>,
+            _: &[u32],
+        ) -> Result<(), Error> {
+            Ok(())
+        }
+        fn batch_repeat_interleave(
+            &mut self,
+            _: &mut wgpu_kvcache::wgpu::ComputePass<'_>,
+            _: usize,
+        ) -> Result<(), Error> {
+            Ok(())
+        }
+        fn get_max_cache_shape(&self) -> Option<usize> {
+            None
+        }
+        fn stats(&self) -> wgpu_kvcache::Stats {
+            wgpu_kvcache::Stats::default()
+        }
+    }
+    let gpu = gpu();
+    let answers = [
+        ("crop_rows()", Least.crop_rows(&[1])),
+        ("truncate_rows()", Least.truncate_rows(&[1])),
+        ("drop_latest()", Least.drop_latest(1)),
+        ("reserve()", gpu.submit_pass("reserve", |pass| Least.reserve(pass, 1))),
+    ];
+    for (what, answer) in answers {
+        let error = answer.expect_err("not there");
+        assert_eq!(error, Error::NotSupported { what });
+        assert!(error.kind() == ErrorKind::Input && error.to_string().contains(what), "{error}");
+    }
+}
+
+/// A view of an engine's own rings is moved on without a new bind group; one of a cache is not.
+#[test]
+fn views_of_ones_own_rings_take_other_tokens() {
+    let gpu = gpu();
+    let tokens = upload(&gpu, DType::F32, &Block::noise([1, 1, 8, 4], 4, 3));
+    let rings = Rings {
+        key: tokens.buffer().clone(),
+        value: tokens.buffer().clone(),
+        dtype: DType::F32,
+        batch: 1,
+        heads: 1,
+        key_dim: 4,
+        value_dim: 4,
+        capacity: 8,
+        start: 0,
+        len: 0,
+    };
+    let layer = LayerView::of_rings(rings).expect("it fits");
+    let view = layer.with_tokens(6, 4).expect("four slots");
+    assert_eq!((view.start(), view.len(), view.is_contiguous()), (6, 4, false));
+    assert_eq!((layer.start(), layer.len()), (0, 0));
+    let past = Error::PositionOutOfBounds { position: 8, bound: 8 };
+    assert_eq!(layer.with_tokens(8, 1).map(|_| ()), Err(past));
+    let long = Error::SequenceTooLong { len: 0, new_tokens: 9, bound: 8 };
+    assert_eq!(layer.with_tokens(0, 9).map(|_| ()), Err(long));
+    let mut rig = Rig::dynamic(&gpu);
+    rig.update(0, [1, 1, 3, 4], 4, APPEND);
+    let own = rig.cache.view(0).expect("it exists").expect("it was written");
+    assert!(matches!(own.with_tokens(0, 2), Err(Error::NotSupported { .. })));
+}

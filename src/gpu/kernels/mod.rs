@@ -40,6 +40,8 @@ pub(crate) const MOST_MOVES: usize = 8192;
 #[derive(Debug)]
 pub(crate) struct Kernels {
     uploads: Arc<Uploads>,
+    /// The engine's pipeline cache, shared by all kernels.
+    cache: Arc<Mutex<Option<wgpu::PipelineCache>>>,
     append: Kernel,
     attention: Kernel,
     /// With masks, biases, sinks or row starts.
@@ -58,7 +60,8 @@ impl Kernels {
     }
 
     fn new_unchecked(uploads: Arc<Uploads>) -> Self {
-        let kernel = |source: &'static Source| Kernel::new(&uploads, source);
+        let cache = Arc::default();
+        let kernel = |source: &'static Source| Kernel::new(&uploads, source, &cache);
         Self {
             append: kernel(&append::SOURCE),
             attention: kernel(&attention::SOURCE),
@@ -67,8 +70,13 @@ impl Kernels {
             gather: kernel(&gather::SOURCE),
             collect: kernel(&collect::SOURCE),
             repeat_interleave: kernel(&repeat_interleave::SOURCE),
+            cache,
             uploads,
         }
+    }
+
+    pub(crate) fn set_pipeline_cache(&self, cache: wgpu::PipelineCache) {
+        *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = Some(cache);
     }
 }
 
@@ -123,10 +131,16 @@ struct Kernel {
     bindings: wgpu::BindGroupLayout,
     pipeline_layout: wgpu::PipelineLayout,
     pipelines: Mutex<HashMap<Variant, wgpu::ComputePipeline>>,
+    /// The engine's, if it has given one.
+    cache: Arc<Mutex<Option<wgpu::PipelineCache>>>,
 }
 
 impl Kernel {
-    fn new(uploads: &Arc<Uploads>, source: &'static Source) -> Self {
+    fn new(
+        uploads: &Arc<Uploads>,
+        source: &'static Source,
+        cache: &Arc<Mutex<Option<wgpu::PipelineCache>>>,
+    ) -> Self {
         let (handle, layouts) = (uploads.device(), uploads.layouts());
         let device = &handle.device;
         let has_immediates = device.features().contains(wgpu::Features::IMMEDIATES);
@@ -152,8 +166,8 @@ impl Kernel {
             immediate_size,
         });
         let pipelines = Mutex::default();
-        let uploads = Arc::clone(uploads);
-        Self { uploads, source, is_witnessed, path, bindings, pipeline_layout, pipelines }
+        let (uploads, cache) = (Arc::clone(uploads), Arc::clone(cache));
+        Self { uploads, source, is_witnessed, path, bindings, pipeline_layout, pipelines, cache }
     }
 
     fn pipelines(&self) -> MutexGuard<'_, HashMap<Variant, wgpu::ComputePipeline>> {
@@ -185,6 +199,7 @@ impl Kernel {
         let values = variant.constants.map(f64::from);
         let constants: Vec<(&str, f64)> =
             self.source.constants.iter().copied().zip(values).collect();
+        let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner).clone();
         device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label,
             layout: Some(&self.pipeline_layout),
@@ -196,7 +211,7 @@ impl Kernel {
                 // each workgroup would write the zeros.
                 zero_initialize_workgroup_memory: false,
             },
-            cache: None,
+            cache: cache.as_ref(),
         })
     }
 
