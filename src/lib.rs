@@ -53,7 +53,7 @@ pub use cache::paged::PagedKVCache;
 pub use cache::sequences::{SequenceCache, Step};
 pub use cache::{Cache, GetFuture, KVCache};
 pub use dtype::{DType, Element, UnknownDType};
-pub use error::{Error, ErrorKind, Reason, Result, SequenceError};
+pub use error::{Error, ErrorKind, Reason, Result, SequenceError, WindowError};
 pub use gpu::kernels::{CompileScope, LayerShape};
 pub use gpu::{Gpu, HeadlessOptions};
 pub use host::batch::BatchChange;

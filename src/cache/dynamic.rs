@@ -1,7 +1,7 @@
 //! The kind that grows.
 
 use crate::cache::kind::implement_cache;
-use crate::cache::options::CacheOptions;
+use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::storage::layers::Layers;
@@ -37,18 +37,19 @@ pub struct DynamicKVCache {
 impl DynamicKVCache {
     /// An empty cache.
     pub fn new(gpu: &Gpu) -> Self {
-        Self { layers: Layers::new(gpu, Growth::Dynamic { tokens: 0 }, None) }
+        Self { layers: Layers::new(gpu, Growth::Dynamic { tokens: 0, most: usize::MAX }, None) }
     }
 
-    /// An empty cache. Takes `num_layers` and `capacity`.
+    /// An empty cache. Takes `num_layers`, `capacity` and `windows`.
     ///
     /// # Errors
     ///
     /// [`Error::UnusedOption`](crate::Error::UnusedOption) for any other option.
-    pub fn with_options(gpu: &Gpu, options: CacheOptions) -> Result<Self> {
-        let options = options.check("DynamicKVCache", &["capacity"])?;
-        let growth = Growth::Dynamic { tokens: options.capacity().unwrap_or(0) };
-        Ok(Self { layers: Layers::new(gpu, growth, options.num_layers()) })
+    pub fn with_options(gpu: &Gpu, options: CacheOptions<'_>) -> Result<Self> {
+        let options = options.check("DynamicKVCache", &["capacity", "windows"])?;
+        let windows = windows_of(options, false)?;
+        let growth = Growth::Dynamic { tokens: options.capacity().unwrap_or(0), most: usize::MAX };
+        Ok(Self { layers: Layers::new(gpu, growth, options.num_layers()).with_windows(windows) })
     }
 }
 

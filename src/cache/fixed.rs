@@ -1,7 +1,7 @@
 //! The kind of fixed length and layer count.
 
 use crate::cache::kind::implement_cache;
-use crate::cache::options::CacheOptions;
+use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::storage::layers::Layers;
@@ -42,18 +42,22 @@ pub struct StaticKVCache {
 }
 
 impl StaticKVCache {
-    /// An empty cache. Takes `max_cache_len` and `num_layers`, and needs both.
+    /// An empty cache. Takes `max_cache_len` and `num_layers`, and needs both; `windows` and
+    /// `max_chunk`.
     ///
     /// # Errors
     ///
     /// [`Error::MissingOption`] without one of them, [`Error::UnusedOption`] for any other option.
-    pub fn with_options(gpu: &Gpu, options: CacheOptions) -> Result<Self> {
+    pub fn with_options(gpu: &Gpu, options: CacheOptions<'_>) -> Result<Self> {
         let kind = "StaticKVCache";
-        let options = options.check(kind, &["max_cache_len"])?;
+        let options = options.check(kind, &["max_cache_len", "windows", "max_chunk"])?;
         let missing = |option| Error::MissingOption { option, kind };
         let tokens = options.max_cache_len().ok_or_else(|| missing("max_cache_len"))?;
         let layers = options.num_layers().ok_or_else(|| missing("num_layers"))?;
-        Ok(Self { layers: Layers::new(gpu, Growth::Static { tokens }, Some(layers)) })
+        let windows = windows_of(options, true)?;
+        Ok(Self {
+            layers: Layers::new(gpu, Growth::Static { tokens }, Some(layers)).with_windows(windows),
+        })
     }
 }
 

@@ -28,8 +28,7 @@ macro_rules! implement_cache {
             }
 
             fn drop_latest(&mut self, tokens: usize) -> crate::error::Result<()> {
-                self.layers.drop_latest(tokens);
-                Ok(())
+                self.layers.drop_latest(tokens)
             }
 
             fn prepare_batch(

@@ -65,7 +65,12 @@ pub trait Cache {
     fn crop(&mut self, max_length: usize);
 
     /// Keeps the first `length` tokens of every layer, of each row: the roll-back of speculative decoding. Moves
-    /// no bytes.
+    /// no bytes. Tokens that a layer has let go for its window ([`CacheOptions::with_windows`](crate::CacheOptions::with_windows))
+    /// count as if they were there, here and in [`truncate_rows`](Cache::truncate_rows).
+    ///
+    /// Where a layer's window would look back on tokens that it has let go, nothing is cut, and every later call
+    /// answers [`WindowError::PastWindow`](crate::WindowError::PastWindow) until [`reset`](Cache::reset), since this one cannot.
+    /// [`drop_latest`](Cache::drop_latest) answers at once.
     fn truncate(&mut self, length: usize);
 
     /// Keeps the latest `max_lengths[b]` tokens of batch row `b` of every layer that was written; all of a row
@@ -104,7 +109,8 @@ pub trait Cache {
     ///
     /// # Errors
     ///
-    /// A cache of one's own that does not have this method answers
+    /// [`WindowError::PastWindow`](crate::WindowError::PastWindow) where a layer's window would then look back on tokens that it
+    /// has let go; nothing is dropped. A cache of one's own that does not have this method answers
     /// [`Error::NotSupported`](crate::Error::NotSupported).
     fn drop_latest(&mut self, tokens: usize) -> Result<()> {
         let _ = tokens;
@@ -322,10 +328,13 @@ pub trait KVCache: Cache {
     /// - Positions: [`Error::PositionCount`], [`Error::PositionOutOfBounds`],
     ///   [`Error::SequenceTooLong`].
     /// - A layer past those that the cache is made for: [`Error::LayerOutOfRange`].
+    /// - Of layers with a window: [`WindowError::ChunkTooLong`], and [`WindowError::PastWindow`] after a truncation past it.
     /// - No room: [`Error::LayerTooLarge`], [`Error::OutOfPages`], [`Error::PoolTooLarge`],
     ///   [`Error::ListTooLarge`], [`Error::OutOfMemory`].
     ///
     /// [`Error::BatchChanged`]: crate::Error::BatchChanged
+    /// [`WindowError::ChunkTooLong`]: crate::WindowError::ChunkTooLong
+    /// [`WindowError::PastWindow`]: crate::WindowError::PastWindow
     /// [`Error::PoolTooLarge`]: crate::Error::PoolTooLarge
     /// [`Error::ListTooLarge`]: crate::Error::ListTooLarge
     /// [`Error::OtherDevice`]: crate::Error::OtherDevice

@@ -1,6 +1,7 @@
 //! What a cache is made for: [`CacheOptions`].
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WindowError};
+use crate::host::window::Window;
 
 /// What a cache is made for. Every kind takes the same options, and refuses those that it has no use for.
 ///
@@ -11,6 +12,8 @@ use crate::error::{Error, Result};
 /// | `capacity` | tokens to begin with | - | - | - |
 /// | `page_tokens` | - | - | 16, if not given | 16, if not given |
 /// | `max_pages` | - | - | bound, else the pool grows | bound, else the pools grow |
+/// | `windows` | by layer | by layer | by layer | - |
+/// | `max_chunk` | - | longest update of a layer with a window | - | - |
 ///
 /// # Examples
 ///
@@ -33,15 +36,17 @@ use crate::error::{Error, Result};
 /// [`SequenceCache`]: crate::SequenceCache
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use = "options do nothing until a cache is made with them"]
-pub struct CacheOptions {
+pub struct CacheOptions<'a> {
     num_layers: Option<usize>,
     max_cache_len: Option<usize>,
     capacity: Option<usize>,
     page_tokens: Option<usize>,
     max_pages: Option<usize>,
+    windows: &'a [Option<usize>],
+    max_chunk: Option<usize>,
 }
 
-impl CacheOptions {
+impl<'a> CacheOptions<'a> {
     /// The number of layers. An update of a layer past them is refused.
     pub fn with_num_layers(self, layers: impl Into<Option<usize>>) -> Self {
         Self { num_layers: layers.into(), ..self }
@@ -68,6 +73,64 @@ impl CacheOptions {
     /// it. Without this option the pool grows, doubling.
     pub fn with_max_pages(self, pages: impl Into<Option<usize>>) -> Self {
         Self { max_pages: pages.into(), ..self }
+    }
+
+    /// The window of each layer, the first layer's first; `None`, and layers past the last entry, keep all tokens.
+    ///
+    /// A layer with a window of w tokens, of which a query sees its own and the w - 1 before it, keeps what its window needs:
+    /// an update that appends n tokens lets go of all live tokens but the latest w - 1 first. So
+    /// the view that it returns has at most w - 1 + n tokens, and attention over it
+    /// [with the same window](crate::AttentionOptions::with_window) is exact, whatever the pieces that a prompt
+    /// comes in. In rings the memory is never more than that of w tokens and the longest update; in pages, whole
+    /// pages before the window go back.
+    ///
+    /// [`get_seq_length`](crate::KVCache::get_seq_length) and [`get`](crate::KVCache::get) tell of the live tokens;
+    /// [`get_next_position`](crate::KVCache::get_next_position) counts on. Positions of an update count live tokens, as after a
+    /// [`crop`](crate::Cache::crop), and an update at positions lets go of nothing. The latest update can be rolled
+    /// back whole; further back tokens are missing, which is [`WindowError::PastWindow`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{CacheOptions, CachePosition, DynamicKVCache, Gpu, KVCache};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// // Layer 0 looks back on four tokens, layer 1 on all.
+    /// let options = CacheOptions::default().with_windows(&[Some(4), None]);
+    /// let mut cache = DynamicKVCache::with_options(&gpu, options)?;
+    /// let tokens = gpu.upload(&[0.0_f32; 5], &[1, 1, 5, 1])?;
+    /// gpu.submit_pass("ten tokens in two pieces", |pass| {
+    ///     for layer in [0, 1, 0, 1] {
+    ///         cache.update(pass, &tokens.view(), &tokens.view(), layer, CachePosition::Append)?;
+    ///     }
+    ///     Ok::<_, wgpu_kvcache::Error>(())
+    /// })?;
+    /// assert_eq!([cache.get_seq_length(0)?, cache.get_seq_length(1)?], [3 + 5, 10]);
+    /// assert_eq!([cache.get_next_position(0)?, cache.get_next_position(1)?], [10, 10]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_windows(self, windows: &'a [Option<usize>]) -> Self {
+        Self { windows, ..self }
+    }
+
+    /// The most tokens of an update of a layer with a window, in a cache that allocates once; as many as the
+    /// window, if not given.
+    pub fn with_max_chunk(self, tokens: impl Into<Option<usize>>) -> Self {
+        Self { max_chunk: tokens.into(), ..self }
+    }
+
+    pub(super) fn max_chunk(&self) -> Option<usize> {
+        self.max_chunk
+    }
+
+    /// The window of each layer, checked.
+    pub(super) fn windows(&self) -> Result<Vec<Option<usize>>> {
+        match self.windows.iter().position(|window| *window == Some(0)) {
+            Some(layer) => Err(WindowError::NoWindow { layer }.into()),
+            None => Ok(self.windows.to_vec()),
+        }
     }
 
     pub(super) fn num_layers(&self) -> Option<usize> {
@@ -102,10 +165,24 @@ impl CacheOptions {
             ("capacity", self.capacity),
             ("page_tokens", self.page_tokens),
             ("max_pages", self.max_pages),
+            ("windows", (!self.windows.is_empty()).then_some(0)),
+            ("max_chunk", self.max_chunk),
         ];
         match given.iter().find(|(option, value)| value.is_some() && !used.contains(option)) {
             Some((option, _)) => Err(Error::UnusedOption { option, kind }),
             None => Ok(self),
         }
     }
+}
+
+/// The window of each layer, as the storage takes it; a kind that allocates once bounds updates.
+pub(super) fn windows_of(
+    options: CacheOptions<'_>,
+    is_bounded: bool,
+) -> Result<Vec<Option<Window>>> {
+    let window = |tokens: usize| Window {
+        tokens,
+        max_chunk: is_bounded.then(|| options.max_chunk().unwrap_or(tokens)),
+    };
+    Ok(options.windows()?.into_iter().map(|tokens| tokens.map(window)).collect())
 }

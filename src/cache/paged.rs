@@ -1,7 +1,7 @@
 //! The kind whose rows share pages.
 
 use crate::cache::kind::implement_cache;
-use crate::cache::options::CacheOptions;
+use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::storage::layers::Layers;
@@ -56,18 +56,19 @@ impl PagedKVCache {
         Self { layers: Layers::new(gpu, Paging::new(16, None, None), None) }
     }
 
-    /// An empty cache. Takes `num_layers`, `max_cache_len`, `page_tokens` and `max_pages`.
+    /// An empty cache. Takes `num_layers`, `max_cache_len`, `page_tokens`, `max_pages` and `windows`.
     ///
     /// # Errors
     ///
     /// [`Error::PageSize`](crate::Error::PageSize) if `page_tokens` is no power of two, or more than 2^31;
     /// [`Error::UnusedOption`](crate::Error::UnusedOption) for any other option.
-    pub fn with_options(gpu: &Gpu, options: CacheOptions) -> Result<Self> {
-        let used = ["max_cache_len", "page_tokens", "max_pages"];
+    pub fn with_options(gpu: &Gpu, options: CacheOptions<'_>) -> Result<Self> {
+        let used = ["max_cache_len", "page_tokens", "max_pages", "windows"];
         let options = options.check("PagedKVCache", &used)?;
         let (pages, tokens) = (options.max_pages(), options.max_cache_len());
         let paging = Paging::new(options.page_tokens()?, pages, tokens);
-        Ok(Self { layers: Layers::new(gpu, paging, options.num_layers()) })
+        let windows = windows_of(options, false)?;
+        Ok(Self { layers: Layers::new(gpu, paging, options.num_layers()).with_windows(windows) })
     }
 }
 

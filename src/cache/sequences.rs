@@ -109,7 +109,11 @@ impl SequenceCache {
     /// # Errors
     ///
     /// As for [`new`](Self::new); [`Error::PageSize`], and [`Error::UnusedOption`] for any other option.
-    pub fn with_options(gpu: &Gpu, layers: &[LayerShape], options: CacheOptions) -> Result<Self> {
+    pub fn with_options(
+        gpu: &Gpu,
+        layers: &[LayerShape],
+        options: CacheOptions<'_>,
+    ) -> Result<Self> {
         let kind = "SequenceCache";
         if layers.is_empty() {
             return Err(Error::Sequence(SequenceError::NoLayers));

@@ -83,6 +83,7 @@ impl Error {
             | Self::MissingOption { .. }
             | Self::UnusedOption { .. }
             | Self::NotSupported { .. }
+            | Self::Window(_)
             | Self::Sequence(_) => ErrorKind::Input,
             Self::LayerTooLarge { .. }
             | Self::OutOfPages { .. }

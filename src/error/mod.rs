@@ -3,9 +3,11 @@
 
 mod kind;
 mod sequence;
+mod window;
 
 pub use kind::{ErrorKind, Reason};
 pub use sequence::SequenceError;
+pub use window::WindowError;
 
 use crate::dtype::DType;
 
@@ -356,6 +358,10 @@ pub enum Error {
     /// A refusal of a cache of sequences.
     #[error(transparent)]
     Sequence(#[from] SequenceError),
+
+    /// A layer's window does not allow it.
+    #[error(transparent)]
+    Window(#[from] WindowError),
 
     /// A page size that is not a power of two, or is too large.
     #[error(

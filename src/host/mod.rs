@@ -8,5 +8,6 @@ pub(crate) mod position;
 pub(crate) mod prefix;
 pub(crate) mod rows;
 pub(crate) mod sequences;
+pub(crate) mod window;
 pub(crate) mod words;
 pub(crate) mod work;

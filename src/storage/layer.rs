@@ -16,12 +16,13 @@ use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{AppendShape, Dispatch, Positions};
 use crate::host::position::{self, CachePosition, WritePlan};
 use crate::host::rows::{Cut, Rows};
+use crate::host::window::Window;
 use crate::storage::store::{Shape, Store};
 use crate::tensor::TensorView;
 use crate::view::LayerView;
 
 /// How the tokens of a written layer lie in its memory: in rings or in pages.
-pub(crate) trait Arrangement: Debug + Sized {
+pub(crate) trait Arrangement: Clone + Debug + Sized {
     /// What the kind decides about its layers.
     type Policy: Debug;
 
@@ -86,7 +87,7 @@ pub(crate) trait Arrangement: Debug + Sized {
         layer: usize,
         store: &Store,
         policy: &mut Self::Policy,
-        new_len: usize,
+        room: (usize, Option<Window>),
     ) -> Result<Option<Staged<Self>>>;
 }
 
@@ -96,7 +97,9 @@ pub(crate) struct LayerState<'a, L> {
     pub(crate) gpu: &'a Gpu,
     pub(crate) layer: usize,
     pub(crate) store: Option<&'a Store>,
+    /// Without the tokens that the layer lets go for this change.
     pub(crate) arrangement: Option<&'a L>,
+    pub(crate) window: Option<Window>,
 }
 
 /// The positions and counts of new tokens, checked.
@@ -156,8 +159,12 @@ pub(crate) struct Layer<L> {
     store: Option<Store>,
     /// `None` until the first update, and after a reset.
     arrangement: Option<L>,
-    /// Tokens before the live ones that crops have dropped since the last reset.
+    /// What it keeps, if not all.
+    window: Option<Window>,
+    /// Tokens before the live ones that are gone since the last reset: dropped by crops, or let go for the window.
     cropped: usize,
+    /// Those of them that would be live in a layer without a window: the latest.
+    let_go: usize,
     /// What views before cuts have shown, until a pass is recorded behind all that may read it.
     retired: Vec<RegionGuard>,
 }
@@ -172,6 +179,8 @@ pub(crate) struct Staged<L> {
     /// Memory that replaces the layer's own.
     pub(crate) store: Option<Store>,
     pub(crate) arrangement: L,
+    /// Tokens that the layer lets go for its window.
+    pub(crate) let_go: usize,
     /// Bytes that the dispatches write.
     pub(crate) moved: u64,
     /// What earlier work and views read, and must find in place until the pass has run.
@@ -189,7 +198,7 @@ impl<L> Staged<L> {
     /// A change that moves nothing.
     pub(crate) fn unmoved(arrangement: L) -> Self {
         let (dispatches, guards) = (Vec::new(), Vec::new());
-        Self { dispatches, recorded: 0, store: None, arrangement, moved: 0, guards }
+        Self { dispatches, recorded: 0, store: None, arrangement, let_go: 0, moved: 0, guards }
     }
 
     /// Bytes of new memory.
@@ -199,8 +208,9 @@ impl<L> Staged<L> {
 }
 
 impl<L: Arrangement> Layer<L> {
-    pub(crate) fn new(index: usize) -> Self {
-        Self { index, store: None, arrangement: None, cropped: 0, retired: Vec::new() }
+    pub(crate) fn new(index: usize, window: Option<Window>) -> Self {
+        let (store, arrangement, retired) = (None, None, Vec::new());
+        Self { index, store, arrangement, window, cropped: 0, let_go: 0, retired }
     }
 
     /// Live tokens of the longest row, or more if that was selected away.
@@ -208,7 +218,7 @@ impl<L: Arrangement> Layer<L> {
         self.arrangement.as_ref().map_or(0, |arrangement| arrangement.rows().len())
     }
 
-    /// Tokens before the live ones that crops have dropped.
+    /// Tokens before the live ones that are gone.
     pub(crate) fn cropped(&self) -> usize {
         self.cropped
     }
@@ -237,7 +247,7 @@ impl<L: Arrangement> Layer<L> {
     }
 
     pub(crate) fn reset(&mut self) {
-        (self.arrangement, self.cropped) = (None, 0);
+        (self.arrangement, self.cropped, self.let_go) = (None, 0, 0);
         self.retired.clear();
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
@@ -267,14 +277,54 @@ impl<L: Arrangement> Layer<L> {
         staged.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
     }
 
-    /// Cuts all rows: moves no bytes, and cannot fail.
+    /// Live tokens, and those that would be live without a window: what lengths that are kept from the first token on
+    /// are counted in, so that layers with a window and those without stay together.
+    pub(crate) fn whole_len(&self) -> usize {
+        self.let_go.saturating_add(self.len())
+    }
+
+    /// Refuses a cut after which the next token would look back on what was let go.
+    pub(crate) fn check_cut(&self, cut: &Cut) -> Result<()> {
+        let Some((window, arrangement)) = self.window.zip(self.arrangement.as_ref()) else {
+            return Ok(());
+        };
+        let check = |live, kept| window.check_roll_back(self.index, [self.let_go, live], kept);
+        let rows = arrangement.rows();
+        match cut {
+            Cut::Truncate(length) => check(rows.len(), *length),
+            Cut::TruncateRows(lengths) => {
+                let mut rows =
+                    lengths.iter().enumerate().map(|(b, &kept)| (rows.span(b).len, kept));
+                rows.try_for_each(|(live, kept)| check(live, kept))
+            }
+            Cut::Crop(_) | Cut::CropRows(_) => Ok(()),
+        }
+    }
+
+    /// A cut of the live tokens alone.
+    fn own_cut(&self, cut: &Cut) -> Cut {
+        let own = |length: &usize| length.saturating_sub(self.let_go);
+        match cut {
+            Cut::Truncate(length) => Cut::Truncate(own(length)),
+            Cut::TruncateRows(lengths) => Cut::TruncateRows(lengths.iter().map(own).collect()),
+            Cut::Crop(_) | Cut::CropRows(_) => cut.clone(),
+        }
+    }
+
+    /// Cuts all rows, by a cut that was checked: moves no bytes, and cannot fail.
     pub(crate) fn cut(&mut self, policy: &mut L::Policy, cut: &Cut) {
+        let cut = &self.own_cut(cut);
         let Some(arrangement) = &mut self.arrangement else { return };
+        let before = arrangement.rows().len();
+        if matches!(cut, Cut::Crop(_) | Cut::CropRows(_)) {
+            // As long as the layer would be afterwards without a window.
+            let whole = self.let_go.saturating_add(before).min(longest(cut));
+            self.let_go = whole.saturating_sub(before.min(whole)).min(self.let_go);
+        }
         if !arrangement.rows().is_changed_by(cut) {
             return;
         }
-        let (before, old) =
-            (arrangement.rows().len(), arrangement.guards().map(Option::<&_>::cloned));
+        let old = arrangement.guards().map(Option::<&_>::cloned);
         arrangement.cut(policy, cut);
         if matches!(cut, Cut::Crop(_) | Cut::CropRows(_)) {
             // Each of them was appended in a call of its own or with others: no count of them overflows soon.
@@ -304,16 +354,35 @@ impl<L: Arrangement> Layer<L> {
         value.check_device("value", gpu.handle())?;
         self.check_alias(key, value)?;
         let (batch, count) = (shape.batch, key.shape[2]);
+        let mut bound = L::bound(policy);
+        if let Some(window) = self.window {
+            window.check_chunk(self.index, count)?;
+            bound = bound.map(|bound| bound.min(window.most(window.max_chunk.unwrap_or(bound))));
+        }
+        // An append lets go first of what its first token does not look back on.
+        let live = self.len();
+        let is_append = matches!(position, CachePosition::Append);
+        let kept = self.window.filter(|_| is_append).map(|window| Cut::Crop(window.needed()));
+        let trimmed = self.arrangement.as_ref().zip(kept).and_then(|(arrangement, cut)| {
+            arrangement.rows().is_changed_by(&cut).then(|| {
+                let mut trimmed = arrangement.clone();
+                trimmed.cut(policy, &cut);
+                trimmed
+            })
+        });
+        let arrangement = trimmed.as_ref().or(self.arrangement.as_ref());
         let empty = Rows::default();
-        let rows = self.arrangement.as_ref().map_or(&empty, L::rows);
-        let new_len = position::check(position, batch, count, rows.len(), L::bound(policy))?;
+        let rows = arrangement.map_or(&empty, L::rows);
+        let let_go = live - rows.len();
+        let new_len = position::check(position, batch, count, rows.len(), bound)?;
         let tokens = NewTokens { position, batch, count, rows, new_len };
 
         let state = LayerState {
             gpu,
             layer: self.index,
             store: self.store.as_ref(),
-            arrangement: self.arrangement.as_ref(),
+            arrangement,
+            window: self.window,
         };
         let StagedWrite { mut change, plan, lists } = L::stage_write(state, policy, shape, tokens)?;
         let store = change.store.as_ref().or(self.store.as_ref());
@@ -335,6 +404,7 @@ impl<L: Arrangement> Layer<L> {
         let written = plan.written(shape.batch, count).saturating_mul(shape.heads as u64);
         let written = shape.row_bytes().map(|row| row.saturating_mul(written));
         change.dispatches.push(append);
+        change.let_go = let_go;
         change.moved += written.iter().sum::<u64>();
         Ok((change, view))
     }
@@ -357,9 +427,17 @@ impl<L: Arrangement> Layer<L> {
             return Ok(None);
         };
         let (batch, append) = (arrangement.shape().batch, CachePosition::Append);
-        let new_len =
-            position::check(append, batch, tokens, arrangement.rows().len(), L::bound(policy))?;
-        arrangement.stage_reserve(gpu, self.index, store, policy, new_len)
+        // Of a window what the appends leave of the live tokens, if they come one by one, or all at once.
+        let live = arrangement.rows().len();
+        let kept = self.window.map_or(live, |window| live.min(window.needed()));
+        let mut bound = L::bound(policy);
+        if let Some(window) = self.window {
+            bound = bound.map(|bound| bound.min(window.most(window.max_chunk.unwrap_or(bound))));
+        }
+        let most = bound.map_or(usize::MAX, |bound| bound.saturating_sub(kept));
+        let tokens = if self.window.is_some() { tokens.min(most) } else { tokens };
+        let new_len = position::check(append, batch, tokens, kept, bound)?.max(live);
+        arrangement.stage_reserve(gpu, self.index, store, policy, (new_len, self.window))
     }
 
     /// Stages a change of the batch: new row `i` becomes old row `map[i]`. `None` where nothing changes
@@ -386,6 +464,8 @@ impl<L: Arrangement> Layer<L> {
             self.store = Some(store);
         }
         self.arrangement = Some(staged.arrangement);
+        self.cropped = self.cropped.saturating_add(staged.let_go);
+        self.let_go = self.let_go.saturating_add(staged.let_go);
         // The call that was recorded just now holds them.
         self.retired.clear();
         effect
@@ -429,6 +509,15 @@ impl<L: Arrangement> Layer<L> {
             }
         }
         Ok(())
+    }
+}
+
+/// The most tokens that a crop keeps of a row.
+fn longest(crop: &Cut) -> usize {
+    match crop {
+        Cut::Crop(most) => *most,
+        Cut::CropRows(lens) => lens.iter().copied().max().unwrap_or(0),
+        Cut::Truncate(_) | Cut::TruncateRows(_) => usize::MAX,
     }
 }
 

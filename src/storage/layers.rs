@@ -13,6 +13,7 @@ use crate::host::batch::{BatchChange, OwnedChange, changed_batch};
 use crate::host::plan;
 use crate::host::position::CachePosition;
 use crate::host::rows::Cut;
+use crate::host::window::Window;
 use crate::stats::Stats;
 use crate::storage::layer::{Arrangement, Effect, Layer, PageCounts, Staged};
 use crate::tensor::{HostTensor, TensorView};
@@ -25,6 +26,10 @@ pub(crate) struct Layers<L: Arrangement> {
     policy: L::Policy,
     /// Where the number of layers is fixed.
     num_layers: Option<usize>,
+    /// The window of each layer, the first layer's first; layers past the last one keep all.
+    windows: Vec<Option<Window>>,
+    /// A roll-back past what a window has kept, since the last reset.
+    past_window: Option<Error>,
     /// By index. A layer stands here once an update has named it.
     layers: BTreeMap<usize, Layer<L>>,
     ledger: Ledger,
@@ -52,6 +57,8 @@ impl<L: Arrangement> Layers<L> {
             gpu: gpu.clone(),
             policy,
             num_layers,
+            windows: Vec::new(),
+            past_window: None,
             layers: BTreeMap::new(),
             ledger: Ledger::default(),
             prepared: None,
@@ -64,6 +71,12 @@ impl<L: Arrangement> Layers<L> {
         }
     }
 
+    /// The window of each layer, the first layer's first; layers past the last one keep all.
+    pub(crate) fn with_windows(mut self, windows: Vec<Option<Window>>) -> Self {
+        self.windows = windows;
+        self
+    }
+
     /// Tokens that a row holds at most, where that is fixed.
     pub(crate) fn bound(&self) -> Option<usize> {
         L::bound(&self.policy)
@@ -73,15 +86,29 @@ impl<L: Arrangement> Layers<L> {
         self.prepared = None;
         self.abandon();
         self.is_batch_changed = false;
+        self.past_window = None;
         // Work of before, run or not, no longer matters.
         self.ledger = Ledger::default();
         self.layers.values_mut().for_each(Layer::reset);
     }
 
-    /// Cuts all rows of all layers by a cut that is the same for each.
+    /// Cuts all rows of all layers by a cut that is the same for each. A roll-back past what a window has kept cuts
+    /// nothing; every call from then on answers so, until a reset.
     pub(crate) fn cut(&mut self, cut: &Cut) {
+        if let Err(error) = self.cut_all(|_| cut.clone()) {
+            self.past_window = Some(error);
+        }
+    }
+
+    /// Cuts each layer by a cut of its own: all layers, or none.
+    fn cut_all(&mut self, cut: impl Fn(&Layer<L>) -> Cut) -> Result<()> {
         self.prepared = None;
-        self.layers.values_mut().for_each(|layer| layer.cut(&mut self.policy, cut));
+        self.layers.values().try_for_each(|layer| layer.check_cut(&cut(layer)))?;
+        for layer in self.layers.values_mut() {
+            let cut = cut(layer);
+            layer.cut(&mut self.policy, &cut);
+        }
+        Ok(())
     }
 
     /// Cuts each row to a length of its own, in all layers or in none.
@@ -96,16 +123,11 @@ impl<L: Arrangement> Layers<L> {
                 return Err(Error::RowCount { got: lens.len(), layer, batch });
             }
         }
-        self.cut(cut);
-        Ok(())
+        self.cut_all(|_| cut.clone())
     }
 
-    pub(crate) fn drop_latest(&mut self, tokens: usize) {
-        self.prepared = None;
-        for layer in self.layers.values_mut() {
-            let length = layer.len().saturating_sub(tokens);
-            layer.cut(&mut self.policy, &Cut::Truncate(length));
-        }
+    pub(crate) fn drop_latest(&mut self, tokens: usize) -> Result<()> {
+        self.cut_all(|layer| Cut::Truncate(layer.whole_len().saturating_sub(tokens)))
     }
 
     pub(crate) fn update(
@@ -125,7 +147,10 @@ impl<L: Arrangement> Layers<L> {
         let mut fresh = None;
         let layer = match self.layers.get_mut(&layer_idx) {
             Some(layer) => layer,
-            None => fresh.insert(Layer::new(layer_idx)),
+            None => {
+                let window = self.windows.get(layer_idx).copied().flatten();
+                fresh.insert(Layer::new(layer_idx, window))
+            }
         };
         let (mut staged, view) =
             layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
@@ -251,7 +276,7 @@ impl<L: Arrangement> Layers<L> {
     /// A layer whose content may be shown; `None` if it was never written.
     fn shown(&self, layer_idx: usize) -> Result<Option<&Layer<L>>> {
         self.check_layer(layer_idx)?;
-        self.ledger.check()?;
+        self.check_whole()?;
         let layer = self.layers.get(&layer_idx).filter(|layer| layer.batch().is_some());
         if layer.is_some() {
             self.gpu.handle().check_known()?;
@@ -351,8 +376,14 @@ impl<L: Arrangement> Layers<L> {
 
     /// Refuses to write on where passes were lost, and makes what recording needs.
     fn check_writable(&self) -> Result<()> {
-        self.ledger.check()?;
+        self.check_whole()?;
         self.ledger.prepare(self.gpu.uploads())
+    }
+
+    /// Refuses what would show or build on tokens that are lost, with a pass or by a roll-back past a window.
+    fn check_whole(&self) -> Result<()> {
+        self.ledger.check()?;
+        self.past_window.clone().map_or(Ok(()), Err)
     }
 
     /// Refuses a pass of a device that is lost, and one that would run before what was recorded last.

@@ -9,6 +9,7 @@ use crate::gpu::device::binding_limit;
 use crate::host::pages::{PageMap, Wanted};
 use crate::host::plan;
 use crate::host::rows::{Cut, Rows};
+use crate::host::window::Window;
 use crate::storage::layer::{Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite};
 use crate::storage::pool::{copy_pages, copy_pool, new_pool};
 use crate::storage::ring::LEAST_TOKENS;
@@ -85,6 +86,15 @@ impl Paging {
             });
         }
         Ok(needed.max(map.pool_pages()))
+    }
+
+    /// Pages that the rows of a layer with a window use at most, for an update of `count` tokens.
+    fn most_of_window(&self, shape: Shape, window: Option<Window>, count: usize) -> usize {
+        let row = |window: Window| {
+            // The oldest live token may lie in the middle of a page.
+            window.most(count).div_ceil(self.page_tokens).saturating_add(1)
+        };
+        window.map_or(usize::MAX, |window| row(window).saturating_mul(shape.batch))
     }
 
     /// Pages for a pool that has `pool` of them and needs `needed`, where `fits` can be bound.
@@ -173,7 +183,7 @@ impl Arrangement for Paged {
         shape: Shape,
         tokens: NewTokens<'_>,
     ) -> Result<StagedWrite<Self>> {
-        let LayerState { gpu, layer, store, arrangement } = state;
+        let LayerState { gpu, layer, store, arrangement, window } = state;
         let NewTokens { count, new_len, .. } = tokens;
         let from = arrangement.map_or_else(
             || paging.tables.empty(shape.batch),
@@ -193,7 +203,9 @@ impl Arrangement for Paged {
         let step = paging.tables.write(gpu, &from, &plan, count, rows)?;
         let mut change = Staged::unmoved(Self { shape, pool, table: step.to });
         if needed > pool {
-            let pages = paging.grown(pool, needed, paging.fits(gpu, shape));
+            let fits = paging.fits(gpu, shape);
+            let fits = fits.min(paging.most_of_window(shape, window, count).max(needed));
+            let pages = paging.grown(pool, needed, fits);
             change = change.arrangement.grow(gpu, layer, store, &from.map, pages)?;
         }
         let target = change.store.as_ref().or(store).expect("a pool that holds what is needed");
@@ -231,7 +243,7 @@ impl Arrangement for Paged {
         layer: usize,
         store: &Store,
         paging: &mut Paging,
-        new_len: usize,
+        (new_len, window): (usize, Option<Window>),
     ) -> Result<Option<Staged<Self>>> {
         let (shape, map) = (self.shape, &self.table.map);
         let wanted = Wanted { new: map.new_pages(new_len), copies: map.copies_of_append(new_len) };
@@ -242,7 +254,10 @@ impl Arrangement for Paged {
         }
         let mut staged = Staged::unmoved(self.clone());
         if needed > self.pool {
-            let pages = paging.grown(self.pool, needed, paging.fits(gpu, shape));
+            let count = new_len.saturating_sub(map.rows().len());
+            let fits = paging.fits(gpu, shape);
+            let fits = fits.min(paging.most_of_window(shape, window, count).max(needed));
+            let pages = paging.grown(self.pool, needed, fits);
             staged = self.grow(gpu, layer, Some(store), map, pages)?;
         }
         staged.guards = table.guards().into_iter().flatten().map(Arc::clone).collect();

@@ -9,6 +9,7 @@ use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
 use crate::host::plan;
 use crate::host::rows::{Cut, Rows};
+use crate::host::window::Window;
 use crate::storage::layer::{Arrangement, LayerState, NewTokens, Staged, StagedWrite};
 use crate::storage::records::{self, Records};
 use crate::storage::store::{Shape, Store};
@@ -17,10 +18,26 @@ use crate::view::LayerView;
 /// How the memory of a ring comes to be.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Growth {
-    /// Grows; a layer's first allocation has room for this many tokens at least.
-    Dynamic { tokens: usize },
+    /// Grows, up to `most` tokens; a layer's first allocation has room for `tokens` at least.
+    Dynamic { tokens: usize, most: usize },
     /// Has room for this many tokens from the start, and never more.
     Static { tokens: usize },
+}
+
+impl Growth {
+    /// That of a layer with a window, for an update of `count` tokens.
+    fn of_window(self, window: Option<Window>, count: usize) -> Self {
+        let Some(window) = window else { return self };
+        match self {
+            Self::Dynamic { tokens, most } => {
+                Self::Dynamic { tokens, most: most.min(window.most(count)) }
+            }
+            Self::Static { tokens } => {
+                let chunk = window.max_chunk.unwrap_or(tokens);
+                Self::Static { tokens: tokens.min(window.most(chunk)) }
+            }
+        }
+    }
 }
 
 /// Tokens of a first allocation: small, and still room for a few steps.
@@ -77,18 +94,19 @@ impl Arrangement for Ring {
         shape: Shape,
         tokens: NewTokens<'_>,
     ) -> Result<StagedWrite<Self>> {
-        let LayerState { gpu, layer, store, arrangement } = state;
+        let LayerState { gpu, layer, store, arrangement, window } = state;
+        let growth = growth.of_window(window, tokens.count);
         // First the checks that need only counts, then the list, which is as long as the caller's, then memory.
         let needed = arrangement.map_or(0, |arrangement| arrangement.capacity);
         if tokens.new_len > needed {
-            capacity_for(gpu, layer, shape, *growth, needed, tokens.new_len)?;
+            capacity_for(gpu, layer, shape, growth, needed, tokens.new_len)?;
         }
         let plan = tokens.plan(gpu)?;
         let mut change = match (arrangement, store) {
             (Some(arrangement), Some(store)) => {
-                arrangement.with_room(gpu, layer, store, *growth, tokens.new_len)?
+                arrangement.with_room(gpu, layer, store, growth, tokens.new_len)?
             }
-            _ => Self::first_room(gpu, layer, store, *growth, shape, tokens.new_len)?,
+            _ => Self::first_room(gpu, layer, store, growth, shape, tokens.new_len)?,
         };
         let rows = tokens.rows_after(&change.arrangement.rows);
         let lists = records::upload(gpu, &rows, plan.list().unwrap_or_default())?;
@@ -111,12 +129,14 @@ impl Arrangement for Ring {
         layer: usize,
         store: &Store,
         growth: &mut Growth,
-        new_len: usize,
+        (new_len, window): (usize, Option<Window>),
     ) -> Result<Option<Staged<Self>>> {
         if new_len <= self.capacity {
             return Ok(None);
         }
-        self.with_room(gpu, layer, store, *growth, new_len).map(Some)
+        let count = new_len.saturating_sub(self.rows.len());
+        let growth = growth.of_window(window, count);
+        self.with_room(gpu, layer, store, growth, new_len).map(Some)
     }
 
     fn stage_batch(
@@ -202,7 +222,10 @@ impl Ring {
             let fits = shape.tokens_in(shape.batch, store.bytes());
             let (needed, capacity) = match growth {
                 Growth::Static { tokens } => (tokens, tokens),
-                Growth::Dynamic { tokens } => (new_len.max(tokens), fits),
+                // Of a window no more than it needs, though there be more.
+                Growth::Dynamic { tokens, most } => {
+                    (new_len.max(tokens.min(most)), fits.min(most.max(new_len)))
+                }
             };
             if fits >= needed {
                 return Ok(Staged::unmoved(empty(capacity)));
@@ -263,10 +286,13 @@ impl Ring {
         growth: Growth,
     ) -> Result<usize> {
         match growth {
-            Growth::Static { tokens } => capacity_for(gpu, layer, shape, growth, 0, tokens),
+            Growth::Static { .. } => {
+                let growth = Growth::Static { tokens: self.capacity };
+                capacity_for(gpu, layer, shape, growth, 0, self.capacity)
+            }
             // Keep the room that there is, as far as it can be bound.
             Growth::Dynamic { .. } => {
-                let live = Growth::Dynamic { tokens: 0 };
+                let live = Growth::Dynamic { tokens: 0, most: usize::MAX };
                 capacity_for(gpu, layer, shape, live, 0, self.rows.len().max(1))?;
                 let limit = binding_limit(gpu.limits());
                 Ok(self.capacity.min(shape.tokens_in(shape.batch, [limit; 2])))
@@ -287,8 +313,9 @@ fn capacity_for(
     let fits = shape.tokens_in(shape.batch, [binding_limit(gpu.limits()); 2]);
     let (tokens, grown) = match growth {
         Growth::Static { tokens } => (tokens, (tokens <= fits).then_some(tokens)),
-        Growth::Dynamic { tokens } => {
-            let needed = needed.max(if capacity == 0 { tokens } else { 0 });
+        Growth::Dynamic { tokens, most } => {
+            let needed = needed.max(if capacity == 0 { tokens.min(most) } else { 0 });
+            let fits = fits.min(most.max(needed));
             (needed, plan::grown_capacity(capacity, needed, fits, LEAST_TOKENS))
         }
     };

@@ -40,6 +40,7 @@ mod surface;
 mod tables;
 mod threads;
 mod traces;
+mod windows;
 
 use std::sync::OnceLock;
 

@@ -14,7 +14,7 @@ use crate::rig::{Rig, same_bits, upload};
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
 /// Pages of one token, so that a table is large: 80 rows of 200 tokens fill a buffer of small data.
-fn options() -> CacheOptions {
+fn options() -> CacheOptions<'static> {
     CacheOptions::default().with_page_tokens(1)
 }
 

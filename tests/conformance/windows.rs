@@ -1,0 +1,365 @@
+//! Layers that keep what their window needs, beside layers that keep all.
+
+use wgpu_kvcache::{
+    Attention, AttentionOptions, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu,
+    KVCache, PagedKVCache, StaticKVCache, TensorView, WindowError,
+};
+
+use crate::attention::{Random, distance, upload as upload_floats};
+use crate::model::{Block, Model};
+use crate::rig::{compare, plain_gpu, upload};
+use crate::{gpu, kernels_run};
+
+const APPEND: CachePosition<'_> = CachePosition::Append;
+const HEADS: usize = 2;
+const DIM: usize = 4;
+/// The longest update.
+const CHUNK: usize = 9;
+/// Of layers 0 to 3.
+const WINDOWS: [Option<usize>; 4] = [Some(5), None, Some(1), Some(16)];
+
+/// A cache of each kind.
+fn caches(gpu: &Gpu, windows: &[Option<usize>], tokens: usize) -> Vec<(bool, Box<dyn KVCache>)> {
+    let plain = CacheOptions::default().with_windows(windows);
+    let fixed = plain.with_num_layers(windows.len()).with_max_cache_len(tokens);
+    let fixed = fixed.with_max_chunk(CHUNK);
+    let paged = |size| PagedKVCache::with_options(gpu, plain.with_page_tokens(size));
+    vec![
+        (true, Box::new(DynamicKVCache::with_options(gpu, plain).expect("options of the kind"))),
+        (true, Box::new(StaticKVCache::with_options(gpu, fixed).expect("options of the kind"))),
+        (false, Box::new(paged(1).expect("a power of two"))),
+        (false, Box::new(paged(4).expect("a power of two"))),
+    ]
+}
+
+/// What a layer must hold: its own tokens, and those of the same layer without a window.
+struct Layer {
+    window: Option<usize>,
+    own: Model,
+    whole: Model,
+}
+
+impl Layer {
+    /// Tokens that are gone for the window alone.
+    fn let_go(&self) -> usize {
+        self.whole.len(0) - self.own.len(0)
+    }
+
+    /// Whether, of `kept` tokens, counted without the window, all are there that the next query looks back on.
+    fn keeps_enough(&self, kept: usize) -> bool {
+        let Some(window) = self.window else { return true };
+        let is_cut = kept < self.whole.len(0);
+        !is_cut || (kept + 1).saturating_sub(window) >= self.let_go()
+    }
+
+    fn append(&mut self, key: &Block, value: &Block) {
+        self.own.crop(self.window.map_or(usize::MAX, |window| window - 1));
+        for model in [&mut self.own, &mut self.whole] {
+            model.update(0, key, value, APPEND).expect("it fits");
+        }
+    }
+
+    fn truncate(&mut self, kept: usize) {
+        let own = kept.saturating_sub(self.let_go());
+        self.own.truncate(own);
+        self.whole.truncate(kept);
+    }
+}
+
+struct Run<'a> {
+    gpu: &'a Gpu,
+    cache: Box<dyn KVCache>,
+    is_ring: bool,
+    layers: Vec<Layer>,
+    batch: usize,
+    longest: usize,
+}
+
+impl Run<'_> {
+    fn append(&mut self, tokens: usize, seed: &mut u64) {
+        self.longest = self.longest.max(tokens);
+        for (at, layer) in self.layers.iter_mut().enumerate() {
+            *seed += 2;
+            let shape = [self.batch, HEADS, tokens, DIM];
+            let [key, value] = [0, 1].map(|i| Block::noise(shape, 4, *seed + i));
+            let [k, v] = [&key, &value].map(|block| upload(self.gpu, DType::F32, block));
+            let view = self
+                .gpu
+                .submit_pass("append", |pass| {
+                    self.cache.update(pass, &k.view(), &v.view(), at, APPEND)
+                })
+                .unwrap_or_else(|error| panic!("layer {at}: {error}"));
+            layer.append(&key, &value);
+            assert_eq!(view.len(), layer.own.len(0), "layer {at}");
+        }
+    }
+
+    fn check(&self, context: &str) {
+        for (at, layer) in self.layers.iter().enumerate() {
+            let context = format!("{context}, layer {at}");
+            assert_eq!(self.cache.get_seq_length(at), Ok(layer.own.len(0)), "{context}");
+            // Positions go on counting as in the layer that keeps all.
+            let position = self.cache.get_next_position(at);
+            assert_eq!(position, self.cache.get_next_position(1), "{context}");
+            compare(self.cache.get(at).expect("submitted"), layer.own.get(0), &context);
+            let view = self.cache.view(at).expect("it exists");
+            if let (Some(window), Some(view)) = (layer.window, view) {
+                assert!(view.len() < window + self.longest, "{context}: {}", view.len());
+                // A static layer has memory for the longest update that it was made for.
+                let longest = self.longest.max(CHUNK);
+                assert!(
+                    !self.is_ring || view.capacity() <= window + longest,
+                    "{context}: room for {} tokens",
+                    view.capacity()
+                );
+            }
+        }
+    }
+}
+
+/// Histories of appends, cuts and changes of the batch: each layer holds what its window needs, bit for bit, and a
+/// roll-back past that is an error and changes nothing.
+#[test]
+fn layers_keep_what_their_windows_need_after_any_history() {
+    let gpus = [gpu(), plain_gpu(|_| ())];
+    let mut random = Random(61);
+    let mut seed = 0;
+    let mut refused = 0;
+    for history in 0..24 {
+        let gpu = &gpus[history % 2];
+        for (kind, (is_ring, cache)) in caches(gpu, &WINDOWS, 4000).into_iter().enumerate() {
+            let layers = WINDOWS.map(|window| Layer {
+                window,
+                own: Model::dynamic(),
+                whole: Model::dynamic(),
+            });
+            let layers = Vec::from(layers);
+            let batch = 1 + random.below(3);
+            let mut run = Run { gpu, cache, is_ring, layers, batch, longest: 0 };
+            for call in 0..30 {
+                let context = format!("history {history}, kind {kind}, call {call}");
+                let length = run.layers[1].own.len(0);
+                match random.below(10) {
+                    0..=4 => run.append(1 + random.below(CHUNK), &mut seed),
+                    5 => {
+                        let dropped = random.below(8);
+                        let kept = length.saturating_sub(dropped);
+                        let answer = run.cache.drop_latest(dropped);
+                        if run.layers.iter().all(|layer| layer.keeps_enough(kept)) {
+                            assert_eq!(answer, Ok(()), "{context}");
+                            run.layers.iter_mut().for_each(|layer| layer.truncate(kept));
+                        } else {
+                            refused += 1;
+                            let error = answer.expect_err("tokens are missing");
+                            assert!(
+                                matches!(error, Error::Window(WindowError::PastWindow { .. })),
+                                "{context}: {error}"
+                            );
+                        }
+                    }
+                    6 => {
+                        let kept = length.saturating_sub(random.below(4));
+                        let answer = run.cache.truncate_rows(&vec![kept; run.batch]);
+                        if run.layers.iter().all(|layer| layer.keeps_enough(kept)) {
+                            assert_eq!(answer, Ok(()), "{context}");
+                            run.layers.iter_mut().for_each(|layer| layer.truncate(kept));
+                        } else {
+                            assert!(answer.is_err(), "{context}");
+                        }
+                    }
+                    7 => {
+                        let kept = length.saturating_sub(random.below(3));
+                        if run.layers.iter().all(|layer| layer.keeps_enough(kept)) {
+                            run.cache.truncate(kept);
+                            run.layers.iter_mut().for_each(|layer| layer.truncate(kept));
+                        }
+                    }
+                    8 => {
+                        let most = random.below(25);
+                        run.cache.crop(most);
+                        for layer in &mut run.layers {
+                            layer.own.crop(most);
+                            layer.whole.crop(most);
+                        }
+                    }
+                    _ if run.longest > 0 => {
+                        let rows = 1 + random.below(3);
+                        let index = |_| u32::try_from(random.below(run.batch)).expect("few");
+                        let indices: Vec<u32> = (0..rows).map(index).collect();
+                        gpu.submit_pass("select", |pass| run.cache.reorder_cache(pass, &indices))
+                            .unwrap_or_else(|error| panic!("{context}: {error}"));
+                        for layer in &mut run.layers {
+                            for model in [&mut layer.own, &mut layer.whole] {
+                                model.select(&indices).expect("rows exist");
+                            }
+                        }
+                        run.batch = rows;
+                    }
+                    _ => {}
+                }
+                run.check(&context);
+            }
+        }
+    }
+    assert!(refused > 20, "{refused} roll-backs were refused");
+}
+
+/// A roll-back that cannot answer for itself changes nothing, and every later call says what was wrong, until a
+/// reset.
+#[test]
+fn a_truncation_past_a_window_is_said_by_every_later_call() {
+    let gpu = gpu();
+    for (_, mut cache) in caches(&gpu, &[Some(4), None], 100) {
+        let tokens = upload(&gpu, DType::F32, &Block::noise([1, HEADS, 9, DIM], 4, 3));
+        let append = |cache: &mut dyn KVCache| {
+            gpu.submit_pass("append", |pass| {
+                for layer in [0, 1] {
+                    cache.update(pass, &tokens.view(), &tokens.view(), layer, APPEND)?;
+                }
+                Ok::<_, Error>(())
+            })
+        };
+        append(cache.as_mut()).expect("it fits");
+        append(cache.as_mut()).expect("it fits");
+        // Live: 3 + 9 and 18. The latest update goes back whole, and one more token does not.
+        cache.truncate(9);
+        assert_eq!([cache.get_seq_length(0), cache.get_seq_length(1)], [Ok(3), Ok(9)]);
+        let past = Error::from(WindowError::PastWindow {
+            layer: 0,
+            window: 4,
+            live: 3,
+            most: 0,
+            asked: 1,
+        });
+        assert_eq!(cache.drop_latest(1), Err(past.clone()));
+        assert_eq!([cache.get_seq_length(0), cache.get_seq_length(1)], [Ok(3), Ok(9)]);
+        cache.truncate(8);
+        assert_eq!(cache.get_seq_length(1), Err(past.clone()));
+        assert_eq!(cache.get(0).map(|_| ()), Err(past.clone()));
+        assert_eq!(append(cache.as_mut()), Err(past));
+        cache.reset();
+        append(cache.as_mut()).expect("a reset cache is whole");
+        assert_eq!([cache.get_seq_length(0), cache.get_seq_length(1)], [Ok(9), Ok(9)]);
+    }
+}
+
+/// Attention with a window over a layer that keeps only that: as over one that keeps all, whatever the pieces.
+#[test]
+fn pieces_of_any_size_give_what_one_token_at_a_time_gives() {
+    let gpu = gpu();
+    let mut random = Random(67);
+    let total = 60;
+    for window in [1, 4, 7, 100] {
+        let [q, k, v] = [(); 3].map(|()| random.floats(total * HEADS * DIM, 1.0));
+        let mut one_by_one: Option<Vec<f64>> = None;
+        // With a window in the cache, and without: pieces of one, of 9 at most, and all the same.
+        let windows = [Some(window)];
+        let mut kinds = caches(&gpu, &windows, total);
+        kinds.extend(caches(&gpu, &[], total).into_iter().filter(|(is_ring, _)| !is_ring));
+        for (kind, (_, mut cache)) in kinds.into_iter().enumerate() {
+            let mut attention = Attention::new(&gpu);
+            for longest in [1, CHUNK] {
+                cache.reset();
+                let mut got = vec![0.0; total * HEADS * DIM];
+                let mut first = 0;
+                while first < total {
+                    let count = (1 + random.below(longest)).min(total - first);
+                    let row = HEADS * DIM;
+                    let part = |values: &[f32]| values[first * row..][..count * row].to_vec();
+                    let shape = [1, count, HEADS, DIM];
+                    let [q, k, v] = [&q, &k, &v]
+                        .map(|values| upload_floats(&gpu, DType::F32, &part(values), &shape));
+                    let output = upload_floats(&gpu, DType::F32, &vec![0.0; count * row], &shape);
+                    let [q, k, v, out] = [&q, &k, &v, &output].map(|tensor| {
+                        TensorView::bthd(tensor.buffer(), DType::F32, &shape).expect("a shape")
+                    });
+                    gpu.submit_pass("piece", |pass| {
+                        let view = cache.update(pass, &k, &v, 0, APPEND)?;
+                        let options = AttentionOptions::default().with_window(window);
+                        attention.record(pass, &q, &view, &out, options)
+                    })
+                    .unwrap_or_else(|error| panic!("{error}"));
+                    let read = crate::attention::read(&gpu, &output);
+                    got[first * row..][..count * row].copy_from_slice(&read);
+                    first += count;
+                }
+                if !kernels_run() {
+                    continue;
+                }
+                match &one_by_one {
+                    None => one_by_one = Some(got.into_iter().map(f64::from).collect()),
+                    Some(expected) => {
+                        let apart = distance(&got, expected);
+                        assert!(apart < 1e-6, "window {window}, kind {kind}, {longest}: {apart}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What a window cannot be, and updates longer than a static layer was made for.
+#[test]
+fn windows_and_updates_that_do_not_fit() {
+    let gpu = gpu();
+    let none = CacheOptions::default().with_windows(&[None, Some(0)]);
+    let error = DynamicKVCache::with_options(&gpu, none).expect_err("a window of nothing");
+    assert_eq!(error, WindowError::NoWindow { layer: 1 }.into());
+    let chunk = CacheOptions::default().with_max_chunk(4);
+    let error = DynamicKVCache::with_options(&gpu, chunk).expect_err("it grows");
+    assert!(matches!(error, Error::UnusedOption { option: "max_chunk", .. }), "{error}");
+    let options = CacheOptions::default().with_windows(&[Some(4)]);
+    let options = options.with_num_layers(1).with_max_cache_len(100);
+    let mut cache = StaticKVCache::with_options(&gpu, options).expect("all options");
+    let long = upload(&gpu, DType::F32, &Block::noise([1, HEADS, 5, DIM], 4, 3));
+    let append = |cache: &mut StaticKVCache| {
+        gpu.submit_pass("append", |pass| {
+            cache.update(pass, &long.view(), &long.view(), 0, APPEND).map(|view| view.capacity())
+        })
+    };
+    let refused = WindowError::ChunkTooLong { layer: 0, tokens: 5, most: 4, window: 4 }.into();
+    assert_eq!(append(&mut cache), Err(refused));
+    let mut cache =
+        StaticKVCache::with_options(&gpu, options.with_max_chunk(5)).expect("all options");
+    for _ in 0..30 {
+        // Never full: what is behind the window makes room.
+        assert_eq!(append(&mut cache), Ok(8));
+    }
+    assert_eq!((cache.get_seq_length(0), cache.get_next_position(0)), (Ok(8), Ok(150)));
+}
+
+/// The layers of Gemma 3 270M at 8,192 tokens, prefilled in pieces of 512: less than a third of a cache that keeps all.
+#[test]
+fn gemma_takes_less_than_a_third() {
+    let gpu = gpu();
+    let windows: Vec<Option<usize>> =
+        (0..18).map(|layer| (layer % 6 != 5).then_some(512)).collect();
+    let piece = upload_floats(&gpu, DType::F32, &vec![0.5; 512 * 256], &[1, 1, 512, 256]);
+    let bytes = |windows: &[Option<usize>]| {
+        let options = CacheOptions::default().with_windows(windows);
+        let fixed = options.with_num_layers(18).with_max_cache_len(8192);
+        let caches: [Box<dyn KVCache>; 3] = [
+            Box::new(DynamicKVCache::with_options(&gpu, options).expect("options of the kind")),
+            Box::new(StaticKVCache::with_options(&gpu, fixed).expect("options of the kind")),
+            Box::new(PagedKVCache::with_options(&gpu, options).expect("options of the kind")),
+        ];
+        caches.map(|mut cache| {
+            for _ in 0..16 {
+                gpu.submit_pass("piece", |pass| {
+                    for layer in 0..18 {
+                        cache
+                            .update(pass, &piece.view(), &piece.view(), layer, APPEND)
+                            .unwrap_or_else(|error| panic!("{error}"));
+                    }
+                });
+            }
+            cache.stats().bytes_allocated
+        })
+    };
+    let whole = bytes(&[]);
+    let windowed = bytes(&windows);
+    for (windowed, whole) in windowed.into_iter().zip(whole) {
+        assert_eq!(whole, 18 * 2 * 8192 * 256 * 4);
+        assert!(3 * windowed < whole, "{windowed} of {whole} bytes");
+    }
+}
