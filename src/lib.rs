@@ -48,6 +48,7 @@ pub use attention::{Attention, AttentionOptions, BitMask};
 pub use cache::dynamic::DynamicKVCache;
 pub use cache::encoder_decoder::{EncoderDecoderCache, Side};
 pub use cache::fixed::StaticKVCache;
+pub use cache::memory::{CacheKind, CacheLoad, CachePlan};
 pub use cache::options::CacheOptions;
 pub use cache::paged::PagedKVCache;
 pub use cache::sequences::{SequenceCache, Step};

@@ -4,8 +4,9 @@ use crate::cache::kind::implement_cache;
 use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::Result;
 use crate::gpu::Gpu;
+use crate::host::capacity::Growth;
 use crate::storage::layers::Layers;
-use crate::storage::ring::{Growth, Ring};
+use crate::storage::ring::Ring;
 
 /// A cache that grows: in tokens (doubling, so that a token is copied at most twice on average), in
 /// layers, and in batch rows. The bound is what the device can bind as one buffer.

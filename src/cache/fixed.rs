@@ -4,8 +4,9 @@ use crate::cache::kind::implement_cache;
 use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::host::capacity::Growth;
 use crate::storage::layers::Layers;
-use crate::storage::ring::{Growth, Ring};
+use crate::storage::ring::Ring;
 
 /// A cache of `num_layers` layers with room for `max_cache_len` tokens a row, allocated at a layer's
 /// first update. The buffers never change while the batch stays, so bind groups can be made once.

@@ -1,6 +1,7 @@
 //! What is decided on the host: positions, row moves, pages. Free of wgpu.
 
 pub(crate) mod batch;
+pub(crate) mod capacity;
 pub(crate) mod pages;
 pub(crate) mod plan;
 pub(crate) mod pool;

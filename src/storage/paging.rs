@@ -6,13 +6,12 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::binding_limit;
+use crate::host::capacity::{pages_of_window, pool_pages};
 use crate::host::pages::{PageMap, Wanted};
-use crate::host::plan;
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::Window;
 use crate::storage::layer::{Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite};
 use crate::storage::pool::{copy_pages, copy_pool, new_pool};
-use crate::storage::ring::LEAST_TOKENS;
 use crate::storage::store::{Shape, Store};
 use crate::storage::table::{Table, Tables, check_table};
 use crate::view::LayerView;
@@ -72,7 +71,8 @@ impl Paging {
         }
         if without_copies > fits {
             let bytes = shape.bytes(without_copies, self.page_tokens);
-            return Err(shape.too_large(gpu, layer, bytes, new_len, map.tokens_in(fits)));
+            let limit = binding_limit(gpu.limits());
+            return Err(shape.too_large(limit, layer, bytes, new_len, map.tokens_in(fits)));
         }
         if needed > fits {
             return Err(Error::PoolTooLarge {
@@ -88,25 +88,18 @@ impl Paging {
         Ok(needed.max(map.pool_pages()))
     }
 
-    /// Pages that the rows of a layer with a window use at most, for an update of `count` tokens.
-    fn most_of_window(&self, shape: Shape, window: Option<Window>, count: usize) -> usize {
-        let row = |window: Window| {
-            // The oldest live token may lie in the middle of a page.
-            window.most(count).div_ceil(self.page_tokens).saturating_add(1)
-        };
-        window.map_or(usize::MAX, |window| row(window).saturating_mul(shape.batch))
-    }
-
-    /// Pages for a pool that has `pool` of them and needs `needed`, where `fits` can be bound.
-    fn grown(&self, pool: usize, needed: usize, fits: usize) -> usize {
-        match self.most_pages {
-            // Made at once, so that the buffers never change.
-            Some(most) => most.min(fits),
-            None => {
-                let least = LEAST_TOKENS.div_ceil(self.page_tokens);
-                plan::grown_capacity(pool, needed, fits, least).unwrap_or(needed)
-            }
-        }
+    /// Pages for a pool that has `pool` of them and needs `needed`, for an update of `count` tokens.
+    fn grown(
+        &self,
+        gpu: &Gpu,
+        shape: Shape,
+        window: Option<Window>,
+        count: usize,
+        [pool, needed]: [usize; 2],
+    ) -> usize {
+        let of_window = pages_of_window(window, self.page_tokens, shape.batch, count);
+        let fits = self.fits(gpu, shape).min(of_window.max(needed));
+        pool_pages(self.most_pages, self.page_tokens, [pool, needed, fits])
     }
 
     /// Pages that the memory which a reset has left has room for, as far as they are used again: a pool of
@@ -203,9 +196,7 @@ impl Arrangement for Paged {
         let step = paging.tables.write(gpu, &from, &plan, count, rows)?;
         let mut change = Staged::unmoved(Self { shape, pool, table: step.to });
         if needed > pool {
-            let fits = paging.fits(gpu, shape);
-            let fits = fits.min(paging.most_of_window(shape, window, count).max(needed));
-            let pages = paging.grown(pool, needed, fits);
+            let pages = paging.grown(gpu, shape, window, count, [pool, needed]);
             change = change.arrangement.grow(gpu, layer, store, &from.map, pages)?;
         }
         let target = change.store.as_ref().or(store).expect("a pool that holds what is needed");
@@ -255,9 +246,7 @@ impl Arrangement for Paged {
         let mut staged = Staged::unmoved(self.clone());
         if needed > self.pool {
             let count = new_len.saturating_sub(map.rows().len());
-            let fits = paging.fits(gpu, shape);
-            let fits = fits.min(paging.most_of_window(shape, window, count).max(needed));
-            let pages = paging.grown(self.pool, needed, fits);
+            let pages = paging.grown(gpu, shape, window, count, [self.pool, needed]);
             staged = self.grow(gpu, layer, Some(store), map, pages)?;
         }
         staged.guards = table.guards().into_iter().flatten().map(Arc::clone).collect();

@@ -7,6 +7,7 @@ use crate::gpu::Gpu;
 use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{CopyShape, Dispatch, GatherShape, MOST_MOVES};
+use crate::host::capacity::Growth;
 use crate::host::plan;
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::Window;
@@ -14,34 +15,6 @@ use crate::storage::layer::{Arrangement, LayerState, NewTokens, Staged, StagedWr
 use crate::storage::records::{self, Records};
 use crate::storage::store::{Shape, Store};
 use crate::view::LayerView;
-
-/// How the memory of a ring comes to be.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Growth {
-    /// Grows, up to `most` tokens; a layer's first allocation has room for `tokens` at least.
-    Dynamic { tokens: usize, most: usize },
-    /// Has room for this many tokens from the start, and never more.
-    Static { tokens: usize },
-}
-
-impl Growth {
-    /// That of a layer with a window, for an update of `count` tokens.
-    fn of_window(self, window: Option<Window>, count: usize) -> Self {
-        let Some(window) = window else { return self };
-        match self {
-            Self::Dynamic { tokens, most } => {
-                Self::Dynamic { tokens, most: most.min(window.most(count)) }
-            }
-            Self::Static { tokens } => {
-                let chunk = window.max_chunk.unwrap_or(tokens);
-                Self::Static { tokens: tokens.min(window.most(chunk)) }
-            }
-        }
-    }
-}
-
-/// Tokens of a first allocation: small, and still room for a few steps.
-pub(crate) const LEAST_TOKENS: usize = 64;
 
 /// What a layer holds, and where.
 #[derive(Clone, Debug)]
@@ -310,17 +283,11 @@ fn capacity_for(
     capacity: usize,
     needed: usize,
 ) -> Result<usize> {
-    let fits = shape.tokens_in(shape.batch, [binding_limit(gpu.limits()); 2]);
-    let (tokens, grown) = match growth {
-        Growth::Static { tokens } => (tokens, (tokens <= fits).then_some(tokens)),
-        Growth::Dynamic { tokens, most } => {
-            let needed = needed.max(if capacity == 0 { tokens.min(most) } else { 0 });
-            let fits = fits.min(most.max(needed));
-            (needed, plan::grown_capacity(capacity, needed, fits, LEAST_TOKENS))
-        }
-    };
+    let limit = binding_limit(gpu.limits());
+    let fits = shape.tokens_in(shape.batch, [limit; 2]);
+    let (tokens, grown) = growth.capacity(capacity, needed, fits);
     grown.ok_or_else(|| {
         let needed = shape.bytes(shape.batch, tokens);
-        shape.too_large(gpu, layer, needed, tokens, fits)
+        shape.too_large(limit, layer, needed, tokens, fits)
     })
 }

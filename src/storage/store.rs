@@ -6,7 +6,6 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::BindGroups;
-use crate::gpu::device::binding_limit;
 use crate::gpu::own_buffers::OwnBuffer;
 use crate::host::rows::Rows;
 use crate::view::{LayerView, PageTable, RowTable};
@@ -70,11 +69,11 @@ impl Shape {
         }
     }
 
-    /// The refusal of a layer that needs `needed` bytes of K and of V for `tokens` tokens a row, where
+    /// The refusal, under a device's `limit` of bytes a buffer, of a layer that needs `needed` bytes of K and of V for `tokens` tokens a row, where
     /// `fits` would fit.
     pub(crate) fn too_large(
         &self,
-        gpu: &Gpu,
+        limit: u64,
         layer: usize,
         needed: Result<[u64; 2]>,
         tokens: usize,
@@ -83,7 +82,7 @@ impl Shape {
         Error::LayerTooLarge {
             layer,
             needed: needed.map_or(u64::MAX, |[key, value]| key.max(value)),
-            limit: binding_limit(gpu.limits()),
+            limit,
             tokens,
             fits,
             batch: self.batch,

@@ -16,9 +16,9 @@ type Low = (&'static str, fn(&mut Limits), u64, u64);
 const LOW: [Low; 14] = [
     (
         "max_storage_buffers_per_shader_stage",
-        |limits| limits.max_storage_buffers_per_shader_stage = 5,
-        5,
-        6,
+        |limits| limits.max_storage_buffers_per_shader_stage = 7,
+        7,
+        8,
     ),
     (
         "max_storage_buffer_binding_size",
@@ -50,7 +50,7 @@ const LOW: [Low; 14] = [
         8192,
     ),
     ("max_bind_groups", |it| it.max_bind_groups = 1, 1, 3),
-    ("max_bindings_per_bind_group", |it| it.max_bindings_per_bind_group = 3, 3, 4),
+    ("max_bindings_per_bind_group", |it| it.max_bindings_per_bind_group = 6, 6, 7),
     (
         "max_dynamic_storage_buffers_per_pipeline_layout",
         |it| it.max_dynamic_storage_buffers_per_pipeline_layout = 0,
@@ -82,7 +82,7 @@ fn a_device_below_what_the_kernels_need_is_refused() {
 #[test]
 fn a_device_with_just_what_the_kernels_need() {
     let gpu = plain_gpu(|limits| {
-        limits.max_storage_buffers_per_shader_stage = 6;
+        limits.max_storage_buffers_per_shader_stage = 8;
         limits.max_storage_buffer_binding_size = 64 << 10;
         limits.max_buffer_size = 64 << 10;
         limits.max_uniform_buffer_binding_size = 256;
@@ -92,7 +92,7 @@ fn a_device_with_just_what_the_kernels_need() {
         limits.max_compute_workgroup_size_z = 1;
         limits.max_compute_workgroup_storage_size = 8192;
         limits.max_bind_groups = 3;
-        limits.max_bindings_per_bind_group = 4;
+        limits.max_bindings_per_bind_group = 7;
         limits.max_dynamic_storage_buffers_per_pipeline_layout = 1;
         limits.max_dynamic_uniform_buffers_per_pipeline_layout = 1;
         limits.max_uniform_buffers_per_shader_stage = 1;

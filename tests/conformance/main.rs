@@ -23,6 +23,7 @@ mod model;
 mod others;
 mod pages;
 mod passes;
+mod plans;
 mod ragged;
 mod ragged_attention;
 mod readbacks;

@@ -1,8 +1,9 @@
 //! Layers that keep what their window needs, beside layers that keep all.
 
 use wgpu_kvcache::{
-    Attention, AttentionOptions, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu,
-    KVCache, PagedKVCache, StaticKVCache, TensorView, WindowError,
+    Attention, AttentionOptions, CacheKind, CacheLoad, CacheOptions, CachePlan, CachePosition,
+    DType, DynamicKVCache, Error, Gpu, KVCache, LayerShape, PagedKVCache, StaticKVCache,
+    TensorView, WindowError,
 };
 
 use crate::attention::{Random, distance, upload as upload_floats};
@@ -337,13 +338,26 @@ fn gemma_takes_less_than_a_third() {
     let piece = upload_floats(&gpu, DType::F32, &vec![0.5; 512 * 256], &[1, 1, 512, 256]);
     let bytes = |windows: &[Option<usize>]| {
         let options = CacheOptions::default().with_windows(windows);
-        let fixed = options.with_num_layers(18).with_max_cache_len(8192);
+        let planned = options.with_max_cache_len(8192);
+        let plans = [
+            (CacheKind::Dynamic, options),
+            (CacheKind::Static, planned),
+            (CacheKind::Paged, options),
+        ];
+        let load = CacheLoad { batch: 1, tokens: 8192, chunk: 512 };
+        let layer = LayerShape { dtype: DType::F32, heads: 1, key_dim: 256, value_dim: 256 };
+        let limits = gpu.device().limits();
+        let foreseen = plans.map(|(kind, options)| {
+            let plan = CachePlan::new(kind, &[layer; 18], options, load, &limits);
+            plan.expect("it is counted").bytes_allocated()
+        });
+        let fixed = planned.with_num_layers(18);
         let caches: [Box<dyn KVCache>; 3] = [
             Box::new(DynamicKVCache::with_options(&gpu, options).expect("options of the kind")),
             Box::new(StaticKVCache::with_options(&gpu, fixed).expect("options of the kind")),
             Box::new(PagedKVCache::with_options(&gpu, options).expect("options of the kind")),
         ];
-        caches.map(|mut cache| {
+        let taken = caches.map(|mut cache| {
             for _ in 0..16 {
                 gpu.submit_pass("piece", |pass| {
                     for layer in 0..18 {
@@ -354,7 +368,9 @@ fn gemma_takes_less_than_a_third() {
                 });
             }
             cache.stats().bytes_allocated
-        })
+        });
+        assert_eq!(taken, foreseen, "as planned");
+        taken
     };
     let whole = bytes(&[]);
     let windowed = bytes(&windows);

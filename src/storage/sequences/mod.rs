@@ -14,13 +14,13 @@ use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{AppendShape, LayerShape, MOST_MOVES, Positions};
 use crate::gpu::ledger::Ledger;
 use crate::gpu::readback::Readback;
+use crate::host::capacity::pool_pages;
 use crate::host::plan;
 use crate::host::rows::{Rows, Span};
 use crate::host::sequences::{Sequences, StagedStep, StepLimits};
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
 use crate::storage::pool::{copy_pages, copy_pool, new_pool};
-use crate::storage::ring::LEAST_TOKENS;
 use crate::storage::step::{RowLists, StepBlock, StepData};
 use crate::storage::store::{Shape, Store};
 use crate::tensor::{HostTensor, TensorView};
@@ -351,14 +351,7 @@ impl SequenceLayers {
         if needed <= self.pool && !self.stores.is_empty() {
             return Ok(None);
         }
-        let pages = match self.limits.most_pages {
-            // Made at once, so that the buffers never change.
-            Some(most) => most.min(fits).max(needed),
-            None => {
-                let least = LEAST_TOKENS.div_ceil(size);
-                plan::grown_capacity(self.pool, needed, fits, least).unwrap_or(needed)
-            }
-        };
+        let pages = pool_pages(self.limits.most_pages, size, [self.pool, needed, fits]);
         let shapes = self.shapes.iter().enumerate();
         let stores: Result<Vec<Store>> =
             shapes.map(|(layer, &shape)| new_pool(&self.gpu, layer, shape, size, pages)).collect();
@@ -413,7 +406,7 @@ fn bytes_of(stores: &[Store]) -> u64 {
 }
 
 /// The shape of a page's tokens.
-fn shape_of(layer: &LayerShape) -> Result<Shape> {
+pub(crate) fn shape_of(layer: &LayerShape) -> Result<Shape> {
     let LayerShape { dtype, heads, key_dim, value_dim } = *layer;
     let extents = [heads, key_dim, value_dim];
     if extents.contains(&0) {
