@@ -233,6 +233,17 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
         self.self_attention.drop_latest(tokens)
     }
 
+    /// Of the self-attention side.
+    fn keep_latest(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        tokens: usize,
+        keep: &[u32],
+    ) -> Result<()> {
+        let_go(&mut self.cross_attention);
+        self.self_attention.keep_latest(pass, tokens, keep)
+    }
+
     fn prepare_batch(&mut self, change: BatchChange<'_>) -> Result<()> {
         let prepared = self.self_attention.prepare_batch(change);
         let prepared = prepared.and_then(|()| match self.is_shared {

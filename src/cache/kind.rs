@@ -31,6 +31,15 @@ macro_rules! implement_cache {
                 self.layers.drop_latest(tokens)
             }
 
+            fn keep_latest(
+                &mut self,
+                pass: &mut wgpu::ComputePass<'_>,
+                tokens: usize,
+                keep: &[u32],
+            ) -> crate::error::Result<()> {
+                self.layers.keep_latest(pass, tokens, keep)
+            }
+
             fn prepare_batch(
                 &mut self,
                 change: crate::host::batch::BatchChange<'_>,

@@ -118,6 +118,34 @@ pub trait Cache {
         Err(crate::Error::NotSupported { what: "drop_latest()" })
     }
 
+    /// Of the latest `tokens` tokens of every row, in every layer that was written, keeps those at `keep`, in this
+    /// order; 0 is the oldest of them. After a tree of drafted tokens was verified
+    /// ([`BitMask::words_of_tree`](crate::BitMask::words_of_tree)), this keeps the accepted path. The tokens are copied
+    /// through new memory that goes with the pass.
+    ///
+    /// Absolute positions follow: the next token comes behind those that were kept, which stand where the first
+    /// dropped one stood. K that holds rotations of other positions is the engine's to mend.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PositionOutOfBounds`] for an index past `tokens`, [`Error::TooFewTokens`] if a layer has fewer live
+    /// ones, [`WindowError::PastWindow`](crate::WindowError::PastWindow), [`Error::NotSupported`] if rows differ in
+    /// length; those of an append; none of them changes anything. A cache of one's own that does not have this method answers
+    /// [`Error::NotSupported`].
+    ///
+    /// [`Error::PositionOutOfBounds`]: crate::Error::PositionOutOfBounds
+    /// [`Error::TooFewTokens`]: crate::Error::TooFewTokens
+    /// [`Error::NotSupported`]: crate::Error::NotSupported
+    fn keep_latest(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        tokens: usize,
+        keep: &[u32],
+    ) -> Result<()> {
+        let _ = (pass, tokens, keep);
+        Err(crate::Error::NotSupported { what: "keep_latest()" })
+    }
+
     /// Checks a change of the batch and allocates all that it needs, so that the same change, made
     /// next, cannot fail for want of room. Alters nothing that can be seen. To prepare the same change again
     /// keeps what was prepared; any other call that takes the cache mutably lets go of it.

@@ -74,6 +74,7 @@ impl Error {
             | Self::AttentionShape { .. }
             | Self::AttentionOption { .. }
             | Self::SharedMemory { .. }
+            | Self::TooFewTokens { .. }
             | Self::AttentionTooLarge { .. }
             | Self::OutputIsRead { .. }
             | Self::OutputOverlapsQuery { .. }

@@ -2,10 +2,12 @@
 //! host or the GPU.
 
 mod kind;
+mod make;
 mod sequence;
 mod window;
 
 pub use kind::{ErrorKind, Reason};
+use make::{byte_count, range};
 pub use sequence::SequenceError;
 pub use window::WindowError;
 
@@ -402,6 +404,19 @@ pub enum Error {
         other: [usize; 4],
     },
 
+    /// Fewer tokens than the latest ones of which some are to be kept.
+    #[error(
+        "the latest {asked} tokens were named, but layer {layer} has {live} live ones in each row; name at most {live}"
+    )]
+    TooFewTokens {
+        /// The layer.
+        layer: usize,
+        /// Its live tokens.
+        live: usize,
+        /// Tokens that were named.
+        asked: usize,
+    },
+
     /// Memory of several batch rows for the cross side of a cache whose rows share one.
     #[error(
         "the memory has {batch} batch rows, and this cache shares one among all rows of the decoder; hand in one row, or make the cache without with_shared_memory()"
@@ -631,33 +646,4 @@ pub enum Error {
         #[source]
         reason: Reason,
     },
-}
-
-impl Error {
-    /// A count that does not fit its integer type.
-    pub(crate) fn overflow(what: &'static str, asked: String, limit: u64) -> Self {
-        Self::SizeOverflow { what, asked, limit }
-    }
-
-    /// A count that does not fit 32 bits.
-    pub(crate) fn too_many(what: &'static str, asked: u64) -> Self {
-        Self::overflow(what, asked.to_string(), u64::from(u32::MAX))
-    }
-}
-
-/// A number of bytes as text; `u64::MAX` means that it is too large to count.
-fn byte_count(bytes: u64) -> String {
-    match bytes {
-        u64::MAX => "more than 2^64 bytes".to_owned(),
-        _ => format!("{bytes} bytes"),
-    }
-}
-
-/// The valid indices below `count`, as text.
-fn range(count: usize) -> String {
-    match count {
-        0 => "none".to_owned(),
-        1 => "0 alone".to_owned(),
-        _ => format!("0 to {}", count - 1),
-    }
 }

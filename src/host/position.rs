@@ -314,6 +314,12 @@ pub(crate) fn rows_after(position: CachePosition<'_>, rows: &Rows, new_len: usiz
     rows.written(new_len, Some(&ends))
 }
 
+/// The plan of an append of some tokens of a source, `kept` in this order, behind `len` tokens of equal rows.
+pub(crate) fn plan_kept(kept: &[u32], len: usize) -> WritePlan {
+    let pairs = (narrow(len)..).zip(kept).map(|(position, &token)| [position, token]).collect();
+    list(vec![(pairs, 0..0)])
+}
+
 /// Named positions and a gap a list, as a kernel reads them.
 fn list(lists: Vec<(Vec<[u32; 2]>, Range<usize>)>) -> WritePlan {
     let longest = lists.iter().map(|(list, _)| list.len()).max().unwrap_or(0);

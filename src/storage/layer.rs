@@ -3,188 +3,49 @@
 //! A change is staged first: everything is checked, allocated and prepared, and nothing is altered. A
 //! staged change cannot fail any more; committing it records its dispatches and moves the layer on.
 //!
-//! Kinds differ in how the tokens lie in the memory: see [`Arrangement`].
-
-use std::fmt::Debug;
+//! Kinds differ in how the tokens lie in the memory: see [`Arrangement`](crate::storage::arrangement::Arrangement).
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::gpu::arena::{Allocation, RegionGuard};
+use crate::gpu::arena::RegionGuard;
 use crate::gpu::bind_groups::Purpose;
 use crate::gpu::call::Call;
-use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AppendShape, Dispatch, Positions};
+use crate::gpu::kernels::{AppendShape, Positions};
 use crate::host::position::{self, CachePosition, WritePlan};
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::Window;
+use crate::storage::arrangement::{
+    Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite,
+};
 use crate::storage::store::{Shape, Store};
-use crate::tensor::TensorView;
+use crate::tensor::{Source, TensorView};
 use crate::view::LayerView;
 
-/// How the tokens of a written layer lie in its memory: in rings or in pages.
-pub(crate) trait Arrangement: Clone + Debug + Sized {
-    /// What the kind decides about its layers.
-    type Policy: Debug;
-
-    /// Tokens that a row holds at most, where that is fixed.
-    fn bound(policy: &Self::Policy) -> Option<usize>;
-
-    fn shape(&self) -> Shape;
-
-    /// Live tokens of each row.
-    fn rows(&self) -> &Rows;
-
-    /// A view. Uploads the records of ragged rows if they are not on the GPU yet.
-    fn view(&self, gpu: &Gpu, store: &Store) -> Result<LayerView>;
-
-    fn cut(&mut self, policy: &mut Self::Policy, cut: &Cut);
-
-    /// Where the table of pages and the records of rows lie that views have shown.
-    fn guards(&self) -> [Option<&RegionGuard>; 2];
-
-    /// Pages in use, shared and free; nothing for a ring.
-    fn pages(&self) -> PageCounts {
-        PageCounts::default()
-    }
-
-    /// Pages in use alone, which takes no counting.
-    fn pages_used(&self) -> u64 {
-        0
-    }
-
-    /// Finds memory for new tokens: the layer's own, what a reset has left, or new memory that the live
-    /// tokens are copied to.
-    fn stage_write(
-        state: LayerState<'_, Self>,
-        policy: &mut Self::Policy,
-        shape: Shape,
-        tokens: NewTokens<'_>,
-    ) -> Result<StagedWrite<Self>>;
-
-    /// Refuses a change to `batch` rows that has no room, from counts alone.
-    fn check_batch(
-        &self,
-        gpu: &Gpu,
-        layer: usize,
-        policy: &Self::Policy,
-        batch: usize,
-    ) -> Result<()>;
-
-    /// Stages a change of the batch: new row `i` becomes old row `map[i]`, which is not the identity.
-    fn stage_batch(
-        &self,
-        gpu: &Gpu,
-        layer: usize,
-        store: &Store,
-        policy: &mut Self::Policy,
-        map: &[u32],
-    ) -> Result<Staged<Self>>;
-
-    /// Stages room for appends up to `new_len` tokens; `None` where it is there.
-    fn stage_reserve(
-        &self,
-        gpu: &Gpu,
-        layer: usize,
-        store: &Store,
-        policy: &mut Self::Policy,
-        room: (usize, Option<Window>),
-    ) -> Result<Option<Staged<Self>>>;
-}
-
-/// A layer before a change.
-#[derive(Debug)]
-pub(crate) struct LayerState<'a, L> {
-    pub(crate) gpu: &'a Gpu,
-    pub(crate) layer: usize,
-    pub(crate) store: Option<&'a Store>,
-    /// Without the tokens that the layer lets go for this change.
-    pub(crate) arrangement: Option<&'a L>,
-    pub(crate) window: Option<Window>,
-}
-
-/// The positions and counts of new tokens, checked.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct NewTokens<'a> {
-    pub(crate) position: CachePosition<'a>,
-    /// Batch rows, and tokens in each.
-    pub(crate) batch: usize,
-    pub(crate) count: usize,
-    /// The rows before, and the length of the layer afterwards.
-    pub(crate) rows: &'a Rows,
-    pub(crate) new_len: usize,
-}
-
-impl NewTokens<'_> {
-    /// Which token goes to which position. As long as the positions that the caller names, so it is made after
-    /// all checks that need only counts. Refuses a list that is too long for a kernel before it makes it.
-    pub(crate) fn plan(&self, gpu: &Gpu) -> Result<WritePlan> {
-        let (counts, limit) = ([self.batch, self.count], binding_limit(gpu.limits()));
-        position::check_list(self.position, counts, self.rows, limit)?;
-        Ok(position::plan_write(self.position, counts, self.rows, self.new_len))
-    }
-
-    /// The rows afterwards, of rows that are as those before but for their starts.
-    pub(crate) fn rows_after(&self, rows: &Rows) -> Rows {
-        position::rows_after(self.position, rows, self.new_len)
-    }
-}
-
-/// Memory for new tokens, and which of them goes where.
-#[derive(Debug)]
-pub(crate) struct StagedWrite<L> {
-    /// What must run before the tokens are written, and what the layer is afterwards.
-    pub(crate) change: Staged<L>,
-    pub(crate) plan: WritePlan,
-    /// The upload that holds the plan's list, the page table and the records of rows, and the word at which the
-    /// list begins.
-    pub(crate) lists: Option<(Allocation, u32)>,
-}
-
-/// Pages of a layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct PageCounts {
-    /// Referenced by a row at least.
-    pub(crate) used: u64,
-    /// Referenced by several.
-    pub(crate) shared: u64,
-    /// In the pool, and referenced by none.
-    pub(crate) free: u64,
+/// New K and V of a layer, checked, and how many tokens of each row they are.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub(super) key: &'a TensorView<'a>,
+    pub(super) value: &'a TensorView<'a>,
+    pub(super) sources: &'a [Source; 2],
+    pub(super) tokens: usize,
 }
 
 /// One layer of a cache.
 #[derive(Debug)]
 pub(crate) struct Layer<L> {
-    index: usize,
+    pub(super) index: usize,
     /// Kept by a reset, for reuse.
-    store: Option<Store>,
+    pub(super) store: Option<Store>,
     /// `None` until the first update, and after a reset.
-    arrangement: Option<L>,
+    pub(super) arrangement: Option<L>,
     /// What it keeps, if not all.
-    window: Option<Window>,
+    pub(super) window: Option<Window>,
     /// Tokens before the live ones that are gone since the last reset: dropped by crops, or let go for the window.
     cropped: usize,
     /// Those of them that would be live in a layer without a window: the latest.
-    let_go: usize,
+    pub(super) let_go: usize,
     /// What views before cuts have shown, until a pass is recorded behind all that may read it.
     retired: Vec<RegionGuard>,
-}
-
-/// A change that is ready to happen.
-#[derive(Debug)]
-#[must_use = "nothing happens until the change is committed"]
-pub(crate) struct Staged<L> {
-    pub(crate) dispatches: Vec<Dispatch>,
-    /// Dispatches that were handed over.
-    pub(crate) recorded: u64,
-    /// Memory that replaces the layer's own.
-    pub(crate) store: Option<Store>,
-    pub(crate) arrangement: L,
-    /// Tokens that the layer lets go for its window.
-    pub(crate) let_go: usize,
-    /// Bytes that the dispatches write.
-    pub(crate) moved: u64,
-    /// What earlier work and views read, and must find in place until the pass has run.
-    pub(crate) guards: Vec<RegionGuard>,
 }
 
 /// What a committed change did, for the statistics.
@@ -192,19 +53,6 @@ pub(crate) struct Staged<L> {
 pub(crate) struct Effect {
     pub(crate) dispatches: u64,
     pub(crate) moved: u64,
-}
-
-impl<L> Staged<L> {
-    /// A change that moves nothing.
-    pub(crate) fn unmoved(arrangement: L) -> Self {
-        let (dispatches, guards) = (Vec::new(), Vec::new());
-        Self { dispatches, recorded: 0, store: None, arrangement, let_go: 0, moved: 0, guards }
-    }
-
-    /// Bytes of new memory.
-    pub(crate) fn allocated(&self) -> u64 {
-        self.store.as_ref().map_or(0, |store| store.bytes().iter().sum())
-    }
 }
 
 impl<L: Arrangement> Layer<L> {
@@ -375,7 +223,7 @@ impl<L: Arrangement> Layer<L> {
         let rows = arrangement.map_or(&empty, L::rows);
         let let_go = live - rows.len();
         let new_len = position::check(position, batch, count, rows.len(), bound)?;
-        let tokens = NewTokens { position, batch, count, rows, new_len };
+        let tokens = NewTokens { position, batch, count, rows, new_len, kept: None };
 
         let state = LayerState {
             gpu,
@@ -384,7 +232,23 @@ impl<L: Arrangement> Layer<L> {
             arrangement,
             window: self.window,
         };
-        let StagedWrite { mut change, plan, lists } = L::stage_write(state, policy, shape, tokens)?;
+        let written = L::stage_write(state, policy, shape, tokens)?;
+        let inputs = Inputs { key, value, sources: &sources, tokens: count };
+        let (mut change, view) = self.stage_append(gpu, written, shape, &inputs)?;
+        change.let_go = let_go;
+        Ok((change, view))
+    }
+
+    /// Stages the append of tokens whose places are found. Returns the layer's view afterwards as well.
+    pub(super) fn stage_append(
+        &self,
+        gpu: &Gpu,
+        written: StagedWrite<L>,
+        shape: Shape,
+        inputs: &Inputs<'_>,
+    ) -> Result<(Staged<L>, LayerView)> {
+        let StagedWrite { mut change, plan, lists } = written;
+        let Inputs { key, value, sources, tokens } = *inputs;
         let store = change.store.as_ref().or(self.store.as_ref());
         let store = store.expect("a staged write has memory");
         let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
@@ -395,16 +259,15 @@ impl<L: Arrangement> Layer<L> {
         let append = AppendShape {
             key: &sources[0],
             value: &sources[1],
-            tokens: count,
+            tokens,
             positions: positions(&plan, lists.as_ref().map_or(0, |(_, at)| *at))?,
             target: &view,
             lists: lists.as_ref().map(|(allocation, _)| allocation),
         };
         let append = gpu.kernels().append(bindings, &append)?;
-        let written = plan.written(shape.batch, count).saturating_mul(shape.heads as u64);
+        let written = plan.written(shape.batch, tokens).saturating_mul(shape.heads as u64);
         let written = shape.row_bytes().map(|row| row.saturating_mul(written));
         change.dispatches.push(append);
-        change.let_go = let_go;
         change.moved += written.iter().sum::<u64>();
         Ok((change, view))
     }

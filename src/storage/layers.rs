@@ -15,15 +15,16 @@ use crate::host::position::CachePosition;
 use crate::host::rows::Cut;
 use crate::host::window::Window;
 use crate::stats::Stats;
-use crate::storage::layer::{Arrangement, Effect, Layer, PageCounts, Staged};
+use crate::storage::arrangement::{Arrangement, PageCounts, Staged};
+use crate::storage::layer::{Effect, Layer};
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::{LayerView, Owner};
 
 /// Layers under one policy, with their device.
 #[derive(Debug)]
 pub(crate) struct Layers<L: Arrangement> {
-    gpu: Gpu,
-    policy: L::Policy,
+    pub(super) gpu: Gpu,
+    pub(super) policy: L::Policy,
     /// Where the number of layers is fixed.
     num_layers: Option<usize>,
     /// The window of each layer, the first layer's first; layers past the last one keep all.
@@ -31,9 +32,9 @@ pub(crate) struct Layers<L: Arrangement> {
     /// A roll-back past what a window has kept, since the last reset.
     past_window: Option<Error>,
     /// By index. A layer stands here once an update has named it.
-    layers: BTreeMap<usize, Layer<L>>,
+    pub(super) layers: BTreeMap<usize, Layer<L>>,
     ledger: Ledger,
-    prepared: Option<Prepared<L>>,
+    pub(super) prepared: Option<Prepared<L>>,
     /// Whether the batch has been changed since the last reset: layers not written then took no part.
     is_batch_changed: bool,
     dispatches: u64,
@@ -45,7 +46,7 @@ pub(crate) struct Layers<L: Arrangement> {
 
 /// A change of the batch that is ready, and what it was prepared for.
 #[derive(Debug)]
-struct Prepared<L> {
+pub(super) struct Prepared<L> {
     change: OwnedChange,
     /// One for each layer; `None` where a layer stays as it is.
     staged: Vec<Option<Staged<L>>>,
@@ -247,7 +248,7 @@ impl<L: Arrangement> Layers<L> {
     }
 
     /// Makes changes of all layers happen, one for each; `None` where a layer stays as it is.
-    fn commit_all(
+    pub(super) fn commit_all(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
         mut staged: Vec<Option<Staged<L>>>,
@@ -375,7 +376,7 @@ impl<L: Arrangement> Layers<L> {
     }
 
     /// Refuses to write on where passes were lost, and makes what recording needs.
-    fn check_writable(&self) -> Result<()> {
+    pub(super) fn check_writable(&self) -> Result<()> {
         self.check_whole()?;
         self.ledger.prepare(self.gpu.uploads())
     }
@@ -387,7 +388,7 @@ impl<L: Arrangement> Layers<L> {
     }
 
     /// Refuses a pass of a device that is lost, and one that would run before what was recorded last.
-    fn check_pass(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
+    pub(super) fn check_pass(&self, pass: &wgpu::ComputePass<'_>) -> Result<()> {
         self.gpu.handle().check_alive_for(pass)?;
         self.ledger.check_pass(pass)
     }

@@ -1,5 +1,7 @@
 //! A layer's memory in its two arrangements, rings and pages, and the changes that are made of it.
 
+pub(crate) mod arrangement;
+mod keep;
 pub(crate) mod layer;
 pub(crate) mod layers;
 pub(crate) mod paging;

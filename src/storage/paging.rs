@@ -10,7 +10,9 @@ use crate::host::capacity::{pages_of_window, pool_pages};
 use crate::host::pages::{PageMap, Wanted};
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::Window;
-use crate::storage::layer::{Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite};
+use crate::storage::arrangement::{
+    Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite,
+};
 use crate::storage::pool::{copy_pages, copy_pool, new_pool};
 use crate::storage::store::{Shape, Store};
 use crate::storage::table::{Table, Tables, check_table};

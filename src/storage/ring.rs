@@ -11,7 +11,7 @@ use crate::host::capacity::Growth;
 use crate::host::plan;
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::Window;
-use crate::storage::layer::{Arrangement, LayerState, NewTokens, Staged, StagedWrite};
+use crate::storage::arrangement::{Arrangement, LayerState, NewTokens, Staged, StagedWrite};
 use crate::storage::records::{self, Records};
 use crate::storage::store::{Shape, Store};
 use crate::view::LayerView;

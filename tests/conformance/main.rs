@@ -15,6 +15,7 @@ mod faults;
 mod foreign;
 mod histories;
 mod inputs;
+mod keep;
 mod kinds;
 mod layouts;
 mod limits;

@@ -1,0 +1,32 @@
+//! Errors of counts, and parts of messages.
+
+use super::Error;
+
+impl Error {
+    /// A count that does not fit its integer type.
+    pub(crate) fn overflow(what: &'static str, asked: String, limit: u64) -> Self {
+        Self::SizeOverflow { what, asked, limit }
+    }
+
+    /// A count that does not fit 32 bits.
+    pub(crate) fn too_many(what: &'static str, asked: u64) -> Self {
+        Self::overflow(what, asked.to_string(), u64::from(u32::MAX))
+    }
+}
+
+/// A number of bytes as text; `u64::MAX` means that it is too large to count.
+pub(super) fn byte_count(bytes: u64) -> String {
+    match bytes {
+        u64::MAX => "more than 2^64 bytes".to_owned(),
+        _ => format!("{bytes} bytes"),
+    }
+}
+
+/// The valid indices below `count`, as text.
+pub(super) fn range(count: usize) -> String {
+    match count {
+        0 => "none".to_owned(),
+        1 => "0 alone".to_owned(),
+        _ => format!("0 to {}", count - 1),
+    }
+}
