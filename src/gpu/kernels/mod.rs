@@ -8,6 +8,7 @@ mod gather;
 mod limits;
 mod params;
 mod repeat_interleave;
+mod spread;
 mod variant;
 
 use std::collections::HashMap;
@@ -15,10 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use ahead::{CompileScope, LayerShape};
 pub(crate) use append::{AppendShape, Positions};
-pub(crate) use attention::{AttentionShape, Has, Items, MOST_DIM, ROWS, Rules, most_tokens};
+pub(crate) use attention::{AttentionShape, Has, Items, ROWS, Rules};
 pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;
+pub(crate) use spread::{MOST_DIM, most_tokens};
 pub(crate) use variant::Unit;
 use variant::{ParamsPath, Variant};
 
