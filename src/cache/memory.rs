@@ -100,6 +100,13 @@ impl CachePlan {
             let window = windows.get(at).copied().flatten();
             simulated.push(Simulated::new(at, shape, window, rule, limit));
         }
+        if kind == CacheKind::Sequences {
+            let pages: Vec<_> = simulated.iter().map(|it| (it.window, it.pages())).collect();
+            for layer in &mut simulated {
+                let group = pages.iter().filter(|(window, _)| *window == layer.window);
+                layer.most_pages = group.map(|(_, pages)| *pages).min().unwrap_or_default();
+            }
+        }
         let mut plan = Self {
             kind,
             bytes_allocated: 0,
@@ -110,26 +117,36 @@ impl CachePlan {
             longest: None,
             misfit: None,
         };
+        // Layers whose old memory is replaced together: one by one, or those of a window.
+        let mut groups: Vec<(Option<Window>, Memory)> = Vec::new();
         let mut left = tokens;
         while left > 0 {
             let count = left.min(chunk);
             left -= count;
-            let mut step_bytes = 0;
+            for (_, memory) in &mut groups {
+                memory.begin();
+            }
             for layer in &mut simulated {
                 let Some(new) = layer.update(count, &mut plan.misfit)? else { continue };
                 let bytes = new[0].saturating_add(new[1]);
-                step_bytes += bytes;
-                // Old and new memory are there together; pools of sequences grow all at once.
-                let beside = if kind == CacheKind::Sequences { step_bytes } else { bytes };
-                let peak = plan.bytes_allocated.saturating_add(beside);
-                plan.peak_bytes_allocated = plan.peak_bytes_allocated.max(peak);
-                if kind != CacheKind::Sequences {
-                    plan.bytes_allocated += bytes - layer.hold(new);
+                if kind == CacheKind::Sequences {
+                    let at = groups.iter().position(|(window, _)| *window == layer.window);
+                    let at = at.unwrap_or_else(|| {
+                        groups.push((layer.window, Memory::default()));
+                        groups.len() - 1
+                    });
+                    groups[at].1.replace(bytes);
+                } else {
+                    // Old and new memory are there together.
+                    let peak = plan.bytes_allocated.saturating_add(bytes);
+                    plan.peak_bytes_allocated = plan.peak_bytes_allocated.max(peak);
+                    plan.bytes_allocated += bytes - layer.hold(bytes);
                 }
             }
-            if kind == CacheKind::Sequences && step_bytes > 0 {
-                plan.bytes_allocated = step_bytes;
-            }
+        }
+        for (_, memory) in &groups {
+            plan.bytes_allocated += memory.held();
+            plan.peak_bytes_allocated += memory.peak;
         }
         for layer in &simulated {
             plan.largest_buffer = plan.largest_buffer.max(layer.largest());
@@ -223,7 +240,7 @@ impl Rule {
                 Ok(Self::Ring { growth: Growth::Static { tokens }, bound: Some(tokens) })
             }
             CacheKind::Paged => pages(options.check("PagedKVCache", &paged)?),
-            CacheKind::Sequences => pages(options.check("SequenceCache", &paged[..3])?),
+            CacheKind::Sequences => pages(options.check("SequenceCache", &paged)?),
         }
     }
 }
@@ -244,7 +261,34 @@ struct Simulated {
     capacity: usize,
     used: usize,
     highest: usize,
-    held: [u64; 2],
+    held: u64,
+    /// Pages that the layer with the largest ones can bind, of those that share a table.
+    most_pages: usize,
+}
+
+/// Memory of layers that is replaced all at once.
+#[derive(Clone, Copy, Debug, Default)]
+struct Memory {
+    old: u64,
+    new: u64,
+    peak: u64,
+}
+
+impl Memory {
+    fn held(self) -> u64 {
+        if self.new > 0 { self.new } else { self.old }
+    }
+
+    /// A step begins, with what is there.
+    fn begin(&mut self) {
+        (self.old, self.new) = (self.held(), 0);
+    }
+
+    /// A layer takes new memory in this step.
+    fn replace(&mut self, bytes: u64) {
+        self.new = self.new.saturating_add(bytes);
+        self.peak = self.peak.max(self.old.saturating_add(self.new));
+    }
 }
 
 impl Simulated {
@@ -261,7 +305,8 @@ impl Simulated {
             capacity,
             used,
             highest,
-            held: [0; 2],
+            held: 0,
+            most_pages: usize::MAX,
         }
     }
 
@@ -318,13 +363,17 @@ impl Simulated {
                 if needed <= self.capacity {
                     return Ok(None);
                 }
-                let fits = self.shape.tokens_in(1, [self.limit; 2]) / page_tokens;
+                let fits = self.pages();
                 if needed > fits {
                     let bytes = self.shape.bytes(needed, page_tokens);
                     let tokens = fits / batch * page_tokens;
                     note(self.shape.too_large(self.limit, self.layer, bytes, self.live, tokens));
                 }
-                let of_window = pages_of_window(self.window, page_tokens, batch, count);
+                // A pool of sequences grows as if there may be more of them.
+                let of_window = match self.is_shared() {
+                    true => usize::MAX,
+                    false => pages_of_window(self.window, page_tokens, batch, count),
+                };
                 let fits = fits.max(needed).min(of_window.max(needed));
                 self.capacity = pool_pages(most, page_tokens, [self.capacity, needed, fits]);
                 self.shape.bytes(self.capacity, page_tokens).map(Some)
@@ -332,10 +381,20 @@ impl Simulated {
         }
     }
 
+    /// Whether it shares a table with other layers.
+    fn is_shared(&self) -> bool {
+        self.most_pages < usize::MAX
+    }
+
+    /// Pages that the device can bind.
+    fn pages(&self) -> usize {
+        let Rule::Pages { page_tokens, .. } = self.rule else { return usize::MAX };
+        self.most_pages.min(self.shape.tokens_in(1, [self.limit; 2]) / page_tokens)
+    }
+
     /// Takes new memory in place of what there was. Returns the bytes of that.
-    fn hold(&mut self, bytes: [u64; 2]) -> u64 {
-        let [key, value] = std::mem::replace(&mut self.held, bytes);
-        key + value
+    fn hold(&mut self, bytes: u64) -> u64 {
+        std::mem::replace(&mut self.held, bytes)
     }
 
     fn largest(&self) -> u64 {
@@ -362,7 +421,7 @@ impl Simulated {
                 (fits, self.window.map(|window| window.most(chunk)), bound)
             }
             Rule::Pages { page_tokens, most, bound } => {
-                let pages = self.shape.tokens_in(1, [self.limit; 2]) / page_tokens;
+                let pages = self.pages();
                 let row = pages.min(most.unwrap_or(usize::MAX)) / batch;
                 let of_window = pages_of_window(self.window, page_tokens, 1, chunk);
                 let of_window = self.window.map(|_| of_window.saturating_mul(page_tokens));

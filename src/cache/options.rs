@@ -12,7 +12,7 @@ use crate::host::window::Window;
 /// | `capacity` | tokens to begin with | - | - | - |
 /// | `page_tokens` | - | - | 16, if not given | 16, if not given |
 /// | `max_pages` | - | - | bound, else the pool grows | bound, else the pools grow |
-/// | `windows` | by layer | by layer | by layer | - |
+/// | `windows` | by layer | by layer | by layer | by layer |
 /// | `max_chunk` | - | longest update of a layer with a window | - | - |
 ///
 /// # Examples

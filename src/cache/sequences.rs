@@ -1,17 +1,17 @@
 //! The kind whose rows are sequences with names.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use crate::cache::GetFuture;
-use crate::cache::options::CacheOptions;
+use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::{Error, Result, SequenceError};
 use crate::gpu::Gpu;
 use crate::gpu::kernels::LayerShape;
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
-use crate::storage::sequences::{SequenceLayers, SequenceLimits};
-use crate::storage::step::{StepArray, StepData};
+use crate::storage::sequences::SequenceLimits;
+use crate::storage::sequences::groups::{GroupSteps, SequenceGroups};
+use crate::storage::step::StepArray;
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::LayerView;
 
@@ -88,7 +88,7 @@ use crate::view::LayerView;
 /// ```
 #[derive(Debug)]
 pub struct SequenceCache {
-    layers: SequenceLayers,
+    layers: SequenceGroups,
 }
 
 impl SequenceCache {
@@ -103,8 +103,9 @@ impl SequenceCache {
         Self::with_options(gpu, layers, CacheOptions::default())
     }
 
-    /// An empty cache of these layers. Takes `max_cache_len` (the most tokens of a sequence), `page_tokens` and
-    /// `max_pages` (of each layer's pool, which the first step then makes whole).
+    /// An empty cache of these layers. Takes `max_cache_len` (the most tokens of a sequence), `page_tokens`,
+    /// `max_pages` (of each layer's pool, which the first step then makes whole) and `windows`. Layers of one window
+    /// share a table of pages. A step lets go of what its first token does not look back on, and whole pages go back.
     ///
     /// # Errors
     ///
@@ -121,13 +122,15 @@ impl SequenceCache {
         if options.num_layers().is_some() {
             return Err(Error::UnusedOption { option: "num_layers", kind });
         }
-        let options = options.check(kind, &["max_cache_len", "page_tokens", "max_pages"])?;
+        let options =
+            options.check(kind, &["max_cache_len", "page_tokens", "max_pages", "windows"])?;
         let limits = SequenceLimits {
             page_tokens: options.page_tokens()?,
             most_pages: options.max_pages(),
             most_tokens: options.max_cache_len(),
         };
-        Ok(Self { layers: SequenceLayers::new(gpu, layers, limits)? })
+        let windows = windows_of(options, false)?;
+        Ok(Self { layers: SequenceGroups::new(gpu, layers, &windows, limits)? })
     }
 
     /// Adds a sequence without a token.
@@ -136,7 +139,7 @@ impl SequenceCache {
     ///
     /// [`Error::PassDropped`] where recorded work was lost; so every call here.
     pub fn add(&mut self) -> Result<SequenceId> {
-        Ok(self.layers.sequences_mut()?.add())
+        self.layers.add()
     }
 
     /// Adds a sequence with the first `tokens` live tokens of another one, in the same pages. Moves no byte. A parent
@@ -149,8 +152,7 @@ impl SequenceCache {
     /// [`SequenceError::UnknownSequence`] for a name that was removed or is of another cache;
     /// so every call here that takes a name.
     pub fn fork(&mut self, id: SequenceId, tokens: usize) -> Result<SequenceId> {
-        self.layers.check_written(id, tokens)?;
-        self.layers.sequences_mut()?.fork(id, tokens)
+        self.layers.fork(id, tokens)
     }
 
     /// Removes a sequence. Pages that no other sequence and no prefix refers to are free again.
@@ -159,16 +161,17 @@ impl SequenceCache {
     ///
     /// As for [`fork`](Self::fork).
     pub fn remove(&mut self, id: SequenceId) -> Result<()> {
-        self.layers.sequences_mut()?.remove(id)
+        self.layers.remove(id)
     }
 
     /// Keeps the first `length` live tokens of a sequence. Moves no byte.
     ///
     /// # Errors
     ///
-    /// As for [`fork`](Self::fork).
+    /// As for [`fork`](Self::fork); [`WindowError::PastWindow`](crate::WindowError::PastWindow) where a layer's window
+    /// would then look back on tokens that it has let go, so in `drop_latest` and `fork`.
     pub fn truncate(&mut self, id: SequenceId, length: usize) -> Result<()> {
-        self.layers.sequences_mut()?.truncate(id, length)
+        self.layers.truncate(id, length)
     }
 
     /// Drops the latest `tokens` live tokens of a sequence, or all if it has fewer: the roll-back of speculative
@@ -178,9 +181,8 @@ impl SequenceCache {
     ///
     /// As for [`fork`](Self::fork).
     pub fn drop_latest(&mut self, id: SequenceId, tokens: usize) -> Result<()> {
-        let sequences = self.layers.sequences_mut()?;
-        let length = sequences.len(id)?.saturating_sub(tokens);
-        sequences.truncate(id, length)
+        let length = self.len(id)?.saturating_sub(tokens);
+        self.layers.truncate(id, length)
     }
 
     /// Keeps the latest `max_length` live tokens of a sequence: a sliding window. Moves no byte.
@@ -189,10 +191,10 @@ impl SequenceCache {
     ///
     /// As for [`fork`](Self::fork).
     pub fn crop(&mut self, id: SequenceId, max_length: usize) -> Result<()> {
-        self.layers.sequences_mut()?.crop(id, max_length)
+        self.layers.crop(id, max_length)
     }
 
-    /// Live tokens of a sequence.
+    /// Live tokens of a sequence; those that layers with a window have let go count, as if they were there.
     ///
     /// # Errors
     ///
@@ -227,7 +229,7 @@ impl SequenceCache {
     ///
     /// [`Error::PassDropped`].
     pub fn cached_prefix(&self, tokens: &[u32]) -> Result<usize> {
-        Ok(self.layers.sequences()?.cached_prefix(tokens))
+        self.layers.cached_prefix(tokens)
     }
 
     /// Adds a sequence that begins with the longest noted prefix of `tokens`, and returns how many tokens it has:
@@ -238,7 +240,7 @@ impl SequenceCache {
     ///
     /// [`Error::PassDropped`].
     pub fn add_with_prefix(&mut self, tokens: &[u32]) -> Result<(SequenceId, usize)> {
-        Ok(self.layers.sequences_mut()?.add_with_prefix(tokens))
+        self.layers.add_with_prefix(tokens)
     }
 
     /// Notes that a sequence begins with `tokens`, for later sequences that do as well. Whole pages are noted and
@@ -247,11 +249,11 @@ impl SequenceCache {
     ///
     /// # Errors
     ///
+    /// [`Error::NotSupported`] if a layer has a window: its pages do not stay.
     /// [`SequenceError::PrefixTokens`] for more ids than the sequence has tokens, and after a crop; else as for
     /// [`fork`](Self::fork).
     pub fn remember_prefix(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
-        self.layers.check_written(id, tokens.len())?;
-        self.layers.sequences_mut()?.remember_prefix(id, tokens)
+        self.layers.remember_prefix(id, tokens)
     }
 
     /// Forgets all prefixes. Pages that no sequence refers to are free again.
@@ -260,8 +262,7 @@ impl SequenceCache {
     ///
     /// [`Error::PassDropped`].
     pub fn forget_prefixes(&mut self) -> Result<()> {
-        self.layers.sequences_mut()?.forget_prefixes();
-        Ok(())
+        self.layers.forget_prefixes()
     }
 
     /// Plans a step: `tokens` lists sequences, each once, and how many new tokens it gets.
@@ -281,7 +282,7 @@ impl SequenceCache {
         pass: &mut wgpu::ComputePass<'_>,
         tokens: &[(SequenceId, usize)],
     ) -> Result<Step> {
-        Ok(Step(Arc::new(self.layers.plan_step(pass, tokens)?)))
+        Ok(Step(self.layers.plan_step(pass, tokens)?))
     }
 
     /// Takes the tokens of the latest step back, for an engine that cannot finish it. Its [`Step`] is of no use
@@ -367,7 +368,7 @@ impl SequenceCache {
     }
 
     /// What the cache has recorded and allocated since it was made. Pages are those of one layer, since all layers
-    /// use the same ones. Pages of noted prefixes count as used, and a page that a sequence and a prefix refer to
+    /// of a window use the same ones: of the layers that use most. Pages of noted prefixes count as used, and a page that a sequence and a prefix refer to
     /// as shared.
     pub fn stats(&self) -> Stats {
         self.layers.stats()
@@ -381,39 +382,40 @@ impl SequenceCache {
 /// multiples of 256 bytes. Both change from step to step: use dynamic offsets, or make a bind group for each step.
 /// Bind read-only. They stay as they are until what was recorded up to the next step has run.
 #[derive(Clone, Debug)]
-pub struct Step(Arc<StepData>);
+pub struct Step(GroupSteps);
 
 impl Step {
     /// The sequences, in the order of their packed tokens.
     pub fn sequences(&self) -> &[SequenceId] {
-        &self.0.ids
+        &self.0.first().ids
     }
 
     /// New tokens of all sequences: T of packed K, V and queries.
     pub fn total_tokens(&self) -> usize {
-        self.0.work.total
+        self.0.first().work.total
     }
 
     /// The packed tokens of the `i`-th sequence; `None` past the last one. The last of them is the one whose
     /// logits continue the sequence.
     pub fn tokens(&self, i: usize) -> Option<Range<usize>> {
-        self.0.work.rows.get(i).map(|row| row.first..row.first + row.tokens)
+        self.0.first().work.rows.get(i).map(|row| row.first..row.first + row.tokens)
     }
 
     /// The absolute position of each packed token, for rotary embeddings: see
     /// [`SequenceCache::next_position`].
     pub fn positions(&self) -> &[u32] {
-        self.0.array(StepArray::Positions)
+        self.0.first().array(StepArray::Positions)
     }
 
     /// The first packed token of each sequence, and at last the number of tokens.
     pub fn offsets(&self) -> &[u32] {
-        self.0.array(StepArray::Offsets)
+        self.0.first().array(StepArray::Offsets)
     }
 
-    /// Live tokens of each sequence, the new ones included.
+    /// Live tokens of each sequence, the new ones included, in the layers that keep most: those without a window, or
+    /// with the largest one.
     pub fn lengths(&self) -> &[u32] {
-        self.0.array(StepArray::Lengths)
+        self.0.first().array(StepArray::Lengths)
     }
 
     /// [`positions`](Self::positions) on the GPU: a word a token.
@@ -437,8 +439,8 @@ impl Step {
     }
 
     fn binding(&self, array: StepArray) -> wgpu::BufferBinding<'_> {
-        let (offset, bytes) = self.0.binding(array);
+        let (offset, bytes) = self.0.first().binding(array);
         let size = wgpu::BufferSize::new(bytes);
-        wgpu::BufferBinding { buffer: &self.0.allocation.buffer, offset, size }
+        wgpu::BufferBinding { buffer: &self.0.first().allocation.buffer, offset, size }
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{Error, Result, SequenceError};
 use crate::host::pool::PagePool;
 use crate::host::prefix::PrefixMap;
+use crate::host::window::Window;
 use crate::host::work::StepRow;
 use crate::sequence::SequenceId;
 
@@ -14,6 +15,9 @@ use crate::sequence::SequenceId;
 #[derive(Debug)]
 pub(crate) struct Sequences {
     cache: u64,
+    /// What its layers keep of each sequence, if not all; and the first of them, for errors.
+    window: Option<Window>,
+    layer: usize,
     /// Tokens of a page: a power of two.
     page_tokens: usize,
     slots: Vec<Slot>,
@@ -38,8 +42,27 @@ struct Sequence {
     start: usize,
     /// Live tokens.
     len: usize,
-    /// Tokens before the live ones that crops have dropped.
+    /// Tokens before the live ones that are gone: dropped by crops, or let go for the window.
     dropped: usize,
+    /// Those of them that would be live without a window: the latest.
+    let_go: usize,
+}
+
+impl Sequence {
+    /// Live tokens, and those that would be live without a window: what lengths are counted in.
+    fn whole_len(&self) -> usize {
+        self.let_go.saturating_add(self.len)
+    }
+
+    /// Drops the first `tokens` live tokens. Returns the pages that go back.
+    fn drop_first(&mut self, tokens: usize, page_tokens: usize) -> Vec<u32> {
+        self.len -= tokens;
+        self.dropped = self.dropped.saturating_add(tokens);
+        let start = self.start + tokens;
+        let gone = if self.len == 0 { self.pages.len() } else { start / page_tokens };
+        self.start = if self.len == 0 { 0 } else { start % page_tokens };
+        self.pages.drain(..gone).collect()
+    }
 }
 
 /// What limits a step.
@@ -74,8 +97,10 @@ pub(crate) struct StagedRow {
     pub(crate) id: SequenceId,
     /// Its packed tokens.
     pub(crate) tokens: Range<usize>,
-    /// Live tokens before the step.
+    /// Live tokens before the new ones: those before the step, less what was let go for the window.
     pub(crate) old_len: usize,
+    /// Its length before the step.
+    pub(crate) before: usize,
     /// The absolute position of its first new token.
     pub(crate) position: usize,
     sequence: Sequence,
@@ -122,11 +147,24 @@ pub(crate) struct LiveTokens<'a> {
 }
 
 impl Sequences {
+    /// Of a cache of its own, whose layers keep all tokens.
     pub(crate) fn new(page_tokens: usize) -> Self {
         static CACHES: AtomicU64 = AtomicU64::new(0);
+        Self::of_group(CACHES.fetch_add(1, Ordering::Relaxed), page_tokens, None, 0)
+    }
+
+    /// The same sequences in other layers of a cache: they get the same names if the same calls are made.
+    pub(crate) fn of_group(
+        cache: u64,
+        page_tokens: usize,
+        window: Option<Window>,
+        layer: usize,
+    ) -> Self {
         debug_assert!(page_tokens.is_power_of_two());
         Self {
-            cache: CACHES.fetch_add(1, Ordering::Relaxed),
+            cache,
+            window,
+            layer,
             page_tokens,
             slots: Vec::new(),
             free: Vec::new(),
@@ -167,9 +205,16 @@ impl Sequences {
         slot.sequence.as_mut().ok_or(Error::Sequence(SequenceError::UnknownSequence { id }))
     }
 
-    /// Live tokens.
+    /// Live tokens, and those that would be live without a window.
     pub(crate) fn len(&self, id: SequenceId) -> Result<usize> {
-        self.get(id).map(|sequence| sequence.len)
+        self.get(id).map(Sequence::whole_len)
+    }
+
+    /// Refuses a roll-back of a sequence to `len` tokens after which the next one would look back on what was let go.
+    pub(crate) fn check_roll_back(&self, id: SequenceId, len: usize) -> Result<()> {
+        let sequence = self.get(id)?;
+        let Some(window) = self.window else { return Ok(()) };
+        window.check_roll_back(self.layer, [sequence.let_go, sequence.len], len)
     }
 
     /// Tokens ever appended, those that were rolled back aside.
@@ -200,13 +245,12 @@ impl Sequences {
     /// Adds a sequence with the first `len` live tokens of another, in the same pages.
     pub(crate) fn fork(&mut self, id: SequenceId, len: usize) -> Result<SequenceId> {
         let parent = self.get(id)?;
-        if len > parent.len {
-            return Err(Error::Sequence(SequenceError::ForkPastEnd {
-                id,
-                asked: len,
-                len: parent.len,
-            }));
+        if len > parent.whole_len() {
+            let (asked, len) = (len, parent.whole_len());
+            return Err(Error::Sequence(SequenceError::ForkPastEnd { id, asked, len }));
         }
+        self.check_roll_back(id, len)?;
+        let len = len.saturating_sub(parent.let_go);
         let pages = pages_of(parent.start, len, self.page_tokens);
         let start = if len == 0 { 0 } else { parent.start };
         let child = Sequence { pages: parent.pages[..pages].to_vec(), start, len, ..*parent };
@@ -238,11 +282,12 @@ impl Sequences {
         self.pool = PagePool::default();
     }
 
-    /// Keeps the first `len` live tokens; whole pages behind them go back.
+    /// Keeps the first `len` tokens; whole pages behind them go back.
     pub(crate) fn truncate(&mut self, id: SequenceId, len: usize) -> Result<()> {
+        self.check_roll_back(id, len)?;
         let page_tokens = self.page_tokens;
         let sequence = self.get_mut(id)?;
-        sequence.len = sequence.len.min(len);
+        sequence.len = sequence.len.min(len.saturating_sub(sequence.let_go));
         let kept = pages_of(sequence.start, sequence.len, page_tokens);
         let gone = sequence.pages.split_off(kept);
         if kept == 0 {
@@ -256,13 +301,10 @@ impl Sequences {
     pub(crate) fn crop(&mut self, id: SequenceId, len: usize) -> Result<()> {
         let page_tokens = self.page_tokens;
         let sequence = self.get_mut(id)?;
-        let dropped = sequence.len - sequence.len.min(len);
-        sequence.len -= dropped;
-        sequence.dropped = sequence.dropped.saturating_add(dropped);
-        let start = sequence.start + dropped;
-        let gone = if sequence.len == 0 { sequence.pages.len() } else { start / page_tokens };
-        sequence.start = if sequence.len == 0 { 0 } else { start % page_tokens };
-        let gone: Vec<u32> = sequence.pages.drain(..gone).collect();
+        let kept = sequence.len.min(len);
+        // As long as the sequence would be afterwards without a window.
+        sequence.let_go = sequence.whole_len().min(len) - kept;
+        let gone = sequence.drop_first(sequence.len - kept, page_tokens);
         gone.into_iter().rev().for_each(|page| self.pool.release(page));
         Ok(())
     }
@@ -314,13 +356,23 @@ impl Sequences {
         }
         let (mut seen, mut total, mut wanted) = (HashSet::new(), 0_usize, 0_usize);
         let mut shared_tails: Vec<u32> = Vec::new();
+        let mut sequences = Vec::with_capacity(counts.len());
+        // Pages that sequences let go for the window are free for this step.
+        let mut pool = self.pool.clone();
         for &(id, count) in counts {
-            let sequence = self.get(id)?;
+            let mut sequence = self.get(id)?.clone();
             if !seen.insert(id) {
                 return Err(Error::Sequence(SequenceError::SequenceTwice { id }));
             }
             if count == 0 {
                 return Err(Error::Sequence(SequenceError::NoNewTokens { id }));
+            }
+            let before = sequence.whole_len();
+            if let Some(window) = self.window {
+                let gone = sequence.len - sequence.len.min(window.needed());
+                sequence.let_go += gone;
+                let pages = sequence.drop_first(gone, self.page_tokens);
+                pages.into_iter().rev().for_each(|page| pool.release(page));
             }
             let bound = limits.tokens.unwrap_or(MOST_TOKENS).min(MOST_TOKENS);
             let len = sequence.len.checked_add(count).filter(|&len| len <= bound);
@@ -332,9 +384,10 @@ impl Sequences {
             let pages = pages_of(sequence.start, len, self.page_tokens);
             wanted = wanted.saturating_add(pages - sequence.pages.len());
             let is_part = !(sequence.start + sequence.len).is_multiple_of(self.page_tokens);
-            let tail = sequence.pages.last().filter(|&&page| self.pool.count(page) > 1);
-            shared_tails.extend(tail.filter(|_| is_part));
+            shared_tails.extend(sequence.pages.last().filter(|_| is_part));
+            sequences.push((id, count, before, sequence));
         }
+        shared_tails.retain(|&page| pool.count(page) > 1);
         if total > MOST_TOKENS {
             let asked = format!("{total} tokens");
             return Err(Error::overflow("new tokens of a step", asked, MOST_TOKENS as u64));
@@ -342,16 +395,15 @@ impl Sequences {
         // All that write into a page get a copy, but the last that refers to it.
         shared_tails.sort_unstable();
         let writers = shared_tails.chunk_by(|a, b| a == b);
-        let copies = writers.map(|it| it.len().min(self.pool.count(it[0]) - 1)).sum::<usize>();
-        let evicted = self.make_room(wanted.saturating_add(copies), limits)?;
-        self.check_device([wanted, copies, evicted.len()], [counts.len(), total], limits)?;
+        let copies = writers.map(|it| it.len().min(pool.count(it[0]) - 1)).sum::<usize>();
+        let evicted = self.make_room(&pool, wanted.saturating_add(copies), limits)?;
+        let used = pool.used() - evicted.len();
+        self.check_device([used, wanted, copies], [counts.len(), total], limits)?;
 
-        let mut pool = self.pool.clone();
         evicted.iter().for_each(|&node| pool.release(self.prefixes.page(node)));
         let (mut rows, mut copies) = (Vec::with_capacity(counts.len()), Vec::new());
         let mut first = 0;
-        for &(id, count) in counts {
-            let mut sequence = self.get(id)?.clone();
+        for (id, count, before, mut sequence) in sequences {
             let (old_len, position) = (sequence.len, sequence.dropped + sequence.len);
             let is_part = !(sequence.start + sequence.len).is_multiple_of(self.page_tokens);
             let tail = sequence.pages.last_mut().filter(|_| is_part);
@@ -364,7 +416,8 @@ impl Sequences {
             sequence.len += count;
             let pages = pages_of(sequence.start, sequence.len, self.page_tokens);
             sequence.pages.resize_with(pages, || pool.take());
-            rows.push(StagedRow { id, tokens: first..first + count, old_len, position, sequence });
+            let tokens = first..first + count;
+            rows.push(StagedRow { id, tokens, old_len, before, position, sequence });
             first += count;
         }
         copies.sort_unstable();
@@ -374,12 +427,12 @@ impl Sequences {
     /// Refuses a pool or lists that the device cannot bind, before anything is made of that size.
     fn check_device(
         &self,
-        [new, copies, evicted]: [usize; 3],
+        [used, new, copies]: [usize; 3],
         [sequences, tokens]: [usize; 2],
         limits: StepLimits,
     ) -> Result<()> {
         let StepLimits { layer, fits, bytes: limit, .. } = limits;
-        let (used, page_tokens) = (self.pool.used() - evicted, self.page_tokens);
+        let page_tokens = self.page_tokens;
         let needed = used.saturating_add(new).saturating_add(copies);
         if needed > fits {
             return Err(Error::PoolTooLarge { layer, used, new, copies, fits, limit, page_tokens });
@@ -399,14 +452,14 @@ impl Sequences {
     }
 
     /// Prefixes that must go so that there are `wanted` more pages.
-    fn make_room(&self, wanted: usize, limits: StepLimits) -> Result<Vec<u32>> {
+    fn make_room(&self, pool: &PagePool, wanted: usize, limits: StepLimits) -> Result<Vec<u32>> {
         let Some(limit) = limits.pages else { return Ok(Vec::new()) };
-        let missing = self.pool.used().saturating_add(wanted).saturating_sub(limit);
-        let evicted = self.prefixes.evictable(missing, &self.pool);
+        let missing = pool.used().saturating_add(wanted).saturating_sub(limit);
+        let evicted = self.prefixes.evictable(missing, pool);
         if evicted.len() < missing {
             return Err(Error::OutOfPages {
-                used: self.pool.used(),
-                shared: self.pool.shared(),
+                used: pool.used(),
+                shared: pool.shared(),
                 wanted,
                 limit,
                 page_tokens: self.page_tokens,

@@ -102,7 +102,7 @@ fn random_options<'a>(
             let plain = plain.with_page_tokens([1, 4, 16][random.below(3)]);
             let plain = plain.with_max_cache_len(some(given[1], load.tokens + 3));
             let plain = plain.with_max_pages(some(given[2], pages));
-            if kind == CacheKind::Paged { plain.with_windows(windows) } else { plain }
+            plain.with_windows(windows)
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use wgpu_kvcache::{
     Attention, AttentionOptions, CacheKind, CacheLoad, CacheOptions, CachePlan, CachePosition,
-    DType, DynamicKVCache, Error, Gpu, KVCache, LayerShape, PagedKVCache, StaticKVCache,
-    TensorView, WindowError,
+    DType, DynamicKVCache, Error, Gpu, KVCache, LayerShape, PagedKVCache, SequenceCache,
+    SequenceId, StaticKVCache, Tensor, TensorView, WindowError,
 };
 
 use crate::attention::{Random, distance, upload as upload_floats};
@@ -379,3 +379,156 @@ fn gemma_takes_less_than_a_third() {
         assert!(3 * windowed < whole, "{windowed} of {whole} bytes");
     }
 }
+
+/// Sequences that join, decode, prefill, fork, roll back and leave, in layers with windows and without: attention is
+/// that of a cache which keeps all, and pages before a window go back.
+#[test]
+fn sequences_keep_what_windows_need() {
+    let gpu = gpu();
+    let mut random = Random(83);
+    let layer = LayerShape { dtype: DType::F32, heads: HEADS, key_dim: DIM, value_dim: DIM };
+    let windows = [Some(6), None, Some(6), Some(20)];
+    for page in [1, 4] {
+        let plain = CacheOptions::default().with_page_tokens(page);
+        let options = [plain, plain.with_windows(&windows)];
+        let mut caches = options.map(|options| {
+            SequenceCache::with_options(&gpu, &[layer; 4], options).expect("options of the kind")
+        });
+        let mut attention = Attention::new(&gpu);
+        // The same sequences in both caches.
+        let mut ids: Vec<[SequenceId; 2]> = Vec::new();
+        let mut refused = 0;
+        for call in 0..60 {
+            let both = |caches: &mut [SequenceCache; 2], id: [SequenceId; 2], change: Change| {
+                let [whole, own] = caches;
+                let answer = change(own, id[1]);
+                if answer.is_ok() {
+                    change(whole, id[0]).expect("it keeps all");
+                }
+                answer
+            };
+            let any = |random: &mut Random, ids: &[[SequenceId; 2]]| ids[random.below(ids.len())];
+            match random.below(8) {
+                0 | 1 => {
+                    ids.push(caches.each_mut().map(|cache| cache.add().expect("nothing is lost")));
+                }
+                2 if !ids.is_empty() => {
+                    let id = any(&mut random, &ids);
+                    let dropped = random.below(12);
+                    let change: Change = &|cache, id| cache.drop_latest(id, dropped);
+                    refused += usize::from(both(&mut caches, id, change).is_err());
+                }
+                3 if !ids.is_empty() => {
+                    let id = any(&mut random, &ids);
+                    let len = caches[0].len(id[0]).expect("it is there");
+                    let kept = len.saturating_sub(random.below(4));
+                    if let Ok(own) = caches[1].fork(id[1], kept) {
+                        let whole = caches[0].fork(id[0], kept).expect("it keeps all");
+                        ids.push([whole, own]);
+                    }
+                }
+                4 if ids.len() > 3 => {
+                    let id = ids.swap_remove(random.below(ids.len()));
+                    both(&mut caches, id, &|cache, id| cache.remove(id)).expect("it is there");
+                }
+                5 if !ids.is_empty() => {
+                    let id = any(&mut random, &ids);
+                    let most = random.below(30);
+                    both(&mut caches, id, &|cache, id| cache.crop(id, most)).expect("it is there");
+                }
+                _ if !ids.is_empty() => {
+                    let counts: Vec<usize> = ids
+                        .iter()
+                        .map(|_| [0, 1, 1, 1 + random.below(25)][random.below(4)])
+                        .collect();
+                    let total: usize = counts.iter().sum();
+                    if total == 0 {
+                        continue;
+                    }
+                    let shape = [1, total, HEADS, DIM];
+                    let [q, k, v] = [(); 3].map(|()| {
+                        let floats = random.floats(total * HEADS * DIM, 1.0);
+                        upload_floats(&gpu, DType::F32, &floats, &shape)
+                    });
+                    let mut answers: Vec<Vec<Vec<f32>>> = Vec::new();
+                    for (which, cache) in caches.iter_mut().enumerate() {
+                        let step: Vec<(SequenceId, usize)> = ids
+                            .iter()
+                            .zip(&counts)
+                            .filter(|(_, count)| **count > 0)
+                            .map(|(id, &count)| (id[which], count))
+                            .collect();
+                        let mut outputs = Vec::new();
+                        gpu.submit_pass("step", |pass| {
+                            let step = cache.plan_step(pass, &step)?;
+                            for (at, window) in windows.into_iter().enumerate() {
+                                let out = vec![0.0; total * HEADS * DIM];
+                                let out = upload_floats(&gpu, DType::F32, &out, &shape);
+                                let [q, k, v, to] = [&q, &k, &v, &out].map(|tensor| {
+                                    let shape = [total, HEADS, DIM];
+                                    TensorView::packed(tensor.buffer(), DType::F32, shape)
+                                        .expect("a shape")
+                                });
+                                let view = cache.update(pass, &step, at, &k, &v)?;
+                                let options = AttentionOptions::default().with_window(window);
+                                attention.record(pass, &q, &view, &to, options)?;
+                                outputs.push(out);
+                            }
+                            Ok::<_, Error>(())
+                        })
+                        .unwrap_or_else(|error| panic!("call {call}: {error}"));
+                        let read = |out: &Tensor| crate::attention::read(&gpu, out);
+                        answers.push(outputs.iter().map(read).collect());
+                    }
+                    for (layer, (whole, own)) in answers[0].iter().zip(&answers[1]).enumerate() {
+                        let whole: Vec<f64> = whole.iter().copied().map(f64::from).collect();
+                        if kernels_run() {
+                            let apart = distance(own, &whole);
+                            assert!(apart < 1e-6, "call {call}, layer {layer}: {apart}");
+                        }
+                    }
+                }
+                _ => {}
+            }
+            for id in &ids {
+                let [whole, own] = [0, 1].map(|at| {
+                    let cache = &caches[at];
+                    (cache.len(id[at]), cache.next_position(id[at]))
+                });
+                assert_eq!(whole, own, "call {call}");
+                for (layer, window) in windows.into_iter().enumerate() {
+                    let held = caches[1].get(id[1], layer).expect("submitted");
+                    let held = held.map_or(0, |(key, _)| key.shape()[2]);
+                    let most = window.map_or(usize::MAX, |window| window - 1 + 25);
+                    assert!(held <= most, "call {call}, layer {layer}: {held} tokens");
+                }
+            }
+        }
+        assert!(refused > 0, "no roll-back was refused");
+        let error = caches[1].remember_prefix(ids[0][1], &[]).expect_err("pages do not stay");
+        assert!(matches!(error, Error::NotSupported { .. }), "{error}");
+        for id in ids {
+            caches[0].remove(id[0]).expect("it is there");
+            caches[1].remove(id[1]).expect("it is there");
+        }
+        assert_eq!(caches.map(|cache| cache.stats().pages_used), [0, 0]);
+    }
+    // A long sequence in layers of which all have a window takes few pages.
+    let options = CacheOptions::default().with_page_tokens(4).with_windows(&[Some(6)]);
+    let mut cache = SequenceCache::with_options(&gpu, &[layer], options).expect("options");
+    let id = cache.add().expect("nothing is lost");
+    let token = upload_floats(&gpu, DType::F32, &[0.5; HEADS * DIM], &[1, 1, HEADS, DIM]);
+    for _ in 0..100 {
+        gpu.submit_pass("token", |pass| {
+            let step = cache.plan_step(pass, &[(id, 1)])?;
+            let new = TensorView::packed(token.buffer(), DType::F32, [1, HEADS, DIM])?;
+            cache.update(pass, &step, 0, &new, &new).map(|_| ())
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+        assert!(cache.stats().pages_used <= 3, "{:?}", cache.stats());
+    }
+    assert_eq!((cache.len(id), cache.next_position(id)), (Ok(100), Ok(100)));
+}
+
+/// A change of a sequence.
+type Change<'a> = &'a dyn Fn(&mut SequenceCache, SequenceId) -> Result<(), Error>;

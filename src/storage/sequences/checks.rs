@@ -13,22 +13,18 @@ impl SequenceLayers {
         self.ledger.check_pass(pass)
     }
 
-    pub(super) fn check_layer(&self, layer: usize) -> Result<()> {
-        let num_layers = self.shapes.len();
-        if layer < num_layers { Ok(()) } else { Err(Error::LayerOutOfRange { layer, num_layers }) }
-    }
-
     pub(super) fn check_finished(&self) -> Result<()> {
         let updated = self.latest.as_ref().map_or(&[][..], |latest| &latest.updated);
         match updated.iter().position(|is_updated| !is_updated) {
-            Some(layer) => Err(Error::Sequence(SequenceError::StepUnfinished { layer })),
+            Some(at) => Err(SequenceError::StepUnfinished { layer: self.numbers[at] }.into()),
             None => Ok(()),
         }
     }
 
     pub(super) fn check_updated(&self, layer: usize) -> Result<()> {
         let updated = self.latest.as_ref().is_none_or(|latest| latest.updated[layer]);
-        if updated { Ok(()) } else { Err(Error::Sequence(SequenceError::StepUnfinished { layer })) }
+        let layer = self.numbers[layer];
+        if updated { Ok(()) } else { Err(SequenceError::StepUnfinished { layer }.into()) }
     }
 
     /// Refuses tokens of a sequence that the latest step has not written into all layers yet.
@@ -61,7 +57,6 @@ impl SequenceLayers {
         key: &TensorView<'_>,
         value: &TensorView<'_>,
     ) -> Result<Shape> {
-        self.check_layer(layer)?;
         let shape = self.shapes[layer];
         for (what, tensor) in [("key", key), ("value", value)] {
             if tensor.dtype != shape.dtype {
@@ -77,7 +72,7 @@ impl SequenceLayers {
         let dims = [key.shape[1], key.shape[3], value.shape[1], value.shape[3]];
         if dims != [shape.heads, shape.key_dim, shape.heads, shape.value_dim] {
             return Err(Error::LayerShape {
-                layer,
+                layer: self.numbers[layer],
                 batch: 1,
                 heads: shape.heads,
                 key_dim: shape.key_dim,

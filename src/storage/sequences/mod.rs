@@ -1,6 +1,8 @@
-//! The layers of a cache of sequences: pools of pages under one map, and the steps that write into them.
+//! Layers of a cache of sequences that share a window: pools of pages under one map, and the steps that write into
+//! them. A cache has a group of them for each window: see [`groups`].
 
 mod checks;
+pub(crate) mod groups;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,6 +42,8 @@ pub(crate) struct SequenceLayers {
     gpu: Gpu,
     limits: SequenceLimits,
     shapes: Vec<Shape>,
+    /// Which layers of the cache they are.
+    numbers: Vec<usize>,
     /// One a layer, or none before the first step.
     stores: Vec<Store>,
     /// Pages that each pool has memory for.
@@ -67,6 +71,17 @@ struct Latest {
     allocation: Allocation,
 }
 
+/// A step that is ready to happen.
+struct ReadyStep {
+    staged: StagedStep,
+    block: StepBlock,
+    growth: Option<Growth>,
+    allocation: Allocation,
+    call: Call,
+    dispatches: u64,
+    moved: u64,
+}
+
 /// Memory for a step that takes the place of the layers' own.
 struct Growth {
     stores: Vec<Store>,
@@ -74,15 +89,21 @@ struct Growth {
 }
 
 impl SequenceLayers {
-    pub(crate) fn new(gpu: &Gpu, layers: &[LayerShape], limits: SequenceLimits) -> Result<Self> {
-        let shapes: Result<Vec<Shape>> = layers.iter().map(shape_of).collect();
-        Ok(Self {
+    fn new(
+        gpu: &Gpu,
+        layers: Vec<(usize, Shape)>,
+        limits: SequenceLimits,
+        sequences: Sequences,
+    ) -> Self {
+        let (numbers, shapes) = layers.into_iter().unzip();
+        Self {
             gpu: gpu.clone(),
             limits,
-            shapes: shapes?,
+            shapes,
+            numbers,
             stores: Vec::new(),
             pool: 0,
-            sequences: Sequences::new(limits.page_tokens),
+            sequences,
             latest: None,
             steps: 0,
             ledger: Ledger::default(),
@@ -91,7 +112,7 @@ impl SequenceLayers {
             peak_bytes_allocated: 0,
             peak_pages_used: 0,
             bytes_read_back: AtomicU64::new(0),
-        })
+        }
     }
 
     pub(crate) fn sequences(&self) -> Result<&Sequences> {
@@ -104,15 +125,7 @@ impl SequenceLayers {
         Ok(&mut self.sequences)
     }
 
-    pub(crate) fn limits(&self) -> SequenceLimits {
-        self.limits
-    }
-
-    pub(crate) fn layer_count(&self) -> usize {
-        self.shapes.len()
-    }
-
-    pub(crate) fn reset(&mut self) {
+    fn reset(&mut self) {
         self.abandon();
         self.latest = None;
         self.ledger = Ledger::default();
@@ -121,12 +134,13 @@ impl SequenceLayers {
         self.stores.iter().for_each(|store| store.bind_groups.clear());
     }
 
-    /// Plans a step for all layers. Growth of the pools and copies of shared pages are recorded into `pass`.
-    pub(crate) fn plan_step(
+    /// Makes a step ready for all layers: with memory for pools that grow, and copies of shared pages. Changes nothing
+    /// that can be seen.
+    fn stage_step(
         &mut self,
-        pass: &mut wgpu::ComputePass<'_>,
+        pass: &wgpu::ComputePass<'_>,
         counts: &[(SequenceId, usize)],
-    ) -> Result<StepData> {
+    ) -> Result<ReadyStep> {
         self.check_pass(pass)?;
         self.ledger.check()?;
         self.ledger.prepare(self.gpu.uploads())?;
@@ -159,8 +173,17 @@ impl SequenceLayers {
         // What was recorded before may read the old step's lists; this pass will read the new one's.
         let old = self.latest.as_ref().map(|latest| Arc::clone(&latest.allocation.guard));
         call.hold(old.into_iter().chain([Arc::clone(&allocation.guard)]).collect());
-        call.record(pass, &self.ledger)?;
+        Ok(ReadyStep { staged, block, growth, allocation, call, dispatches, moved })
+    }
 
+    /// Makes a step happen that is ready.
+    fn commit_step(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        step: ReadyStep,
+    ) -> Result<StepData> {
+        let ReadyStep { staged, block, growth, allocation, call, dispatches, moved } = step;
+        call.record(pass, &self.ledger)?;
         self.dispatches += dispatches;
         self.bytes_moved += moved;
         if let Some(Growth { stores, pages }) = growth {
@@ -170,7 +193,7 @@ impl SequenceLayers {
         }
         self.peak_pages_used = self.peak_pages_used.max(staged.used() as u64);
         self.steps += 1;
-        let before = staged.rows.iter().map(|row| (row.id, row.old_len)).collect();
+        let before = staged.rows.iter().map(|row| (row.id, row.before)).collect();
         let updated = vec![false; self.shapes.len()];
         let number = self.steps;
         self.latest = Some(Latest { number, updated, before, allocation: allocation.clone() });
@@ -200,7 +223,7 @@ impl SequenceLayers {
         let store = &self.stores[layer];
         for (what, view) in [("key", key), ("value", value)] {
             if store.buffers().contains(&view.buffer) {
-                return Err(Error::SourceIsCache { what, layer });
+                return Err(Error::SourceIsCache { what, layer: self.numbers[layer] });
             }
         }
         let view = self.step_view(step, layer);
@@ -231,7 +254,6 @@ impl SequenceLayers {
     /// A layer as the sequences of a step see it.
     pub(crate) fn view(&self, step: &StepData, layer: usize) -> Result<LayerView> {
         self.ledger.check()?;
-        self.check_layer(layer)?;
         self.check_step(step)?;
         self.check_updated(layer)?;
         self.gpu.handle().check_known()?;
@@ -277,12 +299,11 @@ impl SequenceLayers {
         id: SequenceId,
         layer: usize,
     ) -> Result<Option<(HostTensor, HostTensor)>> {
-        self.check_layer(layer)?;
         if self.sequences()?.len(id)? == 0 {
             return Ok(None);
         }
         let reason = "get() cannot wait in a browser; await get_async()".into();
-        Err(Error::Readback { layer, reason })
+        Err(Error::Readback { layer: self.numbers[layer], reason })
     }
 
     pub(crate) async fn get_async(
@@ -300,7 +321,6 @@ impl SequenceLayers {
     }
 
     fn start_readback(&self, id: SequenceId, layer: usize) -> Result<Option<Readback>> {
-        self.check_layer(layer)?;
         let live = self.sequences()?.live(id)?;
         if self.latest.as_ref().is_some_and(|latest| latest.before.iter().any(|it| it.0 == id)) {
             self.check_updated(layer)?;
@@ -310,7 +330,8 @@ impl SequenceLayers {
         let records = RowLists::new([(live.start, live.len, live.pages)].into_iter());
         let allocation = self.gpu.uploads().upload(&records.words)?;
         let view = self.shaped_view(layer, store, &records.spans, allocation, None);
-        Readback::start(&self.gpu, layer, &view, Default::default(), &self.ledger).map(Some)
+        Readback::start(&self.gpu, self.numbers[layer], &view, Default::default(), &self.ledger)
+            .map(Some)
     }
 
     fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
@@ -341,7 +362,8 @@ impl SequenceLayers {
         let bytes = binding_limit(self.gpu.limits());
         // Pages have one number in all layers, so the layer with the largest ones decides.
         let fits = self.shapes.iter().map(|shape| shape.tokens_in(1, [bytes; 2]) / page_tokens);
-        let (layer, fits) = fits.enumerate().min_by_key(|(_, fits)| *fits).unwrap_or_default();
+        let least = fits.enumerate().min_by_key(|(_, fits)| *fits).unwrap_or_default();
+        let (layer, fits) = (self.numbers[least.0], least.1);
         StepLimits { pages, tokens, layer, fits, bytes }
     }
 
@@ -353,8 +375,9 @@ impl SequenceLayers {
         }
         let pages = pool_pages(self.limits.most_pages, size, [self.pool, needed, fits]);
         let shapes = self.shapes.iter().enumerate();
-        let stores: Result<Vec<Store>> =
-            shapes.map(|(layer, &shape)| new_pool(&self.gpu, layer, shape, size, pages)).collect();
+        let stores: Result<Vec<Store>> = shapes
+            .map(|(at, &shape)| new_pool(&self.gpu, self.numbers[at], shape, size, pages))
+            .collect();
         Ok(Some(Growth { stores: stores?, pages }))
     }
 
