@@ -73,13 +73,6 @@ pub(super) enum Ending {
     Token,
 }
 
-/// What a layer's queries see: all tokens before them, or the last `window` ones, their own included.
-fn attention_options(window: Option<usize>) -> AttentionOptions<'static> {
-    // WINDOW: `AttentionOptions::default().with_window(window)`, as soon as the library has it.
-    let _ = window;
-    AttentionOptions::default()
-}
-
 impl Engine {
     /// Records the model's layers, and what the step ends with.
     pub(super) fn record(
@@ -114,7 +107,7 @@ impl Engine {
             kernels.rope.dispatch(pass, &bound.rope, pairs_of_heads.div_ceil(64), new);
 
             if let Some(view) = target.update(pass, layer, &key, &value)? {
-                let options = attention_options(model.config.window(layer));
+                let options = AttentionOptions::default().with_window(model.config.window(layer));
                 attention.record(pass, &query, &view, &mixed, options)?;
             }
 
