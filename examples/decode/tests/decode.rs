@@ -67,16 +67,9 @@ fn decoded(loaded: &Loaded, case: &Case, kind: Kind, dtype: DType) -> Vec<u32> {
     ids
 }
 
-/// Weights stay as the file stores them. What a software adapter holds counts as memory of the process, too.
 #[test]
 fn weights_take_what_the_file_takes() {
-    let Loaded { ref model, stored, loading, .. } = *loaded();
-    let bound = stored + stored / 10;
-    assert!(model.bytes <= bound, "{} bytes on the GPU for {stored} in the file", model.bytes);
-    if cfg!(target_os = "linux") {
-        let loading = loading.expect("Linux tells");
-        assert!(loading <= stored + stored / 2, "{loading} bytes to load {stored}");
-    }
+    loaded().check_memory();
 }
 
 /// A device whose textures are small takes a matrix in parts.

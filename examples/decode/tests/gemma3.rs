@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use decode_engine::{Engine, Known, Request, Rows, greedy, serve};
 use rig::{Kind, Loaded, model_path};
 use serde::Deserialize;
-use wgpu_kvcache::{DType, KVCache, SequenceCache};
+use wgpu_kvcache::{DType, SequenceCache};
 
 #[derive(Deserialize)]
 struct Reference {
@@ -102,6 +102,11 @@ impl Probe {
             self.wrong_window
         );
     }
+}
+
+#[test]
+fn weights_take_what_the_file_takes() {
+    loaded().check_memory();
 }
 
 #[test]

@@ -1,4 +1,6 @@
-//! Each format's kernels against a plain decoder on the host, over random blocks.
+//! Each format's kernels against a plain decoder on the host, over random blocks; `layers.rs`: the other kernels.
+
+mod layers;
 
 use std::process::Command;
 

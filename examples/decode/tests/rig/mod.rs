@@ -24,9 +24,9 @@ pub(crate) struct Loaded {
     pub(crate) model: Model,
     pub(crate) tokenizer: Tokenizer,
     /// Bytes of the file's tensors.
-    pub(crate) stored: u64,
+    stored: u64,
     /// Bytes of memory that the process took at most while it loaded, where the system tells.
-    pub(crate) loading: Option<u64>,
+    loading: Option<u64>,
 }
 
 /// A figure of this process from Linux, in bytes.
@@ -54,6 +54,17 @@ impl Loaded {
         let loading = memory("VmHWM").zip(before).map(|(most, before)| most.saturating_sub(before));
         let stored = file.tensor_bytes();
         Self { gpu, model, tokenizer, stored, loading }
+    }
+
+    /// Weights stay as the file stores them. What a software adapter holds counts as memory of the process, too.
+    pub(crate) fn check_memory(&self) {
+        let Self { ref model, stored, loading, .. } = *self;
+        let bound = stored + stored / 10;
+        assert!(model.bytes <= bound, "{} bytes on the GPU for {stored} in the file", model.bytes);
+        if cfg!(target_os = "linux") {
+            let loading = loading.expect("Linux tells");
+            assert!(loading <= stored + stored / 2, "{loading} bytes to load {stored}");
+        }
     }
 
     pub(crate) fn engine(&self, dtype: DType, max_tokens: usize, max_batch: usize) -> Engine {
