@@ -76,6 +76,8 @@ pub struct Engine {
     kernels: Kernels,
     buffers: Buffers,
     groups: Groups,
+    /// Of each layer.
+    windows: Vec<Option<usize>>,
     /// One for all layers: it keeps bind groups over the cache's buffers.
     attention: Attention,
 }
@@ -107,6 +109,7 @@ impl Engine {
             kernels,
             buffers,
             groups,
+            windows: (0..model.layers.len()).map(|layer| model.config.window(layer)).collect(),
             attention: Attention::new(gpu),
         })
     }
@@ -116,11 +119,10 @@ impl Engine {
         &self.model.config
     }
 
-    /// Options of a cache for this model, in which a layer with a window keeps only what its queries see.
-    pub fn cache_options(&self) -> CacheOptions {
-        // WINDOW: `.with_windows((0..config.layers).map(|layer| config.window(layer)))`, as soon as the library has
-        // it.
-        CacheOptions::default()
+    /// Options of a cache for this model, in which a layer with a window keeps only what its queries see. Not of a
+    /// [`SequenceCache`], whose layers keep all tokens.
+    pub fn cache_options(&self) -> CacheOptions<'_> {
+        CacheOptions::default().with_windows(&self.windows)
     }
 
     /// The shapes of the model's layers, for a cache that is made with them.

@@ -14,7 +14,7 @@ pub struct Known {
 }
 
 impl Known {
-    /// SmolLM2 135M Instruct.
+    /// `SmolLM2` 135M Instruct.
     pub const SMOLLM2: Self = Self { name: "smollm2", file: "SmolLM2-135M-Instruct.Q4_1.gguf" };
     /// Gemma 3 270M.
     pub const GEMMA3: Self = Self { name: "gemma3", file: "gemma-3-270m-q4_k_m.gguf" };

@@ -19,7 +19,8 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use wgpu_kvcache::{
-    DType, DynamicKVCache, Gpu, KVCache, Layout, PagedKVCache, SequenceCache, StaticKVCache, Stats,
+    CacheOptions, DType, DynamicKVCache, Gpu, KVCache, Layout, PagedKVCache, SequenceCache,
+    StaticKVCache, Stats,
 };
 
 use decode_engine::{
@@ -330,7 +331,7 @@ fn serve_all(
     tokenizer: &Tokenizer,
     work: Work,
 ) -> Result<Report> {
-    let options = engine.cache_options().with_max_cache_len(work.max_tokens);
+    let options = CacheOptions::default().with_max_cache_len(work.max_tokens);
     let mut cache = SequenceCache::with_options(gpu, &engine.layer_shapes(), options)?;
     engine.warm_up(Layout::RaggedPaged)?;
     let mut progress = Progress::new(tokenizer, work.own.len(), !arguments.json);

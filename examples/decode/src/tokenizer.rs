@@ -24,14 +24,14 @@ const NORMAL: i64 = 1;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
-/// How SentencePiece writes a space.
+/// How `SentencePiece` writes a space.
 const SPACE: &str = "\u{2581}";
 
 /// Bytes that all merges may have, for each byte of the vocabulary. Gemma 3 has 2; a file of another kind could ask for
 /// far more memory than it has bytes.
 const MERGES: usize = 4;
 
-/// A BPE tokenizer: over bytes, or over characters as in SentencePiece.
+/// A BPE tokenizer: over bytes, or over characters as in `SentencePiece`.
 #[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -154,7 +154,7 @@ fn byte_level(file: &GgufFile, tokens: &[&str]) -> Result<tokenizers::Tokenizer>
     Ok(inner)
 }
 
-/// SentencePiece's BPE: of all neighbours that form a token, those that form the one with the best score are merged
+/// BPE as in `SentencePiece`: of all neighbours that form a token, those that form the one with the best score are merged
 /// first. Characters without a token become the tokens of their bytes.
 fn sentence_piece(
     file: &GgufFile,

@@ -85,6 +85,9 @@ fn check(loaded: &Loaded, engine: &mut Engine, case: &Case, kind: Kind) {
     assert_eq!(generation.expect("a generation").beams[0], case.greedy, "{which}");
     let position = cache.get_next_position(0).expect("a layer");
     assert_eq!(position, case.tokens() - 1, "{which}: all but the last token were appended");
+    // Layer 5 is global. The others keep the window, the last token's own among it.
+    let [local, global] = [4, 5].map(|layer| cache.get_seq_length(layer).expect("a layer"));
+    assert_eq!((local, global), (position.min(512), position), "{which}");
 }
 
 impl Probe {
@@ -170,9 +173,7 @@ fn greedy_ids_in_sequences() {
     cases.remove(long);
     let room = cases.iter().map(Case::tokens).max().expect("a case");
     let mut engine = loaded.engine(DType::F32, room, 3);
-    let mut cache =
-        SequenceCache::with_options(&loaded.gpu, &engine.layer_shapes(), engine.cache_options())
-            .expect("a cache");
+    let mut cache = SequenceCache::new(&loaded.gpu, &engine.layer_shapes()).expect("a cache");
     let requests = cases.iter().map(|case| Request {
         ids: case.prompt_ids.clone(),
         max_new_tokens: Some(case.greedy.len()),

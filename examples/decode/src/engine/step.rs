@@ -83,7 +83,7 @@ impl Engine {
         ending: Ending,
     ) -> Result<()> {
         self.write(inputs)?;
-        let Self { model, options, kernels, buffers, groups, attention, .. } = self;
+        let Self { model, options, kernels, buffers, groups, windows, attention, .. } = self;
         let Config { width, heads, kv_heads, head_dim, feed_forward, .. } = model.config;
         let new = size(inputs.tokens.len())?;
         let width = size(width)?;
@@ -107,7 +107,7 @@ impl Engine {
             kernels.rope.dispatch(pass, &bound.rope, pairs_of_heads.div_ceil(64), new);
 
             if let Some(view) = target.update(pass, layer, &key, &value)? {
-                let options = AttentionOptions::default().with_window(model.config.window(layer));
+                let options = AttentionOptions::default().with_window(windows[layer]);
                 attention.record(pass, &query, &view, &mixed, options)?;
             }
 

@@ -26,8 +26,9 @@ impl Engine {
             if parents.len() > 1 {
                 cache.reorder_cache(pass, parents)?;
             }
-            let last = u32::try_from(cache.get_next_position(0)?)?.saturating_sub(1);
             for layer in 0..self.model.config.layers {
+                // Of the live tokens: a layer with a window holds fewer than others.
+                let last = u32::try_from(cache.get_seq_length(layer)?)?.saturating_sub(1);
                 let (key, value) = self.new_keys_and_values(parents.len(), 1)?;
                 cache.update(pass, &key, &value, layer, CachePosition::At(last))?;
             }

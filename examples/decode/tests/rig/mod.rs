@@ -81,6 +81,7 @@ impl Loaded {
             Kind::Static => {
                 let options = options
                     .with_max_cache_len(max_tokens)
+                    .with_max_chunk(engine.step_tokens())
                     .with_num_layers(self.model.config.layers);
                 Box::new(StaticKVCache::with_options(gpu, options).expect("the options"))
             }
