@@ -34,10 +34,12 @@ impl ChatTemplate {
         )?;
         let texts = file.texts("tokenizer.ggml.tokens")?;
         let mut tokens = BTreeMap::new();
-        for name in ["bos", "eos"] {
-            let id = file.optional_count(&format!("tokenizer.ggml.{name}_token_id"))?;
-            let text = id.and_then(|id| texts.get(id)).copied().unwrap_or_default();
-            tokens.insert(if name == "bos" { "bos_token" } else { "eos_token" }, text.to_owned());
+        for (name, key) in [
+            ("bos_token", "tokenizer.ggml.bos_token_id"),
+            ("eos_token", "tokenizer.ggml.eos_token_id"),
+        ] {
+            let text = file.optional_count(key)?.and_then(|id| texts.get(id));
+            tokens.insert(name, text.copied().unwrap_or_default().to_owned());
         }
         Ok(Self { source: source.to_owned(), tokens })
     }
@@ -59,9 +61,58 @@ impl ChatTemplate {
         });
         let message = context! { role => "user", content => prompt };
         let given = context! { messages => vec![message], add_generation_prompt => true };
-        let tokens = self.tokens.iter().map(|(name, text)| (*name, Value::from(text.as_str())));
-        let given = context! { ..given, ..tokens.collect::<Value>() };
+        let given = context! { ..given, ..Value::from(self.tokens.clone()) };
         let text = environment.render_str(&self.source, given);
         text.context("the model file's chat template cannot be filled in; leave out --chat")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rendered(source: &str, prompt: &str) -> Result<String> {
+        let tokens = [("bos_token", "<bos>".to_owned()), ("eos_token", "<eos>".to_owned())];
+        ChatTemplate { source: source.to_owned(), tokens: tokens.into() }.render(prompt)
+    }
+
+    /// As the instruction-tuned Gemma models have it, with blocks on lines of their own and methods of Python.
+    #[test]
+    fn a_template_written_for_python_is_filled_in() {
+        let source = "{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {{ raise_exception('System role not supported') }}
+{%- endif -%}
+{% for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('Conversation roles must alternate') }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + message['role'] + '\\n' + message['content'].strip() + '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\\n' }}
+{%- endif -%}
+";
+        let text = rendered(source, "  Hello {{ there }}\n").expect("a text");
+        assert_eq!(
+            text,
+            "<bos><start_of_turn>user\nHello {{ there }}<end_of_turn>\n<start_of_turn>model\n"
+        );
+    }
+
+    #[test]
+    fn a_template_that_refuses_fails_or_does_not_end_is_an_error() {
+        for (source, word) in [
+            ("{{ raise_exception('only system messages') }}", "only system messages"),
+            ("{% for message in %}", "syntax error"),
+            ("{{ messages[0]['content'].frobnicate() }}", "frobnicate"),
+            (
+                "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}",
+                "fuel",
+            ),
+        ] {
+            let error = format!("{:#}", rendered(source, "x").expect_err(source));
+            assert!(error.contains(word) && error.contains("--chat"), "{source}: {error}");
+        }
     }
 }

@@ -9,10 +9,10 @@ mod rig;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use decode_engine::{Engine, Known, Request, Rows, greedy, serve};
+use decode_engine::{Engine, Generation, Known, Request, Rows, beam_search, greedy, serve};
 use rig::{Kind, Loaded, model_path};
 use serde::Deserialize;
-use wgpu_kvcache::{DType, SequenceCache};
+use wgpu_kvcache::{DType, DynamicKVCache, KVCache, SequenceCache};
 
 #[derive(Deserialize)]
 struct Reference {
@@ -183,6 +183,36 @@ fn greedy_ids_in_sequences() {
     let served = serve(&mut engine, &mut cache, &[], &requests, settings, &mut |_, _| Ok(()));
     for (ids, case) in served.expect("a run").ids.iter().zip(&cases) {
         assert_eq!(*ids, case.greedy, "after {} tokens", case.prompt_ids.len());
+    }
+}
+
+/// Beams move the rows of layers that have let tokens go, and share their pages: the same lists as in a cache that keeps
+/// all tokens.
+#[test]
+fn beams_beyond_the_window() {
+    const BEAMS: usize = 3;
+    const NEW: usize = 6;
+    let loaded = loaded();
+    let cases = reference();
+    let long = cases.iter().find(|case| case.is_long()).expect("a long case");
+    let mut engine = loaded.engine(DType::F32, long.tokens(), BEAMS);
+    let all: Box<dyn KVCache> = Box::new(DynamicKVCache::new(&loaded.gpu));
+    let windowed = [Kind::Dynamic, Kind::Paged].map(|kind| loaded.cache(&engine, kind, 0));
+    let mut first: Option<Generation> = None;
+    for (number, mut cache) in [all].into_iter().chain(windowed).enumerate() {
+        let settings = loaded.settings(NEW);
+        let found = beam_search(&mut engine, cache.as_mut(), &long.prompt_ids, BEAMS, settings)
+            .expect("a generation");
+        let kept = cache.get_seq_length(0).expect("a layer");
+        assert_eq!(kept, if number == 0 { long.prompt_ids.len() + NEW - 1 } else { 512 });
+        let Some(first) = &first else {
+            first = Some(found);
+            continue;
+        };
+        assert_eq!(found.beams, first.beams, "cache {number}");
+        for (score, due) in found.scores.iter().zip(&first.scores) {
+            assert!((score - due).abs() <= 1e-3, "cache {number}: {score} for {due}");
+        }
     }
 }
 
