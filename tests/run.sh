@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs all tests, on a machine that has Rust, Python with pip and a C linker. Gets a Vulkan driver and
-# the model where they are missing.
+# the models where they are missing.
 #
 # Usage: tests/run.sh [flags of cargo test]
 #
@@ -20,5 +20,5 @@ export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
 # The profile that builds fastest, and features of its own: what follows builds all it needs at once.
 cargo build --profile quick -p decode --bin adapter
-examples/decode/setup.sh --profile quick
+examples/decode/setup.sh --model smollm2 --model gemma3 --profile quick
 cargo test --workspace "$@"

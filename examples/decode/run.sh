@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Decodes a prompt with SmolLM2 on the GPU, on a machine that has Rust, Python with pip and a C linker.
+# Decodes a prompt with SmolLM2 or Gemma 3 on the GPU, on a machine that has Rust, Python with pip and a C linker.
 # Gets a Vulkan driver and the model where they are missing.
 #
 # Usage: examples/decode/run.sh [prompt] [flags of the decode example, e.g. --beams 4]
+#   examples/decode/run.sh "A prompt" --model gemma3          (smollm2 without --model, or the path of a GGUF file)
+#   examples/decode/run.sh "A question" --chat                (as a message of a chat)
 # Several prompts, served together:
 #   examples/decode/run.sh "One prompt" --prompt "Another one" --system "What both begin with"
 #   examples/decode/run.sh --prompts FILE --max-sequences 4    (a prompt a line)
@@ -22,11 +24,25 @@ if [ ${#prompt[@]} -eq 0 ]; then
     case "$flag" in --prompt | --prompt=* | --prompts | --prompts=*) prompt=() ;; esac
   done
 fi
+model=
+before=
+for flag; do
+  if [ "$before" = --model ]; then model=$flag; fi
+  case "$flag" in --model=*) model=${flag#--model=} ;; esac
+  before=$flag
+done
+flags=("$@")
+if [ -z "$model" ]; then
+  model=smollm2
+  flags+=(--model "$model")
+fi
+# What is not the name of a model is the path of one, and nothing is downloaded.
+setup=(--no-model)
+case "$model" in smollm2 | gemma3) setup=(--model "$model") ;; esac
 # A build from nothing takes minutes and shows its progress; later ones are silent.
 quiet=()
 decode=${CARGO_TARGET_DIR:-target}/quick/decode
 if [ -x "$decode" ]; then quiet=(--quiet); fi
 cargo build "${quiet[@]}" --profile quick -p decode
-examples/decode/setup.sh --profile quick
-exec "$decode" \
-  --model examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf "${prompt[@]}" "$@"
+examples/decode/setup.sh "${setup[@]}" --profile quick
+exec "$decode" "${prompt[@]}" "${flags[@]}"

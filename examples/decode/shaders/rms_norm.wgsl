@@ -1,4 +1,6 @@
 // RMS norm: scales each row to a root mean square of one, then by a weight per element.
+//
+// Joined behind `rms.wgsl`.
 
 @group(0) @binding(0) var<storage, read> ends: array<u32>;         // rows of `hidden` that the head reads
 @group(0) @binding(1) var<storage, read> weight: array<vec4<f32>>; // [WIDTH]
@@ -9,10 +11,6 @@ override WIDTH: u32;
 override EPSILON: f32;
 // The head needs only the last token of each sequence: row i of `normed` is then row ends[i] of `hidden`.
 override LAST: bool = false;
-
-const THREADS: u32 = 64;
-
-var<workgroup> partial: array<f32, THREADS>;
 
 @compute @workgroup_size(THREADS)
 fn main(
@@ -32,16 +30,7 @@ fn main(
         let x = hidden[source + i];
         squares += dot(x, x);
     }
-    partial[thread] = squares;
-    workgroupBarrier();
-
-    // Every thread adds up all partial sums: one barrier, and so few of them that a tree would not
-    // pay.
-    var total = 0.0;
-    for (var i = 0u; i < THREADS; i++) {
-        total += partial[i];
-    }
-    let scale = inverseSqrt(total / f32(WIDTH) + EPSILON);
+    let scale = rms_scale(thread, squares, WIDTH, EPSILON);
 
     for (var i = thread; i < quads; i += THREADS) {
         textureStore(normed, vec2<u32>(i, row), hidden[source + i] * scale * weight[i]);

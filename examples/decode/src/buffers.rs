@@ -1,15 +1,12 @@
-//! The engine's working memory, and the bind groups over it.
-
-use std::num::NonZeroU64;
+//! The engine's working memory.
 
 use anyhow::{Result, ensure};
 use wgpu_kvcache::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu_kvcache::{DType, Gpu, TensorView, wgpu};
 
+use crate::config::Config;
 use crate::engine::Options;
-use crate::kernels::{Bound, BoundMatrix, Kernels};
-use crate::model::{Config, Model};
-use crate::weights::Matrix;
+use crate::model::Model;
 
 /// The most tokens of a prompt in one step; longer prompts take several steps. It bounds the size of the buffers.
 const PROMPT_ROWS: usize = 256;
@@ -37,8 +34,10 @@ pub(crate) struct Buffers {
     pub(crate) positions: wgpu::Buffer,
     /// The row of each last token whose logits are wanted: `[batch]`.
     pub(crate) ends: wgpu::Buffer,
-    /// Cosines and sines of each position: `[max_tokens, head_dim / 2, 2]`.
+    /// Cosines and sines of each position in global layers: `[max_tokens, head_dim / 2, 2]`.
     pub(crate) turns: wgpu::Buffer,
+    /// The same in local layers, if the model has any.
+    pub(crate) local_turns: Option<wgpu::Buffer>,
     /// The residual stream: `[rows, width]`.
     pub(crate) hidden: wgpu::Buffer,
     /// Its RMS norm. A matrix product reads its input from a texture.
@@ -55,6 +54,8 @@ pub(crate) struct Buffers {
     pub(crate) mixed: wgpu::Buffer,
     /// The same, for the matrix product.
     pub(crate) mixed_texels: wgpu::TextureView,
+    /// The result of attention or of the feed-forward part before its norm, if it has one: `[rows, width]`.
+    pub(crate) branch: wgpu::Buffer,
     /// Gate and up projections: `[rows, 2, feed_forward]`.
     pub(crate) gate_up: wgpu::Buffer,
     /// Their activation: `[rows, feed_forward]`.
@@ -67,28 +68,6 @@ pub(crate) struct Buffers {
     pub(crate) chosen: wgpu::Buffer,
     /// A mappable buffer for results, as large as the logits.
     pub(crate) readback: wgpu::Buffer,
-}
-
-/// Bind groups that stay the same in every step.
-pub(crate) struct Groups {
-    pub(crate) embed: BoundMatrix,
-    pub(crate) rope: wgpu::BindGroup,
-    pub(crate) to_texture: wgpu::BindGroup,
-    pub(crate) swiglu: wgpu::BindGroup,
-    pub(crate) norm_last: wgpu::BindGroup,
-    pub(crate) head: BoundMatrix,
-    pub(crate) argmax: wgpu::BindGroup,
-    pub(crate) layers: Vec<LayerGroups>,
-}
-
-/// The bind groups over one layer's weights.
-pub(crate) struct LayerGroups {
-    pub(crate) attention_norm: wgpu::BindGroup,
-    pub(crate) qkv: BoundMatrix,
-    pub(crate) attention_output: BoundMatrix,
-    pub(crate) feed_forward_norm: wgpu::BindGroup,
-    pub(crate) gate_up: BoundMatrix,
-    pub(crate) down: BoundMatrix,
 }
 
 impl Buffers {
@@ -112,17 +91,26 @@ impl Buffers {
             |label| buffer(gpu, label, rows * kv_heads * head_dim * options.dtype.size(), storage);
         let written = wgpu::BufferUsages::COPY_DST;
         let read = storage | wgpu::BufferUsages::COPY_SRC;
+        let turns = |base, divisors: Option<&[f32]>| -> Result<wgpu::Buffer> {
+            let turns = turns(head_dim, base, divisors.unwrap_or_default(), options.max_tokens)?;
+            Ok(gpu.device().create_buffer_init(&BufferInitDescriptor {
+                label: Some("rope turns"),
+                contents: bytemuck::cast_slice(&turns),
+                usage: storage,
+            }))
+        };
         Ok(Self {
             max_rows,
             stage: buffer(gpu, "stage", 2 * SLOT, wgpu::BufferUsages::UNIFORM | written)?,
             tokens: buffer(gpu, "tokens", 4 * rows, storage | written)?,
             positions: buffer(gpu, "positions", 4 * rows, storage | written)?,
             ends: buffer(gpu, "last tokens", 4 * batch, storage | written)?,
-            turns: gpu.device().create_buffer_init(&BufferInitDescriptor {
-                label: Some("rope turns"),
-                contents: bytemuck::cast_slice(&turns(model, options.max_tokens)?),
-                usage: storage,
-            }),
+            turns: turns(model.config.rope_base, model.rope_divisors.as_deref())?,
+            local_turns: model
+                .config
+                .local
+                .map(|local| turns(local.rope_base, None))
+                .transpose()?,
             hidden: floats("hidden", rows, width)?,
             normed: texels("normed", rows, width)?,
             projected: floats("projected", rows, (heads + 2 * kv_heads) * head_dim)?,
@@ -131,6 +119,7 @@ impl Buffers {
             value: cached("new values")?,
             mixed: floats("mixed", rows, heads * head_dim)?,
             mixed_texels: texels("mixed", rows, heads * head_dim)?,
+            branch: floats("branch", rows, width)?,
             gate_up: floats("gate and up", rows, 2 * feed_forward)?,
             activated: texels("activated", rows, feed_forward)?,
             last: texels("normed, last tokens", batch, width)?,
@@ -185,80 +174,6 @@ impl Buffers {
     }
 }
 
-impl Groups {
-    /// Creates the bind groups over a model's weights and the buffers.
-    ///
-    /// # Errors
-    ///
-    /// If the pipelines were compiled for another model.
-    pub(crate) fn new(
-        gpu: &Gpu,
-        model: &Model,
-        kernels: &Kernels,
-        buffers: &Buffers,
-    ) -> Result<Self> {
-        let Buffers { stage, tokens, positions, ends, turns, hidden, normed, projected, .. } =
-            buffers;
-        let Buffers {
-            query,
-            key,
-            value,
-            mixed,
-            mixed_texels,
-            gate_up,
-            activated,
-            last,
-            logits,
-            chosen,
-            ..
-        } = buffers;
-        let (all, head) = (slot(stage, 0), slot(stage, 1));
-        let texels = Bound::Texture;
-        let norm = |weight| {
-            kernels.norm.bind(gpu, &[whole(ends), whole(weight), whole(hidden), texels(normed)])
-        };
-        let product =
-            |matrix: &Matrix, input, output| kernels.matmul.bind(gpu, &all, matrix, input, output);
-        let added =
-            |matrix: &Matrix, input| kernels.matmul_add.bind(gpu, &all, matrix, input, hidden);
-        let layers = model.layers.iter().map(|weights| {
-            Ok(LayerGroups {
-                attention_norm: norm(&weights.attention_norm),
-                qkv: product(&weights.qkv, normed, projected)?,
-                attention_output: added(&weights.attention_output, mixed_texels)?,
-                feed_forward_norm: norm(&weights.feed_forward_norm),
-                gate_up: product(&weights.gate_up, normed, gate_up)?,
-                down: added(&weights.down, activated)?,
-            })
-        });
-        let turned = [projected, query, key, value].map(whole);
-        let rope: Vec<_> = [positions, turns].map(whole).into_iter().chain(turned).collect();
-        let last_norm = [whole(ends), whole(&model.output_norm), whole(hidden), texels(last)];
-        Ok(Self {
-            embed: kernels.embed.bind(gpu, &model.embedding, tokens, hidden)?,
-            rope: kernels.rope.bind(gpu, &rope),
-            to_texture: kernels.to_texture.bind(gpu, &[whole(mixed), texels(mixed_texels)]),
-            swiglu: kernels.swiglu.bind(gpu, &[whole(gate_up), texels(activated)]),
-            norm_last: kernels.norm_last.bind(gpu, &last_norm),
-            head: kernels.matmul.bind(gpu, &head, &model.head, last, logits)?,
-            argmax: kernels.argmax.bind(gpu, &[head, whole(logits), whole(chosen)]),
-            layers: layers.collect::<Result<_>>()?,
-        })
-    }
-}
-
-/// A whole buffer.
-fn whole(buffer: &wgpu::Buffer) -> Bound<'_> {
-    Bound::Buffer(buffer.as_entire_buffer_binding())
-}
-
-/// One slot of a buffer of parameters.
-fn slot(buffer: &wgpu::Buffer, index: usize) -> Bound<'_> {
-    let bytes = SLOT as u64;
-    let offset = bytes * index as u64;
-    Bound::Buffer(wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(bytes) })
-}
-
 /// A texture of `rows` rows of at least `elements` numbers, four per texel. Its width is a multiple of the panels of a
 /// step, so that a matrix product reads zeros past the last element.
 fn texture(gpu: &Gpu, label: &str, rows: usize, elements: usize) -> Result<wgpu::TextureView> {
@@ -300,12 +215,11 @@ fn buffer(gpu: &Gpu, label: &str, bytes: usize, usage: wgpu::BufferUsages) -> Re
 
 /// The cosine and sine of the rotary angle of each pair of elements at each position: `[positions, head_dim / 2, 2]`.
 /// A shader's own powers and sines are too inaccurate at high positions, so they are computed here, in `f64`.
-fn turns(model: &Model, positions: usize) -> Result<Vec<f32>> {
-    let Config { head_dim, rope_base, .. } = model.config;
+fn turns(head_dim: usize, base: f64, divisors: &[f32], positions: usize) -> Result<Vec<f32>> {
     let pairs = u32::try_from(head_dim / 2)?;
     let mut frequencies: Vec<f64> =
-        (0..pairs).map(|pair| rope_base.powf(-f64::from(pair) / f64::from(pairs))).collect();
-    for (frequency, &divisor) in frequencies.iter_mut().zip(model.rope_divisors.iter().flatten()) {
+        (0..pairs).map(|pair| base.powf(-f64::from(pair) / f64::from(pairs))).collect();
+    for (frequency, &divisor) in frequencies.iter_mut().zip(divisors) {
         *frequency /= f64::from(divisor);
     }
     #[expect(

@@ -3,14 +3,14 @@
 //! There are two kinds of step. [`Engine::next_tokens`] and [`Engine::logits`] run equally many tokens in each
 //! batch row of a [`KVCache`]. [`Engine::next_of_sequences`] runs the packed tokens of sequences of a
 //! [`SequenceCache`]: one token of a sequence that decodes, a piece of a prompt of one that prefills.
-//! Both record the same layers ([`Engine::record`]), and the cache's part in them is small:
+//! Both record the same layers (`engine/step.rs`), and the cache's part in them is small:
 //!
 //! 1. Before the layers, beam search moves the batch rows of the cache (`batch_repeat_interleave` or
 //!    `reorder_cache`), and a step of sequences is planned (`plan_step`), which allocates its pages.
 //! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the
 //!    tokens that the layer holds. It returns a view of where the layer's tokens lie now.
 //! 3. `Attention::record` attends to that view in place, whatever kind of cache returned it: the
-//!    engine never asks how the tokens lie.
+//!    engine never asks how the tokens lie. A layer with a sliding window passes its size along.
 //!
 //! The model's own kernels do not ask either: the host writes the position of each token, and the row of each
 //! last token whose logits are wanted.
@@ -18,20 +18,21 @@
 //! The library records its dispatches into the same pass as the model's own kernels, so that a
 //! whole step is one submission, and all that comes back to the host is its result.
 
-use std::time::{Duration, Instant};
+mod step;
+mod timing;
 
 use anyhow::{Context, Result, ensure};
 use wgpu_kvcache::{
-    Attention, AttentionOptions, CachePosition, CompileScope, DType, Gpu, KVCache, LayerShape,
-    LayerView, Layout, SequenceCache, SequenceId, Step, TensorView, wgpu,
+    Attention, CacheOptions, CompileScope, DType, Gpu, KVCache, LayerShape, Layout, SequenceCache,
+    SequenceId, wgpu,
 };
 
-use crate::buffers::{Buffers, Groups, SLOT};
+use crate::buffers::Buffers;
+use crate::config::Config;
+use crate::groups::Groups;
 use crate::kernels::Kernels;
-use crate::model::{Config, Model};
-
-/// A token id that no vocabulary contains, for a step without a banned token.
-const NO_TOKEN: u32 = u32::MAX;
+use crate::model::Model;
+use step::{Ending, Inputs, Target};
 
 /// The limits of an engine.
 #[derive(Clone, Copy, Debug)]
@@ -66,67 +67,6 @@ pub struct Piece<'a> {
     pub is_last: bool,
 }
 
-/// What the host writes for a step.
-struct Inputs<'a> {
-    /// Token ids, one a row.
-    tokens: &'a [u32],
-    /// The position of each token.
-    positions: &'a [u32],
-    /// The rows of the last tokens whose logits are wanted.
-    ends: &'a [u32],
-    /// A token that is never chosen.
-    banned: Option<u32>,
-}
-
-/// Where a step's K and V are written. Its queries attend to what is there then.
-enum Target<'a> {
-    /// Behind what each batch row of a cache holds.
-    Rows { cache: &'a mut dyn KVCache, batch: usize },
-    /// Behind what each sequence of a planned step holds.
-    Sequences { cache: &'a mut SequenceCache, step: &'a Step },
-    /// Nowhere, and nothing attends: a run of the model's own kernels alone.
-    Nowhere,
-}
-
-impl Target<'_> {
-    /// Batch rows of the step's tensors. Packed tokens are one row.
-    fn batch(&self) -> usize {
-        match self {
-            Self::Rows { batch, .. } => *batch,
-            Self::Sequences { .. } | Self::Nowhere => 1,
-        }
-    }
-
-    /// Writes K and V of one layer, and returns what its queries attend to.
-    fn update(
-        &mut self,
-        pass: &mut wgpu::ComputePass<'_>,
-        layer: usize,
-        key: &TensorView<'_>,
-        value: &TensorView<'_>,
-    ) -> Result<Option<LayerView>> {
-        let view = match self {
-            Self::Rows { cache, .. } => {
-                cache.update(pass, key, value, layer, CachePosition::Append)?
-            }
-            Self::Sequences { cache, step } => cache.update(pass, step, layer, key, value)?,
-            Self::Nowhere => return Ok(None),
-        };
-        Ok(Some(view))
-    }
-}
-
-/// What a step ends with.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    /// No result: a part of a prompt, but not its last.
-    Cache,
-    /// The logits of the last tokens.
-    Logits,
-    /// Those, and the best token after each.
-    Token,
-}
-
 /// A model with its pipelines, buffers and bind groups, created once; a step creates none of them.
 #[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct Engine {
@@ -136,6 +76,8 @@ pub struct Engine {
     kernels: Kernels,
     buffers: Buffers,
     groups: Groups,
+    /// Of each layer.
+    windows: Vec<Option<usize>>,
     /// One for all layers: it keeps bind groups over the cache's buffers.
     attention: Attention,
 }
@@ -167,6 +109,7 @@ impl Engine {
             kernels,
             buffers,
             groups,
+            windows: (0..model.layers.len()).map(|layer| model.config.window(layer)).collect(),
             attention: Attention::new(gpu),
         })
     }
@@ -174,6 +117,12 @@ impl Engine {
     /// The dimensions of the model.
     pub fn config(&self) -> &Config {
         &self.model.config
+    }
+
+    /// Options of a cache for this model, in which a layer with a window keeps only what its queries see. Not of a
+    /// [`SequenceCache`], whose layers keep all tokens.
+    pub fn cache_options(&self) -> CacheOptions<'_> {
+        CacheOptions::default().with_windows(&self.windows)
     }
 
     /// The shapes of the model's layers, for a cache that is made with them.
@@ -298,81 +247,6 @@ impl Engine {
         Ok(pieces.iter().map(|piece| if piece.is_last { chosen.next() } else { None }).collect())
     }
 
-    /// The time that the cache's own dispatches of a step take, from submission to the end of the
-    /// work: for each layer a new token, written over the last one, after a reordering of the batch
-    /// rows. This spoils what the cache holds. With `parents` as `None` the pass is empty, which
-    /// tells what a submission costs by itself.
-    ///
-    /// # Errors
-    ///
-    /// If a call of the cache fails.
-    pub fn time_cache_alone(
-        &self,
-        cache: &mut dyn KVCache,
-        parents: Option<&[u32]>,
-    ) -> Result<Duration> {
-        self.time(|pass| {
-            let Some(parents) = parents else { return Ok(()) };
-            if parents.len() > 1 {
-                cache.reorder_cache(pass, parents)?;
-            }
-            let last = u32::try_from(cache.get_seq_length(0)?)?.saturating_sub(1);
-            for layer in 0..self.model.config.layers {
-                let (key, value) = self.new_keys_and_values(parents.len(), 1)?;
-                cache.update(pass, &key, &value, layer, CachePosition::At(last))?;
-            }
-            Ok(())
-        })
-    }
-
-    /// The same for a step that decodes one token of each of some sequences, which then have it more. With none the
-    /// pass is empty.
-    ///
-    /// # Errors
-    ///
-    /// Where the cache refuses.
-    pub fn time_sequences_alone(
-        &self,
-        cache: &mut SequenceCache,
-        sequences: &[SequenceId],
-    ) -> Result<Duration> {
-        self.time(|pass| {
-            if sequences.is_empty() {
-                return Ok(());
-            }
-            let counts: Vec<_> = sequences.iter().map(|&id| (id, 1)).collect();
-            let step = cache.plan_step(pass, &counts)?;
-            for layer in 0..self.model.config.layers {
-                let (key, value) = self.new_keys_and_values(1, sequences.len())?;
-                cache.update(pass, &step, layer, &key, &value)?;
-            }
-            Ok(())
-        })
-    }
-
-    /// The time of a pass, from recording to the end of its work.
-    fn time(
-        &self,
-        record: impl FnOnce(&mut wgpu::ComputePass<'_>) -> Result<()>,
-    ) -> Result<Duration> {
-        let start = Instant::now();
-        let mut encoder = self.encoder("the cache alone");
-        let mut pass = encoder.begin_compute_pass(&Default::default());
-        record(&mut pass)?;
-        drop(pass);
-        self.gpu.queue().submit([encoder.finish()]);
-        self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
-        Ok(start.elapsed())
-    }
-
-    fn new_keys_and_values(
-        &self,
-        batch: usize,
-        count: usize,
-    ) -> Result<(TensorView<'_>, TensorView<'_>)> {
-        self.buffers.new_keys_and_values(&self.model.config, self.options.dtype, batch, count)
-    }
-
     /// Runs one step, or several for a long prompt.
     fn run(
         &mut self,
@@ -443,8 +317,8 @@ impl Engine {
         banned: Option<u32>,
         ending: Ending,
     ) -> Result<()> {
-        // A token's position is the number of tokens before it: the cache's length, because nothing is cropped.
-        let past = cache.get_seq_length(0)?;
+        // The tokens ever appended: a layer with a window holds fewer.
+        let past = cache.get_next_position(0)?;
         let count = tokens.len() / batch;
         self.check_length(past, count)?;
         let positions = size(past)?..size(past + count)?;
@@ -475,74 +349,6 @@ impl Engine {
             encoder.copy_buffer_to_buffer(buffer, 0, &self.buffers.readback, 0, bytes_of(words)?);
         }
         self.gpu.queue().submit([encoder.finish()]);
-        Ok(())
-    }
-
-    /// Records the model's layers, and what the step ends with.
-    fn record(
-        &mut self,
-        pass: &mut wgpu::ComputePass<'_>,
-        mut target: Target<'_>,
-        inputs: &Inputs<'_>,
-        ending: Ending,
-    ) -> Result<()> {
-        self.write(inputs)?;
-        let Self { model, options, kernels, buffers, groups, attention, .. } = self;
-        let Config { width, heads, kv_heads, head_dim, feed_forward, .. } = model.config;
-        let new = size(inputs.tokens.len())?;
-        let width = size(width)?;
-        let quads_of_heads = size(heads * head_dim / 4)?;
-        let quads_of_feed_forward = size(feed_forward / 4)?;
-        let pairs_of_heads = size((heads + 2 * kv_heads) * head_dim / 2)?;
-        let batch = target.batch();
-        let count = inputs.tokens.len() / batch;
-        let (query, mixed) = buffers.query_and_mixed(&model.config, batch, count)?;
-        let (key, value) =
-            buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
-
-        kernels.embed.dispatch(pass, &groups.embed, width, new);
-        for (layer, bound) in groups.layers.iter().enumerate() {
-            kernels.norm.dispatch(pass, &bound.attention_norm, new, 1);
-            kernels.matmul.dispatch(pass, &bound.qkv, new);
-            kernels.rope.dispatch(pass, &groups.rope, pairs_of_heads.div_ceil(64), new);
-
-            if let Some(view) = target.update(pass, layer, &key, &value)? {
-                attention.record(pass, &query, &view, &mixed, AttentionOptions::default())?;
-            }
-
-            kernels.to_texture.dispatch(pass, &groups.to_texture, quads_of_heads.div_ceil(64), new);
-            kernels.matmul_add.dispatch(pass, &bound.attention_output, new);
-            kernels.norm.dispatch(pass, &bound.feed_forward_norm, new, 1);
-            kernels.matmul.dispatch(pass, &bound.gate_up, new);
-            kernels.swiglu.dispatch(pass, &groups.swiglu, quads_of_feed_forward.div_ceil(64), new);
-            kernels.matmul_add.dispatch(pass, &bound.down, new);
-        }
-
-        if ending != Ending::Cache {
-            let ends = size(inputs.ends.len())?;
-            kernels.norm_last.dispatch(pass, &groups.norm_last, ends, 1);
-            kernels.matmul.dispatch(pass, &groups.head, ends);
-            if ending == Ending::Token {
-                kernels.argmax.dispatch(pass, &groups.argmax, ends, 1);
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes what a step reads. `write_buffer` takes effect before all of the step's dispatches, so everything is
-    /// written to a place of its own, once a step.
-    fn write(&self, inputs: &Inputs<'_>) -> Result<()> {
-        let Inputs { tokens, positions, ends, banned } = *inputs;
-        let (queue, buffers) = (self.gpu.queue(), &self.buffers);
-        for (buffer, words) in
-            [(&buffers.tokens, tokens), (&buffers.positions, positions), (&buffers.ends, ends)]
-        {
-            queue.write_buffer(buffer, 0, bytemuck::cast_slice(words));
-        }
-        for (slot, rows) in [(0, tokens.len()), (1, ends.len())] {
-            let stage = [size(rows)?, banned.unwrap_or(NO_TOKEN)];
-            queue.write_buffer(&buffers.stage, slot * SLOT as u64, bytemuck::cast_slice(&stage));
-        }
         Ok(())
     }
 

@@ -144,9 +144,9 @@ impl GgufFile {
         self.keys().get_f64(key).ok_or_else(|| self.missing(key, "a number"))
     }
 
-    /// The key's truth value; false if the file lacks it.
-    pub fn flag(&self, key: &str) -> bool {
-        self.keys().get_bool(key).unwrap_or(false)
+    /// The key's truth value, if the file has it.
+    pub fn flag(&self, key: &str) -> Option<bool> {
+        self.keys().get_bool(key)
     }
 
     /// The key's list of texts.
@@ -167,6 +167,15 @@ impl GgufFile {
         self.list(key, "a list of whole numbers", MetadataValue::as_i64)
     }
 
+    /// The key's list of numbers.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::text`].
+    pub fn numbers(&self, key: &str) -> Result<Vec<f64>> {
+        self.list(key, "a list of numbers", MetadataValue::as_f64)
+    }
+
     /// Whether the file has a tensor of that name.
     pub fn has_tensor(&self, name: &str) -> bool {
         self.reader.get_tensor_info(name).is_some()
@@ -184,10 +193,9 @@ impl GgufFile {
     /// If the file lacks the tensor, or its shape is not supported.
     pub fn tensor(&mut self, name: &str) -> Result<Stored> {
         let path = self.path.display().to_string();
-        let info = self
-            .reader
-            .get_tensor_info(name)
-            .ok_or_else(|| anyhow!("{path} has no tensor {name}, which a llama model needs"))?;
+        let info = self.reader.get_tensor_info(name).ok_or_else(|| {
+            anyhow!("{path} has no tensor {name}, which a model of its architecture needs")
+        })?;
         let (inputs, outputs) = match *info.shape().dims() {
             [inputs] => (inputs, 1),
             [inputs, outputs] => (inputs, outputs),

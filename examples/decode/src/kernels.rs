@@ -6,8 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use wgpu_kvcache::{DType, Gpu, wgpu};
 
+use crate::config::{Activation, Config, RopePairs};
 use crate::format::Format;
-use crate::model::{Config, Model};
+use crate::model::Model;
 use crate::weights::{Matrix, Part};
 
 /// How a shader uses a binding.
@@ -211,12 +212,16 @@ pub(crate) struct Kernels {
     pub(crate) matmul: MatMul,
     /// Matrix products that are added to the residual stream.
     pub(crate) matmul_add: MatMul,
+    /// RMS norm of the result of attention or of the feed-forward part, added to the residual stream.
+    pub(crate) post_norm: Kernel,
+    /// RMS norm of each query and key head.
+    pub(crate) head_norm: Kernel,
     /// The rotary embedding, and the conversion of K and V to the cache's type.
     pub(crate) rope: Kernel,
     /// Copies the output of attention to a texture for the matrix product.
     pub(crate) to_texture: Kernel,
     /// The feed-forward activation.
-    pub(crate) swiglu: Kernel,
+    pub(crate) gate: Kernel,
     /// The token with the highest logit.
     pub(crate) argmax: Kernel,
 }
@@ -235,6 +240,7 @@ impl Kernels {
         let kv_heads = ("KV_HEADS", size(config.kv_heads)?);
         let vocabulary = ("VOCABULARY", size(config.vocabulary)?);
         let epsilon = ("EPSILON", config.epsilon);
+        let flag = |name, is_set: bool| (name, f64::from(u8::from(is_set)));
         let dtype = (
             "DTYPE",
             match dtype {
@@ -244,26 +250,46 @@ impl Kernels {
                 other => anyhow::bail!("the engine does not store K and V as {other}"),
             },
         );
-        let norm = include_str!("../shaders/rms_norm.wgsl");
+        let norm = normalising(include_str!("../shaders/rms_norm.wgsl"));
         let norm_binds = [Read, Read, Read, Store];
         Ok(Self {
-            embed: embed(gpu, model, &[width]),
-            norm: kernel(gpu, "rms norm", norm, &norm_binds, &[width, epsilon]),
+            embed: embed(gpu, model, &[width, ("SCALE", config.embedding_scale)]),
+            norm: kernel(gpu, "rms norm", &norm, &norm_binds, &[width, epsilon]),
             norm_last: kernel(
                 gpu,
                 "rms norm, last tokens",
-                norm,
+                &norm,
                 &norm_binds,
                 &[width, epsilon, ("LAST", 1.0)],
             ),
             matmul: matmul(gpu, "matmul", &model.product_matrices(false), 0.0),
             matmul_add: matmul(gpu, "matmul, added", &model.product_matrices(true), 1.0),
+            post_norm: kernel(
+                gpu,
+                "post norm",
+                &normalising(include_str!("../shaders/post_norm.wgsl")),
+                &[Read, Read, Write],
+                &[width, epsilon],
+            ),
+            head_norm: kernel(
+                gpu,
+                "head norm",
+                &normalising(include_str!("../shaders/head_norm.wgsl")),
+                &[Read, Write],
+                &[heads, kv_heads, ("HEAD_DIM", size(config.head_dim)?), epsilon],
+            ),
             rope: kernel(
                 gpu,
                 "rope",
                 include_str!("../shaders/rope.wgsl"),
                 &[Read, Read, Read, Write, Write, Write],
-                &[heads, kv_heads, ("PAIRS", size(config.head_dim / 2)?), dtype],
+                &[
+                    heads,
+                    kv_heads,
+                    ("PAIRS", size(config.head_dim / 2)?),
+                    flag("HALVES", config.rope_pairs == RopePairs::Halves),
+                    dtype,
+                ],
             ),
             to_texture: kernel(
                 gpu,
@@ -272,12 +298,15 @@ impl Kernels {
                 &[Read, Store],
                 &[("WIDTH", size(config.heads * config.head_dim)?)],
             ),
-            swiglu: kernel(
+            gate: kernel(
                 gpu,
-                "swiglu",
-                include_str!("../shaders/swiglu.wgsl"),
+                "gate",
+                include_str!("../shaders/gate.wgsl"),
                 &[Read, Store],
-                &[("WIDTH", size(config.feed_forward)?)],
+                &[
+                    ("WIDTH", size(config.feed_forward)?),
+                    flag("GELU", config.activation == Activation::Gelu),
+                ],
             ),
             argmax: kernel(
                 gpu,
@@ -329,6 +358,11 @@ pub(crate) fn matmul_wgsl(format: Format, tokens: usize, groups: usize) -> Strin
 /// The embedding from a matrix of a format.
 pub(crate) fn embed_wgsl(format: Format) -> String {
     joined(format, include_str!("../shaders/embed.wgsl"), &[("QUADS", QUADS)])
+}
+
+/// A kernel that normalises rows.
+fn normalising(kernel: &str) -> String {
+    [include_str!("../shaders/rms.wgsl"), kernel].join("\n")
 }
 
 fn joined(format: Format, kernel: &str, numbers: &[(&str, usize)]) -> String {

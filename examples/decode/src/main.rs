@@ -1,7 +1,7 @@
-//! Generates text with a Llama model whose K/V cache is on the GPU.
+//! Generates text with a Llama or Gemma model whose K/V cache is on the GPU.
 //!
 //! ```sh
-//! cargo run --release -p decode -- --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt "The capital of France is"
+//! cargo run --release -p decode -- --model smollm2 --prompt "The capital of France is"
 //! ```
 //!
 //! With several prompts, `--prompts` or `--system` it serves them together, each as a sequence of a `SequenceCache`.
@@ -24,23 +24,23 @@ use wgpu_kvcache::{
 };
 
 use decode_engine::{
-    Config, Engine, Generation, GgufFile, Model, Options, Request, Settings, Tokenizer,
-    beam_search, cache_share, greedy, sequences_share, serve,
+    ChatTemplate, Config, Engine, Generation, GgufFile, Known, Model, Options, Request, Settings,
+    Tokenizer, beam_search, cache_share, greedy, sequences_share, serve,
 };
 
 use crate::progress::Progress;
 
-/// Generates text with a Llama model, its K/V cache kept on the GPU.
+/// Generates text with a Llama or Gemma model, its K/V cache kept on the GPU.
 #[derive(Parser)]
 #[command(name = "decode")]
 struct Arguments {
     #[arg(
         long,
-        value_name = "FILE",
-        help = "Model: a GGUF file of the llama architecture (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K or Q6_K)"
+        value_name = "NAME|FILE",
+        help = "Model: smollm2 or gemma3, which examples/decode/setup.sh downloads, or a GGUF file of the architecture llama or gemma3 (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q8_0, Q4_K or Q6_K)"
     )]
     model: PathBuf,
-    /// Text to go on from, taken as it is. May be given several times: the prompts are then decoded together.
+    /// Text to go on from, taken as it is unless --chat is given. May be given several times: the prompts are then decoded together.
     #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
     prompt: Vec<String>,
     /// File of prompts, one a line; empty lines are skipped.
@@ -50,6 +50,10 @@ struct Arguments {
     /// and so is each prompt: the ids of a prompt are appended to those of this text.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
+    /// Take each prompt as a user's message of a chat, written as the model file's chat template says. Not with
+    /// --system, whose text is taken as it is.
+    #[arg(long, conflicts_with = "system")]
+    chat: bool,
     /// Most prompts to decode at a time. The others wait, and join as some end.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = positive)]
     max_sequences: usize,
@@ -131,9 +135,10 @@ impl Arguments {
     }
 
     fn settings(&self, tokenizer: &Tokenizer) -> Settings {
+        let end_of_turn = tokenizer.end_of_turn.filter(|_| self.chat);
         Settings {
             max_new_tokens: self.max_new_tokens,
-            end: tokenizer.end,
+            end: end_of_turn.or(tokenizer.end),
             ignore_end: self.ignore_eos,
         }
     }
@@ -205,10 +210,11 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     // What can be refused without the weights is refused before they are read.
     let texts = arguments.texts()?;
-    let mut file = GgufFile::open(&arguments.model)?;
+    let mut file = GgufFile::open(&Known::resolve(&arguments.model)?)?;
     let config = Config::from_gguf(&file)?;
+    let chat = arguments.chat.then(|| ChatTemplate::from_gguf(&file)).transpose()?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
-    let work = Work::new(arguments, &config, &tokenizer, texts)?;
+    let work = Work::new(arguments, &config, &tokenizer, chat.as_ref(), texts)?;
 
     let gpu = Gpu::headless()?;
     let model = load(&gpu, &mut file)?;
@@ -239,15 +245,17 @@ impl Work {
         arguments: &Arguments,
         config: &Config,
         tokenizer: &Tokenizer,
+        chat: Option<&ChatTemplate>,
         texts: Vec<String>,
     ) -> Result<Self> {
         let shared = arguments.system.as_ref().map(|text| tokenizer.encode(text)).transpose()?;
         let mut own = Vec::with_capacity(texts.len());
         let mut max_tokens = 0;
         for (number, text) in (1..).zip(&texts) {
-            let ids = match shared {
-                Some(_) => tokenizer.encode_more(text)?,
-                None => tokenizer.encode(text)?,
+            let ids = match (&shared, chat) {
+                (Some(_), _) => tokenizer.encode_more(text)?,
+                (None, Some(chat)) => tokenizer.encode(&chat.render(text)?)?,
+                (None, None) => tokenizer.encode(text)?,
             };
             let which = arguments.name_of(number);
             ensure!(!ids.is_empty(), "{which} has no token");
@@ -285,17 +293,21 @@ fn generate_one(
     tokenizer: &Tokenizer,
     work: Work,
 ) -> Result<Report> {
-    let (mut cache, layout): (Box<dyn KVCache>, _) =
-        match arguments.cache.unwrap_or(CacheKind::Dynamic) {
-            CacheKind::Dynamic => (Box::new(DynamicKVCache::new(gpu)), Layout::Contiguous),
-            CacheKind::Static => {
-                let options = CacheOptions::default()
-                    .with_max_cache_len(work.max_tokens)
-                    .with_num_layers(engine.config().layers);
-                (Box::new(StaticKVCache::with_options(gpu, options)?), Layout::Contiguous)
-            }
-            CacheKind::Paged => (Box::new(PagedKVCache::new(gpu)), Layout::Paged),
-        };
+    let options = engine.cache_options();
+    let (mut cache, layout): (Box<dyn KVCache>, _) = match arguments
+        .cache
+        .unwrap_or(CacheKind::Dynamic)
+    {
+        CacheKind::Dynamic => {
+            (Box::new(DynamicKVCache::with_options(gpu, options)?), Layout::Contiguous)
+        }
+        CacheKind::Static => {
+            let options =
+                options.with_max_cache_len(work.max_tokens).with_num_layers(engine.config().layers);
+            (Box::new(StaticKVCache::with_options(gpu, options)?), Layout::Contiguous)
+        }
+        CacheKind::Paged => (Box::new(PagedKVCache::with_options(gpu, options)?), Layout::Paged),
+    };
     engine.warm_up(layout)?;
     let prompt = &work.own[0];
     let generation = generate(arguments, engine, cache.as_mut(), tokenizer, prompt)?;

@@ -1,111 +1,16 @@
-//! A Llama model: its dimensions, and its weights on the GPU.
+//! A model: its weights on the GPU.
 
 use anyhow::{Context, Result, ensure};
 use wgpu_kvcache::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu_kvcache::{Gpu, wgpu};
 
+use crate::config::Config;
 use crate::format::{Format, GROUP};
 use crate::gguf::{GgufFile, Stored};
 use crate::weights::{Matrix, Part, PartRange, PartWriter, most_groups};
 
 /// Bytes in flight before the loader waits for the queue, which keeps a copy of each until then.
 const IN_FLIGHT: usize = 8 << 20;
-
-/// The dimensions of a model.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Layers.
-    pub layers: usize,
-    /// Elements of the residual stream.
-    pub width: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// K/V heads: a divisor of `heads`.
-    pub kv_heads: usize,
-    /// Elements of a head.
-    pub head_dim: usize,
-    /// Elements inside the feed-forward part.
-    pub feed_forward: usize,
-    /// Tokens of the vocabulary.
-    pub vocabulary: usize,
-    /// The longest sequence, in tokens.
-    pub context: usize,
-    /// Base of the rotary frequencies.
-    pub rope_base: f64,
-    /// The epsilon of RMS norm.
-    pub epsilon: f64,
-}
-
-impl Config {
-    /// Reads the dimensions, and refuses those that the kernels do not support.
-    ///
-    /// # Errors
-    ///
-    /// If the file is of another architecture, lacks a key, or has dimensions that are not supported.
-    pub fn from_gguf(file: &GgufFile) -> Result<Self> {
-        let architecture = file.text("general.architecture")?;
-        ensure!(
-            architecture == "llama",
-            "the model has the architecture {architecture}; llama is supported"
-        );
-        if let Some(scaling) = file.optional_text("llama.rope.scaling.type") {
-            ensure!(
-                scaling == "none",
-                "the model scales its positions ({scaling}), which is not supported"
-            );
-        }
-        let width = file.count("llama.embedding_length")?;
-        let heads = file.count("llama.attention.head_count")?;
-        ensure!(heads > 0, "llama.attention.head_count is 0");
-        let config = Self {
-            layers: file.count("llama.block_count")?,
-            width,
-            heads,
-            kv_heads: file.optional_count("llama.attention.head_count_kv")?.unwrap_or(heads),
-            head_dim: file.optional_count("llama.attention.key_length")?.unwrap_or(width / heads),
-            feed_forward: file.count("llama.feed_forward_length")?,
-            vocabulary: file.texts("tokenizer.ggml.tokens")?.len(),
-            context: file.count("llama.context_length")?,
-            rope_base: file.number("llama.rope.freq_base").unwrap_or(10_000.0),
-            epsilon: file.number("llama.attention.layer_norm_rms_epsilon")?,
-        };
-        let Self { layers, kv_heads, head_dim, feed_forward, vocabulary, .. } = config;
-        ensure!(layers > 0, "the model has no layers");
-        ensure!(
-            kv_heads > 0 && heads.is_multiple_of(kv_heads),
-            "{heads} query heads cannot share {kv_heads} K/V heads"
-        );
-        ensure!(
-            head_dim > 0 && head_dim <= 256 && head_dim.is_multiple_of(4),
-            "a head of {head_dim} elements is not supported; it must be a multiple of 4 and at most 256"
-        );
-        ensure!(
-            [width, feed_forward, vocabulary].iter().all(|&n| n > 0 && n.is_multiple_of(4)),
-            "widths of {width} and {feed_forward} and {vocabulary} tokens: only multiples of 4 above 0 are supported"
-        );
-        ensure!(
-            heads.checked_mul(head_dim).is_some(),
-            "{heads} heads of {head_dim} elements are more than this machine can count; fetch the file again"
-        );
-        for (key, number, is_sane) in [
-            ("llama.rope.freq_base", config.rope_base, config.rope_base > 0.0),
-            ("llama.attention.layer_norm_rms_epsilon", config.epsilon, config.epsilon >= 0.0),
-        ] {
-            ensure!(
-                is_sane && number.is_finite(),
-                "{key} is {number}, which is not sane; fetch the file again"
-            );
-        }
-        for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
-            let found = file.optional_count(key)?.unwrap_or(head_dim);
-            ensure!(
-                found == head_dim,
-                "{key} is {found}; only {head_dim}, a whole head, is supported"
-            );
-        }
-        Ok(config)
-    }
-}
 
 /// The weights of one layer.
 #[derive(Clone, Debug)]
@@ -114,20 +19,26 @@ pub struct LayerWeights {
     pub attention_norm: wgpu::Buffer,
     /// Query, key and value projections, stacked.
     pub qkv: Matrix,
+    /// Scales of each query and each key head, `[2, head_dim]`, for models that normalise them.
+    pub head_norms: Option<wgpu::Buffer>,
     /// The projection from the heads to the residual stream.
     pub attention_output: Matrix,
+    /// Scale of its result, `[width]`, for models that normalise it.
+    pub post_attention_norm: Option<wgpu::Buffer>,
     /// Scale before the feed-forward part: `[width]`.
     pub feed_forward_norm: wgpu::Buffer,
     /// Gate and up projections, stacked.
     pub gate_up: Matrix,
     /// The projection from the feed-forward part to the residual stream.
     pub down: Matrix,
+    /// Scale of its result, `[width]`, for models that normalise it.
+    pub post_feed_forward_norm: Option<wgpu::Buffer>,
 }
 
 /// A model on the GPU. Clones share the weights.
 #[derive(Clone, Debug)]
 pub struct Model {
-    /// Its dimensions.
+    /// Its dimensions, and the choices of its architecture.
     pub config: Config,
     /// The embedding: a row for each token.
     pub embedding: Matrix,
@@ -137,7 +48,7 @@ pub struct Model {
     pub output_norm: wgpu::Buffer,
     /// The head; the embedding itself if the model ties the two.
     pub head: Matrix,
-    /// Divisors of the rotary frequencies, `[head_dim / 2]`, for models that have them.
+    /// Divisors of the rotary frequencies of global layers, `[head_dim / 2]`, for models that have them.
     pub rope_divisors: Option<Vec<f32>>,
     /// Bytes that the weights take on the GPU.
     pub bytes: u64,
@@ -169,6 +80,9 @@ impl Model {
         } else {
             None
         };
+        let post_norm = |loader: &mut Loader<'_>, name: &str| {
+            config.has_post_norms.then(|| loader.vector(name, width)).transpose()
+        };
         // Grows with the layers found in the file: the key may state any number.
         let mut layers = Vec::new();
         for layer in 0..config.layers {
@@ -180,7 +94,13 @@ impl Model {
                     &[queries, keys, keys],
                     width,
                 )?,
+                head_norms: if config.has_head_norms {
+                    Some(loader.vectors(&[&name("attn_q_norm"), &name("attn_k_norm")], head_dim)?)
+                } else {
+                    None
+                },
                 attention_output: loader.matrix(&[&name("attn_output")], &[width], queries)?,
+                post_attention_norm: post_norm(&mut loader, &name("post_attention_norm"))?,
                 feed_forward_norm: loader.vector(&name("ffn_norm"), width)?,
                 gate_up: loader.matrix(
                     &[&name("ffn_gate"), &name("ffn_up")],
@@ -188,6 +108,7 @@ impl Model {
                     width,
                 )?,
                 down: loader.matrix(&[&name("ffn_down")], &[width], feed_forward)?,
+                post_feed_forward_norm: post_norm(&mut loader, &name("post_ffw_norm"))?,
             });
         }
         let bytes = loader.bytes;
@@ -197,14 +118,16 @@ impl Model {
 }
 
 impl Model {
-    /// The matrices whose products are added to the residual stream, or the other matrices.
+    /// The matrices whose products are added to the residual stream as they are, or the other matrices.
     pub(crate) fn product_matrices(&self, are_added: bool) -> Vec<&Matrix> {
-        let layers = self.layers.iter();
+        let layers = || self.layers.iter();
+        let outputs = layers().flat_map(|layer| [&layer.attention_output, &layer.down]);
+        let outputs = outputs.filter(|_| are_added != self.config.has_post_norms);
         if are_added {
-            layers.flat_map(|layer| [&layer.attention_output, &layer.down]).collect()
+            outputs.collect()
         } else {
-            let layers = layers.flat_map(|layer| [&layer.qkv, &layer.gate_up]);
-            layers.chain([&self.head]).collect()
+            let inputs = layers().flat_map(|layer| [&layer.qkv, &layer.gate_up]);
+            inputs.chain([&self.head]).chain(outputs).collect()
         }
     }
 }
@@ -232,11 +155,19 @@ struct Rows {
 
 impl Loader<'_> {
     fn vector(&mut self, name: &str, length: usize) -> Result<wgpu::Buffer> {
-        let values = self.numbers(name, length)?;
+        self.vectors(&[name], length)
+    }
+
+    /// Several vectors of the same length, one after the other.
+    fn vectors(&mut self, names: &[&str], length: usize) -> Result<wgpu::Buffer> {
+        let mut values = Vec::new();
+        for name in names {
+            values.extend(self.numbers(name, length)?);
+        }
         let contents = bytemuck::cast_slice(&values);
         self.bytes += contents.len() as u64;
         Ok(self.gpu.device().create_buffer_init(&BufferInitDescriptor {
-            label: Some(name),
+            label: Some(&names.join(" + ")),
             contents,
             usage: wgpu::BufferUsages::STORAGE,
         }))

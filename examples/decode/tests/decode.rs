@@ -3,20 +3,22 @@
 //! `reference/smollm2.json` holds what transformers on torch answered in f32. The tests need the
 //! model, which `examples/decode/setup.sh` gets. Its place may be given in the variable `KV_MODEL`.
 
+mod rig;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::Deserialize;
 use wgpu_kvcache::{
-    CacheOptions, DType, DynamicKVCache, Gpu, HeadlessOptions, KVCache, PagedKVCache,
-    SequenceCache, StaticKVCache, wgpu,
+    CacheOptions, DType, DynamicKVCache, Gpu, HeadlessOptions, SequenceCache, wgpu,
 };
 
 use decode_engine::{
-    Engine, Event, Generation, GgufFile, Model, Options, Request, Settings, Tokenizer, beam_search,
+    Engine, Event, Generation, GgufFile, Known, Model, Options, Request, Settings, beam_search,
     greedy, serve,
 };
+use rig::{Kind, Loaded};
 
 #[derive(Deserialize)]
 struct Reference {
@@ -39,112 +41,37 @@ fn reference() -> Vec<Case> {
     serde_json::from_str::<Reference>(text).expect("a well-formed reference").cases
 }
 
-/// Where the model is. A missing model is a failure that says how to get it.
+/// Where the model is.
 fn model_path() -> PathBuf {
-    let default = "model/SmolLM2-135M-Instruct.Q4_1.gguf";
-    let path = std::env::var_os("KV_MODEL")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(default), PathBuf::from);
-    assert!(
-        path.is_file(),
-        "there is no model at {}; examples/decode/setup.sh gets it, tests/run.sh calls that",
-        path.display()
-    );
-    path
-}
-
-/// The model with its weights on the GPU, loaded once. Its users take turns: it is what takes long.
-struct Loaded {
-    gpu: Gpu,
-    model: Model,
-    tokenizer: Tokenizer,
-    /// Bytes of the file's tensors.
-    stored: u64,
-    /// Bytes of memory that the process took at most while it loaded, where the system tells.
-    loading: Option<u64>,
-}
-
-/// A figure of this process from Linux, in bytes.
-fn memory(name: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+    rig::model_path(Known::SMOLLM2, "KV_MODEL")
 }
 
 fn loaded() -> MutexGuard<'static, Loaded> {
     static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
-    let loaded = LOADED.get_or_init(|| {
-        let mut file = GgufFile::open(&model_path()).expect("the model opens");
-        let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
-        let tokenizer = Tokenizer::from_gguf(&file).expect("a tokenizer");
-        let before = memory("VmRSS");
-        let model = Model::load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
-        let loading = memory("VmHWM").zip(before).map(|(most, before)| most.saturating_sub(before));
-        let stored = file.tensor_bytes();
-        Mutex::new(Loaded { gpu, model, tokenizer, stored, loading })
-    });
+    let loaded = LOADED.get_or_init(|| Mutex::new(Loaded::from_file(&model_path())));
     loaded.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Dynamic,
-    Static,
-    Paged,
+/// Decodes a prompt of the reference, and checks what is streamed.
+fn decoded(loaded: &Loaded, case: &Case, kind: Kind, dtype: DType) -> Vec<u32> {
+    let room = case.prompt_ids.len() + case.greedy.len();
+    let mut engine = loaded.engine(dtype, room, 1);
+    let mut cache = loaded.cache(&engine, kind, room);
+    let settings = loaded.settings(case.greedy.len());
+    let mut streamed = Vec::new();
+    let generation =
+        greedy(&mut engine, cache.as_mut(), &case.prompt_ids, settings, &mut |token| {
+            streamed.push(token);
+            Ok(())
+        });
+    let ids = generation.expect("a generation").beams.remove(0);
+    assert_eq!(streamed, ids, "what is streamed is what is returned");
+    ids
 }
 
-impl Loaded {
-    fn engine(&self, dtype: DType, max_tokens: usize, max_batch: usize) -> Engine {
-        let options = Options { dtype, max_tokens, max_batch };
-        Engine::new(&self.gpu, &self.model, options).expect("an engine")
-    }
-
-    fn cache(&self, kind: Kind, max_tokens: usize) -> Box<dyn KVCache> {
-        match kind {
-            Kind::Dynamic => Box::new(DynamicKVCache::new(&self.gpu)),
-            Kind::Static => Box::new(
-                StaticKVCache::with_options(
-                    &self.gpu,
-                    CacheOptions::default()
-                        .with_max_cache_len(max_tokens)
-                        .with_num_layers(self.model.config.layers),
-                )
-                .expect("both options"),
-            ),
-            Kind::Paged => Box::new(PagedKVCache::new(&self.gpu)),
-        }
-    }
-
-    fn settings(&self, max_new_tokens: usize) -> Settings {
-        Settings { max_new_tokens, end: self.tokenizer.end, ignore_end: true }
-    }
-
-    fn greedy(&self, case: &Case, kind: Kind, dtype: DType) -> Vec<u32> {
-        let room = case.prompt_ids.len() + case.greedy.len();
-        let mut engine = self.engine(dtype, room, 1);
-        let mut cache = self.cache(kind, room);
-        let settings = self.settings(case.greedy.len());
-        let mut streamed = Vec::new();
-        let generation =
-            greedy(&mut engine, cache.as_mut(), &case.prompt_ids, settings, &mut |token| {
-                streamed.push(token);
-                Ok(())
-            });
-        let ids = generation.expect("a generation").beams.remove(0);
-        assert_eq!(streamed, ids, "what is streamed is what is returned");
-        ids
-    }
-}
-
-/// Weights stay as the file stores them. What a software adapter holds counts as memory of the process, too.
 #[test]
 fn weights_take_what_the_file_takes() {
-    let Loaded { ref model, stored, loading, .. } = *loaded();
-    let bound = stored + stored / 10;
-    assert!(model.bytes <= bound, "{} bytes on the GPU for {stored} in the file", model.bytes);
-    if cfg!(target_os = "linux") {
-        let loading = loading.expect("Linux tells");
-        assert!(loading <= stored + stored / 2, "{loading} bytes to load {stored}");
-    }
+    loaded().check_memory();
 }
 
 /// A device whose textures are small takes a matrix in parts.
@@ -189,7 +116,7 @@ fn greedy_ids_with_an_f32_cache() {
     let loaded = loaded();
     for case in reference() {
         for kind in [Kind::Dynamic, Kind::Static] {
-            let ids = loaded.greedy(&case, kind, DType::F32);
+            let ids = decoded(&loaded, &case, kind, DType::F32);
             assert_eq!(ids, case.greedy, "{kind:?}, {}", case.prompt);
         }
     }
@@ -200,7 +127,7 @@ fn greedy_ids_with_an_f16_cache_where_the_margin_allows() {
     let loaded = loaded();
     let mut compared = 0;
     for case in reference().iter().filter(|case| case.greedy_min_margin > 0.05) {
-        let ids = loaded.greedy(case, Kind::Dynamic, DType::F16);
+        let ids = decoded(&loaded, case, Kind::Dynamic, DType::F16);
         assert_eq!(ids, case.greedy, "{}", case.prompt);
         compared += 1;
     }
@@ -212,7 +139,7 @@ fn a_bf16_cache_goes_through_the_whole_engine() {
     let loaded = loaded();
     // 8 bits of mantissa are too few to promise the reference's ids; the first token has margin enough.
     let case = &reference()[0];
-    let ids = loaded.greedy(case, Kind::Static, DType::BF16);
+    let ids = decoded(&loaded, case, Kind::Static, DType::BF16);
     assert_eq!(ids.len(), case.greedy.len());
     assert_eq!(ids[0], case.greedy[0]);
 }
@@ -222,7 +149,7 @@ fn greedy_ids_with_a_paged_cache() {
     let loaded = loaded();
     // The longest text crosses into the most pages.
     let case = reference().into_iter().max_by_key(|case| case.greedy.len()).expect("a case");
-    let ids = loaded.greedy(&case, Kind::Paged, DType::F32);
+    let ids = decoded(&loaded, &case, Kind::Paged, DType::F32);
     assert_eq!(ids, case.greedy, "{}", case.prompt);
 }
 
@@ -239,7 +166,7 @@ fn the_best_of_four_beams_and_its_score() {
         let kinds = if number == 0 { &kinds[..] } else { &kinds[..2] };
         let mut first: Option<Generation> = None;
         for &kind in kinds {
-            let mut cache = loaded.cache(kind, room);
+            let mut cache = loaded.cache(&engine, kind, room);
             let settings = loaded.settings(tokens);
             let generation =
                 beam_search(&mut engine, cache.as_mut(), &case.prompt_ids, 4, settings)
@@ -299,7 +226,7 @@ fn all_prompts_in_one_run_get_the_ids_that_each_gets_alone() {
     let new = 4;
     requests.insert(2, Request { ids: long.clone(), max_new_tokens: Some(new) });
     let mut engine = loaded.engine(DType::F32, 310, 3);
-    let mut alone = loaded.cache(Kind::Dynamic, 0);
+    let mut alone = loaded.cache(&engine, Kind::Dynamic, 0);
     let long = greedy(&mut engine, alone.as_mut(), &long, loaded.settings(new), &mut |_| Ok(()));
     let mut due: Vec<Vec<u32>> = order.iter().map(|&i| cases[i].greedy.clone()).collect();
     due[1].truncate(7);
@@ -349,7 +276,7 @@ fn prompts_that_begin_alike_share_pages() {
     assert!(peak <= bound as u64, "{peak} pages, and {bound} are enough");
 
     // Alone, a prompt follows the same ids in a cache of its own; the prefix is run once for all.
-    let mut alone = loaded.cache(Kind::Dynamic, 0);
+    let mut alone = loaded.cache(&engine, Kind::Dynamic, 0);
     engine.next_tokens(alone.as_mut(), &shared, 1, None).unwrap();
     for (request, ids) in requests.iter().zip(&served.ids) {
         let generation =
@@ -389,6 +316,20 @@ fn json_is_one_object_and_nothing_else() {
     assert!(report["tokens_per_second"].as_f64().is_some_and(|rate| rate > 0.0));
     // 30 layers of K and V, 2 rows, 3 heads, a prompt of 5 and 3 new tokens, 64 elements of 4 bytes.
     assert_eq!(report["cache_bytes"], 30 * 2 * 2 * 3 * 8 * 64 * 4);
+}
+
+/// `--chat` writes the prompt as the file's template says, and the answer is one to a message.
+#[test]
+fn a_chat_wraps_the_prompt_in_the_template_of_the_file() {
+    let prompt = "What is the capital of France?";
+    let report = report(prompt, &["--chat", "--max-new-tokens", "7"]);
+    let text = format!(
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+         <|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let ids = loaded().tokenizer.encode(&text).expect("ids");
+    assert_eq!(report["prompt_ids"], serde_json::json!(ids));
+    assert_eq!(report["text"], "The capital of France is Paris.");
 }
 
 /// The program hands its options on: beams that share pages, and the reference's ids all the same.
@@ -509,7 +450,8 @@ fn bad_input_gets_an_error_of_its_own() {
     let blank = write("blank.txt", b"\n  \n\r\n");
     let one = write("one.txt", b"x\n");
     let several = ["--prompt", "x", "--prompt", "y"];
-    let cases: [(&[&str], i32, &[&str]); 11] = [
+    let cases: [(&[&str], i32, &[&str]); 12] = [
+        (&["--prompt", "x", "--chat", "--system", "s"], 2, &["--chat", "--system"]),
         (&[], 2, &["--prompt"]),
         (&["--prompt", "x", "--prompts", &one], 2, &["--prompts", "cannot be used"]),
         (&["--prompts", "/nowhere.txt"], 1, &["/nowhere.txt"]),
@@ -542,6 +484,9 @@ fn bad_input_gets_an_error_of_its_own() {
     let help = String::from_utf8_lossy(&help.stdout).into_owned();
     for option in [
         "--model",
+        "--chat",
+        "smollm2",
+        "gemma3",
         "--prompt",
         "--prompts",
         "--system",

@@ -1,4 +1,6 @@
-//! Each format's kernels against a plain decoder on the host, over random blocks.
+//! Each format's kernels against a plain decoder on the host, over random blocks; `layers.rs`: the other kernels.
+
+mod layers;
 
 use std::process::Command;
 
@@ -329,18 +331,28 @@ fn every_text_passes_tint_if_it_is_installed() {
     let folder = std::env::temp_dir().join(format!("decode-tint-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder for temporary files");
     let file = folder.join("shader.wgsl");
-    for &format in Format::ALL {
-        for text in [embed_wgsl(format), matmul_wgsl(format, 1, 1), matmul_wgsl(format, 4, 2)] {
-            std::fs::write(&file, &text).expect("a writable folder");
-            let mut tint = Command::new("tint");
-            tint.args(["--format", "wgsl", "--output-name"]).arg(folder.join("out")).arg(&file);
-            let answer = tint.output().expect("tint runs");
-            assert!(
-                answer.status.success(),
-                "{format:?}: {}",
-                String::from_utf8_lossy(&answer.stderr)
-            );
-        }
+    let of_formats = Format::ALL.iter().flat_map(|&format| {
+        [embed_wgsl(format), matmul_wgsl(format, 1, 1), matmul_wgsl(format, 4, 2)]
+    });
+    let norms = [
+        include_str!("../../shaders/rms_norm.wgsl"),
+        include_str!("../../shaders/post_norm.wgsl"),
+        include_str!("../../shaders/head_norm.wgsl"),
+    ];
+    let others = [
+        include_str!("../../shaders/rope.wgsl"),
+        include_str!("../../shaders/gate.wgsl"),
+        include_str!("../../shaders/to_texture.wgsl"),
+        include_str!("../../shaders/argmax.wgsl"),
+    ];
+    let texts = of_formats.chain(norms.map(normalising)).chain(others.map(str::to_owned));
+    for text in texts {
+        std::fs::write(&file, &text).expect("a writable folder");
+        let mut tint = Command::new("tint");
+        tint.args(["--format", "wgsl", "--output-name"]).arg(folder.join("out")).arg(&file);
+        let answer = tint.output().expect("tint runs");
+        let message = String::from_utf8_lossy(&answer.stderr);
+        assert!(answer.status.success(), "{message}\nin\n{text}");
     }
     std::fs::remove_dir_all(&folder).expect("the folder made above");
 }

@@ -21,7 +21,7 @@ use proptest::test_runner::{Config, TestRunner};
 
 use damage::damage;
 use reader::{Reader, noop_gpu, say, watched};
-use seed::{Seed, seeds};
+use seed::{Seed, endless_merges, seeds};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -65,6 +65,11 @@ fn dimensions_that_are_not_sane_are_refused() {
         (&[("llama.rope.freq_base", u64::from(f32::NAN.to_bits()))], "not sane"),
         (&[("llama.attention.layer_norm_rms_epsilon", 0xff80_0000)], "not sane"),
         (&[("tokenizer.ggml.bos_token_id", 8)], "lists 8 tokens"),
+        (&[("tokenizer.ggml.unknown_token_id", 8)], "lists 8 tokens"),
+        (&[("gemma3.block_count", u64::MAX)], "blk.2"),
+        (&[("gemma3.attention.sliding_window", 0)], "sliding_window is 0"),
+        (&[("gemma3.attention.sliding_window_pattern", 0)], "sliding_window_pattern is 0"),
+        (&[("gemma3.rope.freq_base_swa", 0)], "not sane"),
     ] {
         let refusal = reader.refusal(changes);
         assert!(refusal.contains(words), "{changes:?}: {refusal}");
@@ -83,6 +88,13 @@ fn a_header_that_promises_many_keys_takes_no_memory_for_them() {
         assert!(MEMORY.peak_usage() - before < 1 << 18, "{keys} keys: {error:#}");
         assert!(format!("{error:#}").contains("fetch it again"), "{error:#}");
     }
+}
+
+/// Tokens that are merged from others in very many ways would take far more memory than the file has bytes.
+#[test]
+fn a_vocabulary_of_endless_merges_is_refused() {
+    let refusal = Reader::new().refusal_of(&endless_merges());
+    assert!(refusal.contains("can be merged from others"), "{refusal}");
 }
 
 /// Tries some files, and returns how many of them were still whole.

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use decode_engine::{GgufFile, Model, Tokenizer};
+use decode_engine::{ChatTemplate, GgufFile, Model, Tokenizer};
 use wgpu_kvcache::{Gpu, wgpu};
 
 use crate::MEMORY;
-use crate::seed::seeds;
+use crate::seed::{Seed, seeds};
 
 /// Far more than any file here takes, and far less than a hang.
 const BOUND: Duration = Duration::from_secs(10);
@@ -85,14 +85,19 @@ impl Reader {
             }
             stream.finish()
         });
+        // Most files have no template, and a damaged one may refuse the message.
+        let _ = ChatTemplate::from_gguf(&file).and_then(|chat| chat.render("ab"));
         // A file with a bad tokenizer goes on to be asked for its weights.
         let model = Model::load(gpu, &mut file, &mut |_| ());
         tokenizer.and(model).map(|_| ())
     }
 
-    /// What is wrong with a seed in which some numbers under keys are others.
+    /// What is wrong with a seed in which some numbers under keys are others: the first seed that has the keys.
     pub(crate) fn refusal(&self, changes: &[(&str, u64)]) -> String {
-        let mut seed = seeds().remove(1);
+        let has =
+            |seed: &Seed, key: &str| seed.bytes.windows(key.len()).any(|it| it == key.as_bytes());
+        let has_all = |seed: &Seed| changes.iter().all(|(key, _)| has(seed, key));
+        let mut seed = seeds().into_iter().skip(1).find(has_all).expect("a seed with the keys");
         for &(key, number) in changes {
             let at = seed.bytes.windows(key.len()).position(|window| window == key.as_bytes());
             let value = at.expect("a key of the seed") + key.len() + 4;
@@ -100,10 +105,13 @@ impl Reader {
                 seed.numbers.iter().find(|(place, _)| *place == value).expect("a number");
             seed.bytes[value..value + width].copy_from_slice(&number.to_le_bytes()[..width]);
         }
-        format!(
-            "{:#}",
-            self.try_file(&noop_gpu(), &seed.bytes).expect_err("a file that is not sane")
-        )
+        self.refusal_of(&seed)
+    }
+
+    /// What is wrong with a seed.
+    pub(crate) fn refusal_of(&self, seed: &Seed) -> String {
+        let answer = self.try_file(&noop_gpu(), &seed.bytes);
+        format!("{:#}", answer.expect_err("a file that is not sane"))
     }
 }
 

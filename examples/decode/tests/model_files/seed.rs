@@ -54,6 +54,10 @@ impl Seed {
                 self.list(5, integers.len());
                 integers.iter().for_each(|&integer| self.u32(integer));
             }
+            Value::Numbers(numbers) => {
+                self.list(6, numbers.len());
+                numbers.iter().for_each(|number| self.u32(number.to_bits()));
+            }
             Value::Bytes(bytes) => {
                 self.list(0, bytes.len());
                 self.bytes.extend(bytes);
@@ -81,6 +85,7 @@ enum Value<'a> {
     Text(&'a str),
     Texts(&'a [&'a str]),
     Integers(&'a [u32]),
+    Numbers(&'a [f32]),
     Bytes(&'a [u8]),
 }
 
@@ -96,8 +101,16 @@ const Q4_K: Format = (12, 256, 144);
 const Q6_K: Format = (14, 256, 210);
 const BF16: Format = (30, 1, 2);
 
+/// What a tiny model is of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Llama,
+    Gemma,
+}
+
 /// A model of one or more layers, of two heads that share their K and V.
 struct Tiny {
+    kind: Kind,
     layers: u32,
     width: usize,
     /// Formats that the matrices take in turn.
@@ -108,6 +121,9 @@ struct Tiny {
 
 const TOKENS: [&str; 8] = ["<|endoftext|>", "a", "b", "c", "ab", "bc", "Ġ", "Ġa"];
 const KINDS: [u32; 8] = [3, 1, 1, 1, 1, 1, 1, 1];
+const SPM_TOKENS: [&str; 8] = ["<bos>", "a", "b", "c", "ab", "<0x20>", "\u{2581}", "\u{2581}a"];
+const SPM_KINDS: [u32; 8] = [3, 1, 1, 1, 1, 6, 1, 1];
+const SPM_SCORES: [f32; 8] = [0.0, -3.0, -4.0, -5.0, -1.0, 0.0, -6.0, -2.0];
 const MERGES: [&str; 3] = ["a b", "b c", "Ġ a"];
 
 impl Tiny {
@@ -130,6 +146,12 @@ impl Tiny {
             let name = |part: &str| format!("blk.{layer}.{part}.weight");
             tensors.push(vector(name("attn_norm"), width));
             tensors.push(vector(name("ffn_norm"), width));
+            if self.kind == Kind::Gemma {
+                tensors.push(vector(name("attn_q_norm"), width / 2));
+                tensors.push(vector(name("attn_k_norm"), width / 2));
+                tensors.push(vector(name("post_attention_norm"), width));
+                tensors.push(vector(name("post_ffw_norm"), width));
+            }
             for (part, outputs) in [
                 ("attn_q", width),
                 ("attn_k", width / 2),
@@ -145,7 +167,42 @@ impl Tiny {
         tensors
     }
 
-    fn keys(&self) -> Vec<(&'static str, Value<'static>)> {
+    fn keys<'a>(&self) -> Vec<(&'static str, Value<'a>)> {
+        match self.kind {
+            Kind::Llama => self.llama_keys(),
+            Kind::Gemma => self.gemma_keys(),
+        }
+    }
+
+    fn gemma_keys<'a>(&self) -> Vec<(&'static str, Value<'a>)> {
+        let width = u32::try_from(self.width).expect("tiny");
+        vec![
+            ("general.architecture", Value::Text("gemma3")),
+            ("gemma3.block_count", Value::Count(self.layers)),
+            ("gemma3.context_length", Value::Count(64)),
+            ("gemma3.embedding_length", Value::Count(width)),
+            ("gemma3.feed_forward_length", Value::Count(width)),
+            ("gemma3.attention.head_count", Value::Count(2)),
+            ("gemma3.attention.head_count_kv", Value::Count(1)),
+            ("gemma3.attention.key_length", Value::Count(width / 2)),
+            ("gemma3.attention.sliding_window", Value::Count(4)),
+            ("gemma3.attention.sliding_window_pattern", Value::Count(2)),
+            ("gemma3.attention.layer_norm_rms_epsilon", Value::Number(1e-6)),
+            ("gemma3.rope.freq_base", Value::Number(1e6)),
+            ("gemma3.rope.freq_base_swa", Value::Number(1e4)),
+            ("tokenizer.ggml.model", Value::Text("llama")),
+            ("tokenizer.ggml.tokens", Value::Texts(&SPM_TOKENS)),
+            ("tokenizer.ggml.token_type", Value::Integers(&SPM_KINDS)),
+            ("tokenizer.ggml.scores", Value::Numbers(&SPM_SCORES)),
+            ("tokenizer.ggml.add_space_prefix", Value::Flag(false)),
+            ("tokenizer.ggml.add_bos_token", Value::Flag(true)),
+            ("tokenizer.ggml.bos_token_id", Value::Count(0)),
+            ("tokenizer.ggml.unknown_token_id", Value::Count(1)),
+            ("tokenizer.chat_template", Value::Text("{{ bos_token }}{{ messages[0].content }}")),
+        ]
+    }
+
+    fn llama_keys<'a>(&self) -> Vec<(&'static str, Value<'a>)> {
         let width = u32::try_from(self.width).expect("tiny");
         let mut keys = vec![
             ("general.architecture", Value::Text("llama")),
@@ -180,13 +237,17 @@ impl Tiny {
     }
 
     fn seed(&self) -> Seed {
-        let (keys, tensors) = (self.keys(), self.tensors());
+        self.seed_of(&self.keys())
+    }
+
+    fn seed_of(&self, keys: &[(&str, Value<'_>)]) -> Seed {
+        let tensors = self.tensors();
         let mut seed = Seed::default();
         seed.bytes.extend(b"GGUF");
         seed.u32(3);
         seed.u64(tensors.len());
         seed.u64(keys.len());
-        for (key, value) in &keys {
+        for (key, value) in keys {
             seed.key(key, value);
         }
         let mut offset = 0;
@@ -210,11 +271,38 @@ impl Tiny {
 }
 
 pub(crate) fn seeds() -> Vec<Seed> {
+    let (llama, gemma) = (Kind::Llama, Kind::Gemma);
     let tiny = [
-        Tiny { layers: 1, width: 8, formats: &[F32], has_all: false },
-        Tiny { layers: 2, width: 8, formats: &[F16, BF16], has_all: true },
-        Tiny { layers: 1, width: 32, formats: &[Q8_0, Q4_0, Q4_1, Q5_0], has_all: true },
-        Tiny { layers: 1, width: 256, formats: &[Q4_K, Q6_K], has_all: false },
+        Tiny { kind: llama, layers: 1, width: 8, formats: &[F32], has_all: false },
+        Tiny { kind: llama, layers: 2, width: 8, formats: &[F16, BF16], has_all: true },
+        Tiny {
+            kind: llama,
+            layers: 1,
+            width: 32,
+            formats: &[Q8_0, Q4_0, Q4_1, Q5_0],
+            has_all: true,
+        },
+        Tiny { kind: llama, layers: 1, width: 256, formats: &[Q4_K, Q6_K], has_all: false },
+        Tiny { kind: gemma, layers: 2, width: 8, formats: &[F32], has_all: false },
     ];
     tiny.iter().map(Tiny::seed).collect()
+}
+
+/// Tokens of one letter, 1 to 600 times: each is merged from any shorter one and the rest.
+pub(crate) fn endless_merges() -> Seed {
+    let tiny = Tiny { kind: Kind::Gemma, layers: 1, width: 8, formats: &[F32], has_all: false };
+    let texts: Vec<String> = (1..=600).map(|length| "a".repeat(length)).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let kinds = vec![1; texts.len()];
+    let scores = vec![0.0; texts.len()];
+    let mut keys = tiny.keys();
+    for (key, value) in &mut keys {
+        match *key {
+            "tokenizer.ggml.tokens" => *value = Value::Texts(&texts),
+            "tokenizer.ggml.token_type" => *value = Value::Integers(&kinds),
+            "tokenizer.ggml.scores" => *value = Value::Numbers(&scores),
+            _ => {}
+        }
+    }
+    tiny.seed_of(&keys)
 }

@@ -1,0 +1,246 @@
+//! Gemma 3 270M, decoded through every kind of cache, gives the tokens that the reference gives: also beyond the
+//! sliding window of its local layers.
+//!
+//! `reference/gemma3.json` says how it was made. The tests need the model, which `examples/decode/setup.sh --model
+//! gemma3` gets. Its place may be given in the variable `KV_GEMMA3`.
+
+mod rig;
+
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use decode_engine::{Engine, Generation, Known, Request, Rows, beam_search, greedy, serve};
+use rig::{Kind, Loaded, model_path};
+use serde::Deserialize;
+use wgpu_kvcache::{DType, DynamicKVCache, KVCache, SequenceCache};
+
+#[derive(Deserialize)]
+struct Reference {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: String,
+    prompt_ids: Vec<u32>,
+    greedy: Vec<u32>,
+    greedy_text: String,
+    top5_ids: Vec<u32>,
+    top5_logits: Vec<f32>,
+    /// Of prompts that are longer than the window.
+    #[serde(default)]
+    window_probes: Vec<Probe>,
+}
+
+/// Logits that tell the right window from one that is a token longer or shorter.
+#[derive(Deserialize)]
+struct Probe {
+    /// After the first tokens of the prompt.
+    tokens: usize,
+    wrong_window: usize,
+    ids: Vec<usize>,
+    logits: Vec<f32>,
+    wrong_logits: Vec<f32>,
+}
+
+fn reference() -> Vec<Case> {
+    let text = include_str!("reference/gemma3.json");
+    let cases = serde_json::from_str::<Reference>(text).expect("a well-formed reference").cases;
+    assert_eq!(cases.iter().filter(|case| case.is_long()).count(), 2);
+    cases
+}
+
+impl Case {
+    /// Whether the prompt is longer than the window.
+    fn is_long(&self) -> bool {
+        !self.window_probes.is_empty()
+    }
+
+    /// Tokens of the prompt and the answer.
+    fn tokens(&self) -> usize {
+        self.prompt_ids.len() + self.greedy.len()
+    }
+}
+
+fn loaded() -> MutexGuard<'static, Loaded> {
+    static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
+    let loaded = LOADED
+        .get_or_init(|| Mutex::new(Loaded::from_file(&model_path(Known::GEMMA3, "KV_GEMMA3"))));
+    loaded.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Prefills a prompt up to each probe, checks the logits there, and decodes after the rest of it.
+fn check(loaded: &Loaded, engine: &mut Engine, case: &Case, kind: Kind) {
+    let mut cache = loaded.cache(engine, kind, case.tokens());
+    let which = format!("{kind:?}, after {} tokens", case.prompt_ids.len());
+    let mut done = 0;
+    for probe in &case.window_probes {
+        let tokens = &case.prompt_ids[done..probe.tokens];
+        let logits = engine.logits(cache.as_mut(), tokens, 1, Rows::Keep).expect("logits");
+        probe.check(&logits, &which);
+        done = probe.tokens;
+    }
+    let (rest, settings) = (&case.prompt_ids[done..], loaded.settings(case.greedy.len()));
+    let generation = greedy(engine, cache.as_mut(), rest, settings, &mut |_| Ok(()));
+    assert_eq!(generation.expect("a generation").beams[0], case.greedy, "{which}");
+    let position = cache.get_next_position(0).expect("a layer");
+    assert_eq!(position, case.tokens() - 1, "{which}: all but the last token were appended");
+    // Layer 5 is global. The others keep the window, the last token's own among it.
+    let [local, global] = [4, 5].map(|layer| cache.get_seq_length(layer).expect("a layer"));
+    assert_eq!((local, global), (position.min(512), position), "{which}");
+}
+
+impl Probe {
+    /// The logits must be at least five times nearer to those of the right window.
+    fn check(&self, logits: &[f32], which: &str) {
+        let distance = |due: &[f32]| {
+            let pairs = self.ids.iter().map(|&id| logits[id]).zip(due);
+            pairs.map(|(logit, due)| f64::from((logit - due).abs())).fold(0.0, f64::max)
+        };
+        let (right, wrong) = (distance(&self.logits), distance(&self.wrong_logits));
+        assert!(
+            5.0 * right <= wrong,
+            "{which}: after {} tokens the logits are {right} from those of the window and {wrong} from those of a window of {} tokens",
+            self.tokens,
+            self.wrong_window
+        );
+    }
+}
+
+#[test]
+fn weights_take_what_the_file_takes() {
+    loaded().check_memory();
+}
+
+#[test]
+fn the_tokenizer_gives_the_ids_and_the_text() {
+    let loaded = loaded();
+    let tokenizer = &loaded.tokenizer;
+    for case in reference() {
+        assert_eq!(tokenizer.encode(&case.prompt).unwrap(), case.prompt_ids, "{}", case.prompt);
+        assert_eq!(tokenizer.decode(&case.prompt_ids).unwrap(), case.prompt);
+        assert_eq!(tokenizer.decode(&case.greedy).unwrap(), case.greedy_text, "{}", case.prompt);
+        let mut stream = tokenizer.stream();
+        let mut text = String::new();
+        for &id in &case.greedy {
+            text += &stream.push(id).unwrap();
+        }
+        text += &stream.finish().unwrap();
+        assert_eq!(text, case.greedy_text, "streamed");
+    }
+    // Spaces, line feeds and tabs in runs; characters that have no token and become those of their bytes.
+    for text in ["  two\n\n\n \tx ", "\u{1f9a9}\u{fe0f} \u{12039}", "▁ _", "Größe, 東京, ৳"]
+    {
+        let ids = tokenizer.encode(text).unwrap();
+        assert_eq!(tokenizer.decode(&ids).unwrap(), text.replace('▁', " "), "{ids:?}");
+    }
+    // The token that opens a text is not doubled if the text begins with it, as a chat template's does.
+    assert_eq!(tokenizer.encode("<bos>a").unwrap(), tokenizer.encode("a").unwrap());
+}
+
+#[test]
+fn greedy_ids_of_every_case_in_a_dynamic_cache() {
+    let loaded = loaded();
+    let cases = reference();
+    let room = cases.iter().map(Case::tokens).max().expect("a case");
+    let mut engine = loaded.engine(DType::F32, room, 1);
+    for case in cases {
+        check(&loaded, &mut engine, &case, Kind::Dynamic);
+    }
+}
+
+#[test]
+fn greedy_ids_in_a_static_and_a_paged_cache() {
+    let loaded = loaded();
+    let cases = reference();
+    let room = cases.iter().map(Case::tokens).max().expect("a case");
+    let mut engine = loaded.engine(DType::F32, room, 1);
+    let mut long: Vec<&Case> = cases.iter().filter(|case| case.is_long()).collect();
+    for kind in [Kind::Static, Kind::Paged] {
+        let short = cases.iter().filter(|case| case.prompt_ids.len() < 100);
+        for case in short.chain(long.pop()) {
+            check(&loaded, &mut engine, case, kind);
+        }
+    }
+}
+
+/// All prompts but one in one run: long ones are prefilled by pieces while others decode.
+#[test]
+fn greedy_ids_in_sequences() {
+    let loaded = loaded();
+    let mut cases = reference();
+    let long = cases.iter().position(Case::is_long).expect("a long case");
+    cases.remove(long);
+    let room = cases.iter().map(Case::tokens).max().expect("a case");
+    let mut engine = loaded.engine(DType::F32, room, 3);
+    let mut cache = SequenceCache::new(&loaded.gpu, &engine.layer_shapes()).expect("a cache");
+    let requests = cases.iter().map(|case| Request {
+        ids: case.prompt_ids.clone(),
+        max_new_tokens: Some(case.greedy.len()),
+    });
+    let requests: Vec<_> = requests.collect();
+    let settings = loaded.settings(0);
+    let served = serve(&mut engine, &mut cache, &[], &requests, settings, &mut |_, _| Ok(()));
+    for (ids, case) in served.expect("a run").ids.iter().zip(&cases) {
+        assert_eq!(*ids, case.greedy, "after {} tokens", case.prompt_ids.len());
+    }
+}
+
+/// Beams move the rows of layers that have let tokens go, and share their pages: the same lists as in a cache that keeps
+/// all tokens.
+#[test]
+fn beams_beyond_the_window() {
+    const BEAMS: usize = 3;
+    const NEW: usize = 6;
+    let loaded = loaded();
+    let cases = reference();
+    let long = cases.iter().find(|case| case.is_long()).expect("a long case");
+    let mut engine = loaded.engine(DType::F32, long.tokens(), BEAMS);
+    let all: Box<dyn KVCache> = Box::new(DynamicKVCache::new(&loaded.gpu));
+    let windowed = [Kind::Dynamic, Kind::Paged].map(|kind| loaded.cache(&engine, kind, 0));
+    let mut first: Option<Generation> = None;
+    for (number, mut cache) in [all].into_iter().chain(windowed).enumerate() {
+        let settings = loaded.settings(NEW);
+        let found = beam_search(&mut engine, cache.as_mut(), &long.prompt_ids, BEAMS, settings)
+            .expect("a generation");
+        let kept = cache.get_seq_length(0).expect("a layer");
+        assert_eq!(kept, if number == 0 { long.prompt_ids.len() + NEW - 1 } else { 512 });
+        let Some(first) = &first else {
+            first = Some(found);
+            continue;
+        };
+        assert_eq!(found.beams, first.beams, "cache {number}");
+        for (score, due) in found.scores.iter().zip(&first.scores) {
+            assert!((score - due).abs() <= 1e-3, "cache {number}: {score} for {due}");
+        }
+    }
+}
+
+/// The logits are those of the reference, not only their order: the scale of embeddings, norms and rotary bases.
+#[test]
+fn the_best_logits_after_a_prompt() {
+    let loaded = loaded();
+    for case in reference().iter().filter(|case| case.prompt_ids.len() < 100) {
+        let mut engine = loaded.engine(DType::F32, case.prompt_ids.len(), 1);
+        let mut cache = loaded.cache(&engine, Kind::Dynamic, 0);
+        let logits = engine.logits(cache.as_mut(), &case.prompt_ids, 1, Rows::Keep).unwrap();
+        for (&id, due) in case.top5_ids.iter().zip(&case.top5_logits) {
+            let logit = logits[id as usize];
+            assert!((logit - due).abs() <= 0.01, "{}: token {id}: {logit} for {due}", case.prompt);
+        }
+    }
+}
+
+/// The base model was not trained to chat, and its file has no template.
+#[test]
+fn a_chat_without_a_template_is_refused() {
+    let path = model_path(Known::GEMMA3, "KV_GEMMA3");
+    let mut program = Command::new(env!("CARGO_BIN_EXE_decode"));
+    let output = program.arg("--model").arg(path).args(["--chat", "--prompt", "x"]).output();
+    let output = output.expect("the program runs");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for word in ["tokenizer.chat_template", "--chat"] {
+        assert!(message.contains(word), "'{word}' is not in: {message}");
+    }
+}
