@@ -6,8 +6,8 @@ use wgpu_kvcache::{
 };
 
 use crate::attention::{DTYPES, Random, upload};
-use crate::gpu;
 use crate::rig::plain_gpu;
+use crate::{cases, gpu};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const KINDS: [CacheKind; 4] =
@@ -111,7 +111,7 @@ fn random_options<'a>(
 fn a_plan_foresees_what_a_cache_takes_to_the_byte() {
     let gpus = [gpu(), plain_gpu(|_| ())];
     let mut random = Random(71);
-    for number in 0..160 {
+    for number in 0..cases(160) {
         let gpu = &gpus[number % 2];
         let kind = KINDS[number % 4];
         let layers: Vec<LayerShape> =

@@ -119,8 +119,7 @@ impl Engine {
         &self.model.config
     }
 
-    /// Options of a cache for this model, in which a layer with a window keeps only what its queries see. Not of a
-    /// [`SequenceCache`], whose layers keep all tokens.
+    /// Options of a cache for this model, in which a layer with a window keeps only what its queries see.
     pub fn cache_options(&self) -> CacheOptions<'_> {
         CacheOptions::default().with_windows(&self.windows)
     }

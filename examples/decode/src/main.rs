@@ -19,8 +19,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use wgpu_kvcache::{
-    CacheOptions, DType, DynamicKVCache, Gpu, KVCache, Layout, PagedKVCache, SequenceCache,
-    StaticKVCache, Stats,
+    DType, DynamicKVCache, Gpu, KVCache, Layout, PagedKVCache, SequenceCache, StaticKVCache, Stats,
 };
 
 use decode_engine::{
@@ -331,7 +330,7 @@ fn serve_all(
     tokenizer: &Tokenizer,
     work: Work,
 ) -> Result<Report> {
-    let options = CacheOptions::default().with_max_cache_len(work.max_tokens);
+    let options = engine.cache_options().with_max_cache_len(work.max_tokens);
     let mut cache = SequenceCache::with_options(gpu, &engine.layer_shapes(), options)?;
     engine.warm_up(Layout::RaggedPaged)?;
     let mut progress = Progress::new(tokenizer, work.own.len(), !arguments.json);

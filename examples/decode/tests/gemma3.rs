@@ -173,7 +173,9 @@ fn greedy_ids_in_sequences() {
     cases.remove(long);
     let room = cases.iter().map(Case::tokens).max().expect("a case");
     let mut engine = loaded.engine(DType::F32, room, 3);
-    let mut cache = SequenceCache::new(&loaded.gpu, &engine.layer_shapes()).expect("a cache");
+    let (shapes, options) = (engine.layer_shapes(), engine.cache_options());
+    let cache = SequenceCache::with_options(&loaded.gpu, &shapes, options);
+    let mut cache = cache.expect("a cache");
     let requests = cases.iter().map(|case| Request {
         ids: case.prompt_ids.clone(),
         max_new_tokens: Some(case.greedy.len()),
@@ -195,16 +197,18 @@ fn beams_beyond_the_window() {
     let loaded = loaded();
     let cases = reference();
     let long = cases.iter().find(|case| case.is_long()).expect("a long case");
-    let mut engine = loaded.engine(DType::F32, long.tokens(), BEAMS);
+    // A little more than the window.
+    let prompt = &long.prompt_ids[..530];
+    let mut engine = loaded.engine(DType::F32, prompt.len() + NEW, BEAMS);
     let all: Box<dyn KVCache> = Box::new(DynamicKVCache::new(&loaded.gpu));
     let windowed = [Kind::Dynamic, Kind::Paged].map(|kind| loaded.cache(&engine, kind, 0));
     let mut first: Option<Generation> = None;
     for (number, mut cache) in [all].into_iter().chain(windowed).enumerate() {
         let settings = loaded.settings(NEW);
-        let found = beam_search(&mut engine, cache.as_mut(), &long.prompt_ids, BEAMS, settings)
+        let found = beam_search(&mut engine, cache.as_mut(), prompt, BEAMS, settings)
             .expect("a generation");
         let kept = cache.get_seq_length(0).expect("a layer");
-        assert_eq!(kept, if number == 0 { long.prompt_ids.len() + NEW - 1 } else { 512 });
+        assert_eq!(kept, if number == 0 { prompt.len() + NEW - 1 } else { 512 });
         let Some(first) = &first else {
             first = Some(found);
             continue;
