@@ -152,6 +152,9 @@ impl LayerView {
     /// A view of a cache of one's own. Nothing is known of its passes: such a view is never refused because of
     /// work that was lost.
     ///
+    /// If K and V are the same buffer, V is the first `value_dim` elements of each head of K, which is stored once
+    /// (multi-head latent attention: DeepSeek-AI, 2024).
+    ///
     /// Bind groups that [`Attention`](crate::Attention) keeps go with the view and its clones. So make a view once for
     /// a pair of buffers, and at each step derive the one to read by [`with_tokens`](Self::with_tokens): then a steady
     /// loop makes none.
@@ -197,7 +200,8 @@ impl LayerView {
     /// # Errors
     ///
     /// - [`Error::ZeroExtent`] if one of the counts but `len` and `start` is zero.
-    /// - [`Error::BufferTooShort`], [`Error::MissingUsage`], [`Error::OddHeadDim`].
+    /// - [`Error::BufferTooShort`], [`Error::MissingUsage`], [`Error::OddHeadDim`]; [`Error::ValuePrefix`] for V in the
+    ///   buffer of K that is longer than K.
     /// - [`Error::PositionOutOfBounds`] for a `start` past the capacity, [`Error::SequenceTooLong`] for a `len` past
     ///   it.
     pub fn of_rings(rings: Rings) -> Result<Self> {
@@ -209,7 +213,12 @@ impl LayerView {
             max_buffer_size: u64::MAX,
             ..wgpu::Limits::default()
         };
-        for (what, buffer, dim) in [("key", &key, key_dim), ("value", &value, value_dim)] {
+        let is_value_in_key = key == value;
+        if is_value_in_key && value_dim > key_dim {
+            return Err(Error::ValuePrefix { key_dim, value_dim });
+        }
+        let value_row = if is_value_in_key { key_dim } else { value_dim };
+        for (what, buffer, dim) in [("key", &key, key_dim), ("value", &value, value_row)] {
             TensorView::new(buffer, dtype, &[batch, heads, capacity, dim])?
                 .source(what, &limits)?;
         }
@@ -305,7 +314,13 @@ impl LayerView {
 
     /// Strides of V in elements, for (B, H, slot, D); of a paged view for (page, H, slot, D).
     pub fn value_strides(&self) -> [usize; 4] {
-        strides(self.heads, self.capacity, self.value_dim)
+        let dim = if self.is_value_in_key() { self.key_dim } else { self.value_dim };
+        strides(self.heads, self.capacity, dim)
+    }
+
+    /// Whether V is the first elements of each head of K, in one buffer with it: see [`of_rings`](Self::of_rings).
+    pub fn is_value_in_key(&self) -> bool {
+        self.key == self.value
     }
 
     /// Slot of the oldest live token. If rows differ, see [`row_start`](Self::row_start); this is zero then.

@@ -15,9 +15,10 @@ struct Params {
     // In elements.
     query: Rows,
     output: Rows,
-    // Units of a head of K and of V; quads of a head of V.
+    // Units of a head of K and of V, and from one head of V to the next; quads of a head of V.
     key_units: u32,
     value_units: u32,
+    value_stride: u32,
     value_quads: u32,
     // Batch rows of the queries: those of K and V, or any number over a single one.
     batch: u32,

@@ -12,5 +12,5 @@ fn key_quad(slot: u32, quad: u32) -> vec4<f32> {
 }
 
 fn value_quad(slot: u32, quad: u32) -> vec4<f32> {
-    return floats(value_cache[slot * params.value_units + quad]);
+    return floats(value_cache[slot * params.value_stride + quad]);
 }

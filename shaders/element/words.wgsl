@@ -13,6 +13,6 @@ fn key_quad(slot: u32, quad: u32) -> vec4<f32> {
 // Past the end of a head its last word comes again; sums of these elements are not written.
 fn value_quad(slot: u32, quad: u32) -> vec4<f32> {
     let i = min(quad * QUAD_WORDS + vec4(0u, 1u, 2u, 3u), vec4(params.value_units - 1u));
-    let at = slot * params.value_units + i;
+    let at = slot * params.value_stride + i;
     return floats(quad_of(vec4(value_cache[at.x], value_cache[at.y], value_cache[at.z], value_cache[at.w])));
 }

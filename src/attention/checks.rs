@@ -55,7 +55,7 @@ pub(super) fn shapes(
     {
         if dim > MOST_DIM {
             return Err(Error::AttentionShape {
-                reason: "head_dim is more than the 512 that this kernel supports",
+                reason: "head_dim is more than the 1024 that this kernel supports",
                 remedy: "read the view with an attention shader of your own, joined with its layout's text",
                 query: query.shape,
                 what,

@@ -28,13 +28,7 @@ impl<'a> Extras<'a> {
         query: [usize; 4],
         options: &AttentionOptions<'a>,
     ) -> Result<Option<Self>> {
-        let has = Has {
-            mask: options.mask.is_some(),
-            bits: options.bits.is_some(),
-            slopes: options.slopes.is_some(),
-            sinks: options.sinks.is_some(),
-            starts: options.starts.is_some(),
-        };
+        let has = options.has();
         if !has.any() {
             return Ok(None);
         }

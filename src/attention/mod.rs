@@ -8,15 +8,16 @@ use std::sync::PoisonError;
 
 pub use options::{AttentionOptions, BitMask};
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::{Keepers, Purpose};
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AttentionShape, Items, ROWS, Rules, most_tokens};
+use crate::gpu::kernels::{AttentionShape, Items, LayerShape, ROWS, Rules, most_tokens};
 use crate::gpu::ledger::Ledger;
 use crate::host::work::{ITEM_WORDS, Work, WorkLimits};
-use crate::layout::KvLayout;
+use crate::layout::{KvLayout, Layout};
 use crate::tensor::{Source, TensorView};
 use crate::view::{LayerView, StepWork, WorkList};
 use extras::Extras;
@@ -83,6 +84,25 @@ impl Attention {
         }
     }
 
+    /// Compiles ahead what [`record`](Self::record) will need with `options`, so that the first prompt does not wait: over
+    /// layers of these shapes whose views have one of these layouts, for queries and outputs of these two types, for one
+    /// new token and for many. Of masks, slopes and such it matters that they are there, not what they hold.
+    /// [`Gpu::compile`] does the same for plain causal attention in f32.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AttentionOption`]; else as for [`Gpu::compile`].
+    pub fn compile(
+        &self,
+        layers: &[LayerShape],
+        layouts: &[Layout],
+        query_and_output: [DType; 2],
+        options: AttentionOptions<'_>,
+    ) -> Result<()> {
+        let rules = Rules { has: options.has(), ..checks::rules(&options, 1)? };
+        self.gpu.kernels().compile_attention(layers, layouts, &rules, query_and_output)
+    }
+
     /// Records attention of `query` over `view` into `output`.
     ///
     /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], of any type and with any strides: a
@@ -100,7 +120,7 @@ impl Attention {
     /// # Errors
     ///
     /// - [`Error::AttentionShape`] where the shapes do not fit the view, where the view holds no token,
-    ///   or, if causal, fewer tokens than there are queries, and where D is more than 512.
+    ///   or, if causal, fewer tokens than there are queries, and where D is more than 1024.
     /// - [`Error::AttentionShape`] as well for an output whose strides put two elements in one place.
     /// - [`Error::AttentionOption`] for a scale, window, soft cap, slope or sink that no scores can be made with;
     ///   [`Error::WrongDType`] for a mask that is not f32, and [`Error::PositionOutOfBounds`] for a row start past the

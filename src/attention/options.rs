@@ -1,5 +1,6 @@
 //! Which tokens a query sees, and how its scores are made: [`AttentionOptions`].
 
+use crate::gpu::kernels::Has;
 use crate::tensor::TensorView;
 
 /// Which tokens [`Attention::record`](crate::Attention::record) lets a query see, and how it scores them.
@@ -61,6 +62,17 @@ impl Default for AttentionOptions<'_> {
 }
 
 impl<'a> AttentionOptions<'a> {
+    /// Which masks, biases, sinks and row starts there are.
+    pub(super) fn has(&self) -> Has {
+        Has {
+            mask: self.mask.is_some(),
+            bits: self.bits.is_some(),
+            slopes: self.slopes.is_some(),
+            sinks: self.sinks.is_some(),
+            starts: self.starts.is_some(),
+        }
+    }
+
     /// What scores are multiplied by; `None` for 1/√D.
     pub fn with_scale(self, scale: impl Into<Option<f32>>) -> Self {
         Self { scale: scale.into(), ..self }

@@ -2,7 +2,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::{
-    CacheOptions, CachePosition, DType, DynamicKVCache, KVCache, Layout, PagedKVCache,
+    CacheOptions, CachePosition, DType, DynamicKVCache, KVCache, LayerShape, Layout, PagedKVCache,
     StaticKVCache, Tensor,
 };
 
@@ -274,6 +274,43 @@ fn infinities_count_as_they_should_in_either_form() {
                 let view = lowest.view(0).expect("it exists").expect("it was written");
                 let got = answer(&gpu, attention, &query, &view, Default::default(), &case);
                 assert!(got.iter().all(|&x| (x - 1.0).abs() < 1e-6), "{case}: {got:?}");
+            }
+        }
+    }
+}
+
+/// After compiling ahead, calls of the same form compile nothing: short or split, one query or several.
+#[test]
+fn what_was_compiled_ahead_is_not_compiled_again() {
+    let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
+    let dim = 8;
+    let layer = LayerShape { dtype: DType::F16, heads: 2, key_dim: dim, value_dim: dim };
+    let slopes = [0.5, 0.25];
+    for options in [
+        AttentionOptions::default().with_window(700),
+        AttentionOptions::default().with_soft_cap(5.0).with_alibi_slopes(&slopes[..]),
+    ] {
+        for types in [[DType::F32; 2], [DType::F16, DType::BF16]] {
+            let mut attention = Attention::new(&gpu);
+            for len in [40, 3000] {
+                let (mut cache, mut state) = (PagedKVCache::new(&gpu), 5);
+                let kv = random(&mut state, 2 * len * dim, false);
+                self::layer(&gpu, &mut cache, DType::F16, [&kv, &kv], [1, 2, len, dim]);
+                let view = cache.view(0).expect("it exists").expect("it was written");
+                attention
+                    .compile(&[layer], &[Layout::Paged], types, options)
+                    .unwrap_or_else(|error| panic!("{error}"));
+                let compiled = gpu.kernels().compiled();
+                for tokens in [1, 3] {
+                    let shape = [1, 2, tokens, dim];
+                    let [q, out] = types
+                        .map(|dtype| upload(&gpu, dtype, &vec![0.5; 2 * tokens * dim], &shape));
+                    gpu.submit_pass("attention", |pass| {
+                        attention.record(pass, &q.view(), &view, &out.view(), options)
+                    })
+                    .unwrap_or_else(|error| panic!("{error}"));
+                }
+                assert_eq!(gpu.kernels().compiled(), compiled, "{len} tokens, {types:?}");
             }
         }
     }

@@ -74,6 +74,7 @@ impl Error {
             | Self::AttentionShape { .. }
             | Self::AttentionOption { .. }
             | Self::SharedMemory { .. }
+            | Self::ValuePrefix { .. }
             | Self::TooFewTokens { .. }
             | Self::AttentionTooLarge { .. }
             | Self::OutputIsRead { .. }

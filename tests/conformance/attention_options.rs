@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use wgpu_kvcache::wgpu::BufferUsages;
 use wgpu_kvcache::{
-    Attention, AttentionOptions, BitMask, CacheOptions, CachePosition, DType, DynamicKVCache, Gpu,
-    KVCache, LayerShape, SequenceCache, Tensor, TensorView,
+    Attention, AttentionOptions, BitMask, CacheOptions, CachePosition, DType, DynamicKVCache,
+    Error, Gpu, KVCache, LayerShape, LayerView, Rings, SequenceCache, Tensor, TensorView,
 };
 
 use crate::attention::{
@@ -598,6 +598,69 @@ fn packed_queries_take_the_options_too() {
                 distance(&part(&got), &expected)
             };
             assert!(apart < BOUND, "{asked:?}, sequence {i}: {apart:e}");
+        }
+    }
+}
+
+/// V as the first elements of each head of K, in one buffer, with heads as long as those of multi-head latent
+/// attention: one K/V head of 576 elements, of which 512 are V, for all query heads.
+#[test]
+fn v_may_be_a_prefix_of_k() {
+    let gpu = gpu();
+    let mut random = Random(89);
+    for (dim, value_dim, dtype) in
+        [(576, 512, DType::F32), (576, 512, DType::BF16), (12, 8, DType::F32), (10, 6, DType::F16)]
+    {
+        for (len, tokens) in [(40, 3), (2200, 1)] {
+            let mut attention = Attention::new(&gpu);
+            let case = Case {
+                lie: Lie::Contiguous,
+                dtype,
+                batch: 1,
+                heads: 1,
+                group: 16,
+                len,
+                tokens,
+                dim,
+                value_dim,
+                is_causal: true,
+                scale: None,
+                forms: [Form::TokensFirst; 2],
+            };
+            let k = rounded(dtype, &random.floats(len * dim, 1.0));
+            let v: Vec<f32> = k.chunks(dim).flat_map(|head| head[..value_dim].to_vec()).collect();
+            let held = upload(&gpu, dtype, &k, &[1, 1, len, dim]);
+            let rings = Rings {
+                key: held.buffer().clone(),
+                value: held.buffer().clone(),
+                dtype,
+                batch: 1,
+                heads: 1,
+                key_dim: dim,
+                value_dim,
+                capacity: len,
+                start: 0,
+                len,
+            };
+            let view = LayerView::of_rings(rings.clone()).expect("V fits into K");
+            assert!(view.is_value_in_key() && view.value_strides() == view.key_strides());
+            let too_long = Rings { value_dim: dim + 2, ..rings };
+            assert!(matches!(LayerView::of_rings(too_long), Err(Error::ValuePrefix { .. })));
+            let [query, output] = case.shapes();
+            let q = random.floats(query.iter().product(), 1.0);
+            let nan = vec![f32::NAN; output.iter().product()];
+            let query = Placed::new(&gpu, Form::TokensFirst, query, &q);
+            let output = Placed::new(&gpu, Form::TokensFirst, output, &nan);
+            gpu.submit_pass("attention", |pass| {
+                let options = AttentionOptions::default();
+                attention.record(pass, &query.view(), &view, &output.view(), options)
+            })
+            .unwrap_or_else(|error| panic!("{case:?}: {error}"));
+            if kernels_run() {
+                let expected = reference(&case, &Asked::default(), &q, &k, &v);
+                let apart = distance(&output.read(&gpu), &expected);
+                assert!(apart < BOUND, "{case:?}: {apart}");
+            }
         }
     }
 }

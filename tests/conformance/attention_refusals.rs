@@ -93,14 +93,14 @@ fn shapes_that_do_not_fit() {
     }
 }
 
-/// 512 elements are served, for K as for V, and more are not.
+/// 1024 elements are served, for K as for V, and more are not.
 #[test]
 fn heads_too_large() {
     let gpu = gpu();
     let mut attention = Attention::new(&gpu);
     for lie in LIES {
         for dtype in [DType::F32, DType::BF16] {
-            for (dim, value_dim) in [(514, 8), (8, 514), (516, 516), (1024, 1024)] {
+            for (dim, value_dim) in [(1026, 8), (8, 1026), (1028, 1028), (2048, 2048)] {
                 let case = case(lie, dtype, dim, value_dim);
                 let cache = layer(&gpu, &case);
                 let [query, output] = case.shapes().map(|shape| untouched(&gpu, shape));
@@ -108,10 +108,10 @@ fn heads_too_large() {
                 let error =
                     refused(&gpu, &mut attention, &query, cache.as_ref(), &output, |view| view);
                 assert!(matches!(error, Error::AttentionShape { .. }), "{lie:?}: {error:?}");
-                assert!(error.to_string().contains("more than the 512"), "{lie:?}: {error}");
+                assert!(error.to_string().contains("more than the 1024"), "{lie:?}: {error}");
                 assert!(error.to_string().contains("shader of your own"), "{lie:?}: {error}");
             }
-            for (dim, value_dim) in [(512, 8), (8, 512)] {
+            for (dim, value_dim) in [(1024, 8), (8, 1024)] {
                 let case = case(lie, dtype, dim, value_dim);
                 serves(&gpu, &mut attention, &case, layer(&gpu, &case).as_ref());
             }

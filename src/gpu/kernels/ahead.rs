@@ -63,7 +63,8 @@ impl Kernels {
                     wanted.insert((3, Variant { unit, layout, ..Variant::default() }));
                 }
                 if scope == CompileScope::CachesAndAttention {
-                    let attention = self.attention_ahead(layer, layout);
+                    let (rules, types) = (super::Rules::default(), [DType::F32; 2]);
+                    let attention = self.attention_ahead(layer, layout, &rules, types);
                     wanted.extend(attention.into_iter().map(|it| (4, it)));
                     let is_packed = layout == Layout::RaggedPaged;
                     wanted.insert((5, super::attention::combine_variant(is_packed, DType::F32)));
@@ -77,7 +78,7 @@ impl Kernels {
 
 /// Compiles on as many threads as there are processors. The first failure is returned.
 #[cfg(not(target_arch = "wasm32"))]
-fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
+pub(super) fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(wanted.len());
     let wanted = Mutex::new(wanted);
     let next = || wanted.lock().unwrap_or_else(PoisonError::into_inner).pop();
@@ -99,6 +100,6 @@ fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
 
 /// A browser compiles on threads of its own.
 #[cfg(target_arch = "wasm32")]
-fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
+pub(super) fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
     wanted.into_iter().try_for_each(|(kernel, variant)| kernel.pipeline(variant).map(|_| ()))
 }

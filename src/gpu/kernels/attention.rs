@@ -1,5 +1,8 @@
 //! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
 
+use std::collections::HashSet;
+
+use super::ahead::compile_all;
 use super::params::{Strided, params};
 use super::spread::{MOST_DIM, Spread, unit_of};
 use super::variant::{CONSTANTS, constants};
@@ -75,6 +78,7 @@ params! {
         output: Strided,
         key_units: u32,
         value_units: u32,
+        value_stride: u32,
         value_quads: u32,
         batch: u32,
         group: u32,
@@ -215,6 +219,13 @@ pub(crate) struct Rules {
     pub(crate) has: Has,
 }
 
+impl Default for Rules {
+    /// Causal, and nothing else. The scale is no matter of a kernel's form.
+    fn default() -> Self {
+        Self { scale: 1.0, is_causal: true, window: None, cap: None, has: Has::default() }
+    }
+}
+
 impl Rules {
     /// Whether query rows of different tokens or heads may see different tokens.
     fn differ(&self, tokens: usize) -> bool {
@@ -284,6 +295,7 @@ impl Kernels {
             output: rows(shape.output, shape.types[1])?,
             key_units: units(view.key_dim)?,
             value_units: units(view.value_dim)?,
+            value_stride: units(view.value_strides()[2])?,
             value_quads: super::narrow(view.value_dim.div_ceil(4))?,
             batch: super::narrow(shape.batch)?,
             group: super::narrow(shape.group)?,
@@ -387,9 +399,15 @@ fn masking(is_cpu: bool, has_unseen: bool) -> Masking {
 }
 
 impl Kernels {
-    /// The variants for one new token and for several; none for heads that the kernel does not support. Ragged
-    /// pages are read with packed queries.
-    pub(super) fn attention_ahead(&self, layer: &LayerShape, layout: Layout) -> Vec<Variant> {
+    /// The variants for one new token and for several, of queries and outputs of these types; none for heads that the
+    /// kernel does not support. Ragged pages are read with packed queries.
+    pub(super) fn attention_ahead(
+        &self,
+        layer: &LayerShape,
+        layout: Layout,
+        rules: &Rules,
+        types: [DType; 2],
+    ) -> Vec<Variant> {
         let dims = [layer.key_dim, layer.value_dim];
         let Some(key_dim) = u32::try_from(layer.key_dim).ok() else { return Vec::new() };
         if dims.iter().any(|&dim| dim > MOST_DIM) {
@@ -397,21 +415,50 @@ impl Kernels {
         }
         let is_cpu = self.uploads.device().is_cpu;
         let spread = Spread::of(dims, is_cpu);
-        let form = Form {
-            is_pooled: false,
-            is_packed: layout == Layout::RaggedPaged,
-            types: [DType::F32; 2],
-            has_window: false,
-            has_cap: false,
-            has: Has::default(),
-        };
-        let variants = [false, true].map(|has_unseen| Variant {
-            unit: unit_of(dims),
-            layout: Some(layout),
-            dtype: Some(layer.dtype),
-            constants: spread.constants(masking(is_cpu, has_unseen), key_dim, form),
+        let variants = [1, 2].map(|tokens| {
+            let form = Form {
+                is_pooled: false,
+                is_packed: layout == Layout::RaggedPaged,
+                types,
+                has_window: rules.window_words().is_some(),
+                has_cap: rules.cap.is_some(),
+                has: rules.has,
+            };
+            Variant {
+                unit: unit_of(dims),
+                layout: Some(layout),
+                dtype: Some(layer.dtype),
+                constants: spread.constants(masking(is_cpu, rules.differ(tokens)), key_dim, form),
+            }
         });
         variants.into()
+    }
+
+    /// Compiles attention over layers of these shapes whose views have one of these layouts, split or not.
+    pub(crate) fn compile_attention(
+        &self,
+        layers: &[LayerShape],
+        layouts: &[Layout],
+        rules: &Rules,
+        types: [DType; 2],
+    ) -> Result<()> {
+        let kernel = if rules.has.any() { &self.attention_extras } else { &self.attention };
+        let mut wanted = HashSet::new();
+        for (layer, &layout) in
+            layers.iter().flat_map(|layer| layouts.iter().map(move |it| (layer, it)))
+        {
+            wanted.extend(
+                self.attention_ahead(layer, layout, rules, types).into_iter().map(|it| (false, it)),
+            );
+            let parts = [types[0], DType::F32];
+            wanted.extend(
+                self.attention_ahead(layer, layout, rules, parts).into_iter().map(|it| (false, it)),
+            );
+            wanted.insert((true, combine_variant(layout == Layout::RaggedPaged, types[1])));
+        }
+        let of = |is_combine| if is_combine { &self.attention_combine } else { kernel };
+        let wanted = wanted.into_iter().map(|(is_combine, variant)| (of(is_combine), variant));
+        compile_all(wanted.collect())
     }
 }
 

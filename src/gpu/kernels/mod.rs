@@ -77,6 +77,21 @@ impl Kernels {
         }
     }
 
+    /// Pipelines that are compiled.
+    #[cfg(test)]
+    pub(crate) fn compiled(&self) -> usize {
+        let kernels = [
+            &self.append,
+            &self.attention,
+            &self.attention_extras,
+            &self.attention_combine,
+            &self.gather,
+            &self.collect,
+            &self.repeat_interleave,
+        ];
+        kernels.iter().map(|kernel| kernel.pipelines().len()).sum()
+    }
+
     pub(crate) fn set_pipeline_cache(&self, cache: wgpu::PipelineCache) {
         *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = Some(cache);
     }

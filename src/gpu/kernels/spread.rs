@@ -23,7 +23,8 @@ impl Spread {
             let fours = quads.div_ceil(4).next_power_of_two();
             return Self { threads: 16, slices: 1, fours, is_alone: true };
         }
-        let fours = if is_cpu && unit == Unit::Vector { 2 } else { 1 };
+        // Long heads as well: with more slices too few lanes would be left to add up.
+        let fours = if (is_cpu && unit == Unit::Vector) || quads > 128 { 2 } else { 1 };
         let slices = quads.div_ceil(4 * fours).next_power_of_two();
         Self { threads: 128, slices, fours, is_alone: false }
     }
@@ -66,7 +67,7 @@ pub(crate) fn most_tokens(view: &LayerView, is_cpu: bool) -> usize {
 }
 
 /// Elements a head at most: what leaves four lanes or more for each part of a sum.
-pub(crate) const MOST_DIM: usize = 512;
+pub(crate) const MOST_DIM: usize = 1024;
 
 #[cfg(test)]
 mod tests {
