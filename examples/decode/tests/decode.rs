@@ -10,9 +10,7 @@ use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::Deserialize;
-use wgpu_kvcache::{
-    CacheOptions, DType, DynamicKVCache, Gpu, HeadlessOptions, SequenceCache, wgpu,
-};
+use wgpu_kvcache::{DType, DynamicKVCache, Gpu, HeadlessOptions, SequenceCache, wgpu};
 
 use decode_engine::{
     Engine, Event, Generation, GgufFile, Known, Model, Options, Request, Settings, beam_search,
@@ -197,7 +195,7 @@ fn the_best_of_four_beams_and_its_score() {
 const PAGE: usize = 16;
 
 fn sequences(engine: &Engine, gpu: &Gpu) -> SequenceCache {
-    let options = CacheOptions::default().with_page_tokens(PAGE);
+    let options = engine.cache_options().with_page_tokens(PAGE);
     SequenceCache::with_options(gpu, &engine.layer_shapes(), options).expect("a cache")
 }
 

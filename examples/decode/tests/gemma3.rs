@@ -173,9 +173,7 @@ fn greedy_ids_in_sequences() {
     cases.remove(long);
     let room = cases.iter().map(Case::tokens).max().expect("a case");
     let mut engine = loaded.engine(DType::F32, room, 3);
-    let (shapes, options) = (engine.layer_shapes(), engine.cache_options());
-    let cache = SequenceCache::with_options(&loaded.gpu, &shapes, options);
-    let mut cache = cache.expect("a cache");
+    let mut cache = sequences(&loaded, &engine);
     let requests = cases.iter().map(|case| Request {
         ids: case.prompt_ids.clone(),
         max_new_tokens: Some(case.greedy.len()),
@@ -185,6 +183,30 @@ fn greedy_ids_in_sequences() {
     let served = serve(&mut engine, &mut cache, &[], &requests, settings, &mut |_, _| Ok(()));
     for (ids, case) in served.expect("a run").ids.iter().zip(&cases) {
         assert_eq!(*ids, case.greedy, "after {} tokens", case.prompt_ids.len());
+    }
+}
+
+fn sequences(loaded: &Loaded, engine: &Engine) -> SequenceCache {
+    let options = engine.cache_options();
+    SequenceCache::with_options(&loaded.gpu, &engine.layer_shapes(), options).expect("a cache")
+}
+
+/// Sequences that go on from a shared prefix which the window does not span: each forks what its layers keep of it.
+#[test]
+fn a_shared_prefix_longer_than_the_window() {
+    const SHARED: usize = 700;
+    let loaded = loaded();
+    let cases = reference();
+    let long = cases.iter().find(|case| case.is_long()).expect("a long case");
+    let (shared, rest) = long.prompt_ids.split_at(SHARED);
+    let mut engine = loaded.engine(DType::F32, long.tokens(), 2);
+    let mut cache = sequences(&loaded, &engine);
+    let request = Request { ids: rest.to_vec(), max_new_tokens: Some(8) };
+    let requests = vec![request; 2];
+    let settings = loaded.settings(0);
+    let served = serve(&mut engine, &mut cache, shared, &requests, settings, &mut |_, _| Ok(()));
+    for ids in served.expect("a run").ids {
+        assert_eq!(ids, long.greedy[..8]);
     }
 }
 
