@@ -200,7 +200,7 @@ impl LayerView {
     /// # Errors
     ///
     /// - [`Error::ZeroExtent`] if one of the counts but `len` and `start` is zero.
-    /// - [`Error::BufferTooShort`], [`Error::MissingUsage`], [`Error::OddHeadDim`]; [`Error::ValuePrefix`] for V in the
+    /// - [`Error::BufferTooShort`], [`Error::MissingUsage`], [`Error::OddHeadDim`]; [`Error::AttentionOption`] for V in the
     ///   buffer of K that is longer than K.
     /// - [`Error::PositionOutOfBounds`] for a `start` past the capacity, [`Error::SequenceTooLong`] for a `len` past
     ///   it.
@@ -215,7 +215,9 @@ impl LayerView {
         };
         let is_value_in_key = key == value;
         if is_value_in_key && value_dim > key_dim {
-            return Err(Error::ValuePrefix { key_dim, value_dim });
+            let (option, value) = ("value_dim", value_dim.to_string());
+            let rule = "V in the buffer of K is the first elements of K's heads, so it must not be longer; give it a buffer of its own";
+            return Err(Error::AttentionOption { option, value, rule });
         }
         let value_row = if is_value_in_key { key_dim } else { value_dim };
         for (what, buffer, dim) in [("key", &key, key_dim), ("value", &value, value_row)] {

@@ -74,7 +74,6 @@ impl Error {
             | Self::AttentionShape { .. }
             | Self::AttentionOption { .. }
             | Self::SharedMemory { .. }
-            | Self::ValuePrefix { .. }
             | Self::TooFewTokens { .. }
             | Self::AttentionTooLarge { .. }
             | Self::OutputIsRead { .. }

@@ -417,17 +417,6 @@ pub enum Error {
         asked: usize,
     },
 
-    /// V in the buffer of K that is not the first elements of K's heads.
-    #[error(
-        "K and V in one buffer have heads of {key_dim} and of {value_dim} elements, but V is then the first elements of K's heads; give V at most {key_dim}, or a buffer of its own"
-    )]
-    ValuePrefix {
-        /// Elements a head of K.
-        key_dim: usize,
-        /// Elements a head of V.
-        value_dim: usize,
-    },
-
     /// Memory of several batch rows for the cross side of a cache whose rows share one.
     #[error(
         "the memory has {batch} batch rows, and this cache shares one among all rows of the decoder; hand in one row, or make the cache without with_shared_memory()"

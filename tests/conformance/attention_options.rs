@@ -645,7 +645,7 @@ fn v_may_be_a_prefix_of_k() {
             let view = LayerView::of_rings(rings.clone()).expect("V fits into K");
             assert!(view.is_value_in_key() && view.value_strides() == view.key_strides());
             let too_long = Rings { value_dim: dim + 2, ..rings };
-            assert!(matches!(LayerView::of_rings(too_long), Err(Error::ValuePrefix { .. })));
+            assert!(matches!(LayerView::of_rings(too_long), Err(Error::AttentionOption { .. })));
             let [query, output] = case.shapes();
             let q = random.floats(query.iter().product(), 1.0);
             let nan = vec![f32::NAN; output.iter().product()];
