@@ -8,6 +8,7 @@ mod gather;
 mod limits;
 mod params;
 mod repeat_interleave;
+mod rules;
 mod spread;
 mod variant;
 
@@ -16,10 +17,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use ahead::{CompileScope, LayerShape};
 pub(crate) use append::{AppendShape, Positions};
-pub(crate) use attention::{AttentionShape, Has, Items, ROWS, Rules};
+pub(crate) use attention::{AttentionShape, Items, ROWS};
 pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;
+pub(crate) use rules::{Has, Rules};
 pub(crate) use spread::{MOST_DIM, most_tokens};
 pub(crate) use variant::Unit;
 use variant::{ParamsPath, Variant};
