@@ -185,6 +185,23 @@ impl SequenceCache {
         self.layers.truncate(id, length)
     }
 
+    /// Of the latest `tokens` tokens of a sequence, keeps those at `keep`, in this order, in all layers; 0 is the oldest
+    /// of them. As [`Cache::keep_latest`](crate::Cache::keep_latest). The latest [`Step`] is of no use afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PositionOutOfBounds`] for an index past `tokens`, [`Error::TooFewTokens`],
+    /// [`WindowError::PastWindow`](crate::WindowError::PastWindow), and those of [`plan_step`](Self::plan_step).
+    pub fn keep_latest(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        id: SequenceId,
+        tokens: usize,
+        keep: &[u32],
+    ) -> Result<()> {
+        self.layers.keep_latest(pass, id, tokens, keep)
+    }
+
     /// Keeps the latest `max_length` live tokens of a sequence: a sliding window. Moves no byte.
     ///
     /// # Errors

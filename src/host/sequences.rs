@@ -54,6 +54,16 @@ impl Sequence {
         self.let_go.saturating_add(self.len)
     }
 
+    /// Drops the last `tokens` live tokens. Returns the pages that go back.
+    fn drop_last(&mut self, tokens: usize, page_tokens: usize) -> Vec<u32> {
+        self.len -= tokens;
+        let kept = pages_of(self.start, self.len, page_tokens);
+        if kept == 0 {
+            self.start = 0;
+        }
+        self.pages.split_off(kept)
+    }
+
     /// Drops the first `tokens` live tokens. Returns the pages that go back.
     fn drop_first(&mut self, tokens: usize, page_tokens: usize) -> Vec<u32> {
         self.len -= tokens;
@@ -287,12 +297,8 @@ impl Sequences {
         self.check_roll_back(id, len)?;
         let page_tokens = self.page_tokens;
         let sequence = self.get_mut(id)?;
-        sequence.len = sequence.len.min(len.saturating_sub(sequence.let_go));
-        let kept = pages_of(sequence.start, sequence.len, page_tokens);
-        let gone = sequence.pages.split_off(kept);
-        if kept == 0 {
-            sequence.start = 0;
-        }
+        let kept = sequence.len.min(len.saturating_sub(sequence.let_go));
+        let gone = sequence.drop_last(sequence.len - kept, page_tokens);
         gone.into_iter().rev().for_each(|page| self.pool.release(page));
         Ok(())
     }
@@ -351,6 +357,17 @@ impl Sequences {
         counts: &[(SequenceId, usize)],
         limits: StepLimits,
     ) -> Result<StagedStep> {
+        self.plan_after(0, counts, limits)
+    }
+
+    /// The same, after the latest `back` tokens of each of them were taken back, which must be live and whose loss
+    /// was checked. Nothing is let go for the window then: the tokens that come are not new.
+    pub(crate) fn plan_after(
+        &self,
+        back: usize,
+        counts: &[(SequenceId, usize)],
+        limits: StepLimits,
+    ) -> Result<StagedStep> {
         if counts.is_empty() {
             return Err(Error::Sequence(SequenceError::EmptyStep));
         }
@@ -368,7 +385,10 @@ impl Sequences {
                 return Err(Error::Sequence(SequenceError::NoNewTokens { id }));
             }
             let before = sequence.whole_len();
-            if let Some(window) = self.window {
+            for page in sequence.drop_last(back, self.page_tokens).into_iter().rev() {
+                pool.release(page);
+            }
+            if let Some(window) = self.window.filter(|_| back == 0) {
                 let gone = sequence.len - sequence.len.min(window.needed());
                 sequence.let_go += gone;
                 let pages = sequence.drop_first(gone, self.page_tokens);

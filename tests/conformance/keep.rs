@@ -2,7 +2,8 @@
 
 use wgpu_kvcache::{
     Attention, AttentionOptions, BitMask, CacheOptions, CachePosition, DType, DynamicKVCache,
-    EncoderDecoderCache, Error, Gpu, KVCache, PagedKVCache, Side, StaticKVCache, WindowError,
+    EncoderDecoderCache, Error, Gpu, KVCache, LayerShape, PagedKVCache, SequenceCache, SequenceId,
+    Side, StaticKVCache, TensorView, WindowError,
 };
 
 use crate::attention::{BOUND, Random, distance, upload as upload_floats};
@@ -240,4 +241,86 @@ fn what_cannot_be_kept_is_refused_and_changes_nothing() {
     let lengths =
         [Side::SelfAttention, Side::CrossAttention].map(|side| pair.get_seq_length(0, side));
     assert_eq!(lengths, [Ok(5), Ok(9)]);
+}
+
+/// The same of one sequence among others that share its pages, in layers with a window and without.
+#[test]
+fn of_a_sequence_those_that_are_named_stay() {
+    let gpus = [gpu(), plain_gpu(|_| ())];
+    let mut random = Random(97);
+    let mut seed = 0;
+    for run in 0..16 {
+        let gpu = &gpus[run % 2];
+        let dtype = [DType::F32, DType::F16, DType::BF16][run % 3];
+        let dims = [[4, 6], [8, 8]][run % 2];
+        let layers = dims.map(|dim| LayerShape { dtype, heads: 2, key_dim: dim, value_dim: dim });
+        let windows = [None, Some(8)];
+        let options = CacheOptions::default().with_page_tokens([1, 4, 16][run % 3]);
+        let options = if run % 4 == 0 { options } else { options.with_windows(&windows) };
+        let mut cache = SequenceCache::with_options(gpu, &layers, options).expect("options");
+        let mut append = |cache: &mut SequenceCache, counts: &[(SequenceId, usize)]| {
+            let total: usize = counts.iter().map(|(_, count)| count).sum();
+            gpu.submit_pass("step", |pass| {
+                let step = cache.plan_step(pass, counts)?;
+                for (layer, dim) in dims.into_iter().enumerate() {
+                    seed += 1;
+                    let block = Block::noise([1, total, 2, dim], dtype.size(), seed);
+                    let new = upload(gpu, dtype, &block);
+                    let new = TensorView::packed(new.buffer(), dtype, [total, 2, dim])?;
+                    cache.update(pass, &step, layer, &new, &new)?;
+                }
+                Ok::<_, Error>(step)
+            })
+            .unwrap_or_else(|error| panic!("{error}"))
+        };
+        let held = |cache: &SequenceCache, id: SequenceId| -> Vec<Vec<Vec<u8>>> {
+            let rows = dims.into_iter().enumerate().flat_map(|(layer, dim)| {
+                let (key, _) = cache.get(id, layer).expect("submitted").expect("it has tokens");
+                let width = dim * dtype.size();
+                let rows = key.bytes().chunks(key.shape()[2] * width);
+                let tokens = rows.map(|row| row.chunks(width).map(<[u8]>::to_vec).collect());
+                tokens.collect::<Vec<_>>()
+            });
+            rows.collect()
+        };
+        let parent = cache.add().expect("nothing is lost");
+        append(&mut cache, &[(parent, 21)]);
+        let child = cache.fork(parent, 21).expect("all of it");
+        for _ in 0..4 {
+            let count = 1 + random.below(12);
+            let step = append(&mut cache, &[(parent, 2), (child, count)]);
+            let keep: Vec<u32> =
+                (0..u32::try_from(count).expect("few")).filter(|_| random.below(2) == 0).collect();
+            let before = [parent, child].map(|id| held(&cache, id));
+            let position = cache.next_position(child).expect("it is there");
+            gpu.submit_pass("keep", |pass| cache.keep_latest(pass, child, count, &keep))
+                .unwrap_or_else(|error| panic!("{error}"));
+            let context = format!("run {run}, {keep:?} of {count}");
+            let next = cache.next_position(child);
+            assert_eq!(next, Ok(position - count + keep.len()), "{context}");
+            let after = [parent, child].map(|id| held(&cache, id));
+            assert!(!kernels_run() || before[0] == after[0], "{context}: another sequence");
+            for (before, after) in before[1].iter().zip(&after[1]) {
+                let first = before.len() - count;
+                let kept = keep.iter().map(|&at| &before[first + at as usize]);
+                let expected: Vec<_> = before[..first].iter().chain(kept).collect();
+                assert_eq!(expected.len(), after.len(), "{context}");
+                let is_same = expected.iter().zip(after).all(|(a, b)| same_bits(b, a));
+                assert!(is_same, "{context}");
+            }
+            if !keep.is_empty() {
+                assert!(cache.view(&step, 0).is_err(), "{context}: the step shows what is gone");
+            }
+        }
+        let lengths = [parent, child].map(|id| cache.len(id).expect("it is there"));
+        let refusals = [
+            gpu.submit_pass("keep", |pass| cache.keep_latest(pass, child, 3, &[3])),
+            gpu.submit_pass("keep", |pass| cache.keep_latest(pass, child, 99, &[1])),
+        ];
+        assert!(refusals.iter().all(Result::is_err), "{refusals:?}");
+        assert_eq!(lengths, [parent, child].map(|id| cache.len(id).expect("it is there")));
+        cache.remove(parent).expect("it is there");
+        cache.remove(child).expect("it is there");
+        assert_eq!(cache.stats().pages_used, 0);
+    }
 }

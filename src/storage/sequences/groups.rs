@@ -116,6 +116,29 @@ impl SequenceGroups {
         self.each(|sequences| sequences.truncate(id, length))
     }
 
+    /// Of the latest `count` tokens of a sequence those at `keep` stay, in this order: in all layers or in none.
+    pub(crate) fn keep_latest(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        id: SequenceId,
+        count: usize,
+        keep: &[u32],
+    ) -> Result<()> {
+        let len = self.sequences()?.len(id)?;
+        if let Some(&past) = keep.iter().find(|&&at| at as usize >= count) {
+            return Err(Error::PositionOutOfBounds { position: past as usize, bound: count });
+        }
+        if keep.is_empty() && count <= len {
+            return self.truncate(id, len - count);
+        }
+        let mut ready = Vec::with_capacity(self.groups.len());
+        for group in &mut self.groups {
+            ready.push(group.stage_keep(pass, id, count, keep)?);
+        }
+        let mut groups = self.groups.iter_mut().zip(ready);
+        groups.try_for_each(|(group, ready)| group.commit_keep(pass, ready))
+    }
+
     pub(crate) fn crop(&mut self, id: SequenceId, length: usize) -> Result<()> {
         self.each(|sequences| sequences.crop(id, length))
     }

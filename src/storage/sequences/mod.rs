@@ -3,6 +3,7 @@
 
 mod checks;
 pub(crate) mod groups;
+mod keep;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

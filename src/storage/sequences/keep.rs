@@ -1,0 +1,141 @@
+//! Keeps some of the latest tokens of a sequence: the accepted path of a tree of drafted ones.
+
+use super::SequenceLayers;
+use crate::error::{Error, Result};
+use crate::gpu::arena::Allocation;
+use crate::gpu::call::Call;
+use crate::gpu::kernels::{AppendShape, MOST_MOVES, Positions};
+use crate::host::plan;
+use crate::host::position::{WritePlan, plan_kept};
+use crate::host::rows::Span;
+use crate::host::sequences::StagedStep;
+use crate::sequence::SequenceId;
+use crate::storage::pool::copy_pages;
+use crate::storage::step::RowLists;
+use crate::storage::store::Store;
+use crate::tensor::TensorView;
+
+/// A change of a sequence that is ready to happen.
+pub(super) struct ReadyKeep {
+    staged: StagedStep,
+    call: Call,
+    dispatches: u64,
+    moved: u64,
+}
+
+impl SequenceLayers {
+    /// Makes ready that of the latest `count` tokens of a sequence those at `keep` stay, in this order; some do.
+    /// Changes nothing that can be seen.
+    ///
+    /// As in a cache of rows, the tokens are copied out, and those that stay are appended to what is before them.
+    pub(super) fn stage_keep(
+        &mut self,
+        pass: &wgpu::ComputePass<'_>,
+        id: SequenceId,
+        count: usize,
+        keep: &[u32],
+    ) -> Result<ReadyKeep> {
+        self.check_pass(pass)?;
+        self.ledger.check()?;
+        self.ledger.prepare(self.gpu.uploads())?;
+        self.check_finished()?;
+        let live = self.sequences.live(id)?;
+        let layer = self.numbers[0];
+        if count > live.len {
+            return Err(Error::TooFewTokens { layer, live: live.len, asked: count });
+        }
+        let whole = self.sequences.len(id)?;
+        self.sequences.check_roll_back(id, whole - count + keep.len())?;
+        let tail = [(live.start + live.len - count, count, live.pages)];
+        let tail = RowLists::new(tail.into_iter());
+        let from = self.gpu.uploads().upload(&tail.words)?;
+        let limits = self.step_limits();
+        let staged = self.sequences.plan_after(count, &[(id, keep.len())], limits)?;
+        let row = &staged.rows[0];
+        let plan = plan_kept(keep, row.old_len);
+        let WritePlan::List(list) = &plan else { unreachable!("kept tokens are a list") };
+        let target = RowLists::new([(row.start(), row.len(), row.pages())].into_iter());
+        let mut words = target.words;
+        let list_at = words.len();
+        words.extend(&list.words);
+        let to = self.gpu.uploads().upload(&words)?;
+        let positions = Positions::List {
+            named: list.named,
+            gap: list.gap,
+            at: to.offset / 4 + u32::try_from(list_at).unwrap_or(u32::MAX),
+            stride: 0,
+        };
+        let lists = [(&from, &*tail.spans), (&to, &*target.spans)];
+        let mut ready = ReadyKeep { call: Call::default(), dispatches: 0, moved: 0, staged };
+        for at in 0..self.shapes.len() {
+            self.keep_in(at, count, lists, positions, &mut ready)?;
+        }
+        ready.call.hold(vec![from.guard.clone(), to.guard.clone()]);
+        Ok(ready)
+    }
+
+    /// Adds the dispatches of one layer.
+    fn keep_in(
+        &self,
+        at: usize,
+        count: usize,
+        [(from, tail), (to, target)]: [(&Allocation, &[Span]); 2],
+        positions: Positions,
+        ready: &mut ReadyKeep,
+    ) -> Result<()> {
+        let (gpu, store, shape) = (&self.gpu, &self.stores[at], self.shapes[at]);
+        let bytes = shape.bytes(1, count)?;
+        let copy = Store::new(gpu, self.numbers[at], bytes)?;
+        let view = |allocation: &Allocation, spans: &[Span]| {
+            self.shaped_view(at, store, &spans.into(), allocation.clone(), None)
+        };
+        let collect = gpu.kernels().collect(&view(from, tail), 0..1, copy.buffers())?;
+        let moves = plan::list_copies(&ready.staged.copies, MOST_MOVES);
+        let (copies, moved) = copy_pages(gpu, shape, self.limits.page_tokens, store, &moves)?;
+        let source =
+            |buffer, dim| TensorView::new(buffer, shape.dtype, &[1, shape.heads, count, dim]);
+        let [key, value] = copy.buffers();
+        let (key, value) = (source(key, shape.key_dim)?, source(value, shape.value_dim)?);
+        let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
+        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
+        let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
+        let bindings = gpu.kernels().bind_append(&bindings)?;
+        let kept = ready.staged.total;
+        let append = AppendShape {
+            key: &sources[0],
+            value: &sources[1],
+            tokens: kept,
+            positions,
+            target: &view(to, target),
+            lists: Some(to),
+        };
+        let append = gpu.kernels().append(bindings, &append)?;
+        let all = [collect].into_iter().chain(copies).chain([append]);
+        for dispatch in all {
+            ready.call.add(dispatch);
+            ready.dispatches += 1;
+        }
+        ready.moved += moved + bytes.iter().chain(&shape.bytes(1, kept)?).sum::<u64>();
+        Ok(())
+    }
+
+    /// Makes it happen. Views of steps before show what is gone.
+    pub(super) fn commit_keep(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        ready: ReadyKeep,
+    ) -> Result<()> {
+        let ReadyKeep { staged, call, dispatches, moved } = ready;
+        call.record(pass, &self.ledger)?;
+        self.dispatches += dispatches;
+        self.bytes_moved += moved;
+        self.steps += 1;
+        if let Some(latest) = &mut self.latest {
+            latest.number = self.steps;
+            latest.before.clear();
+        }
+        self.sequences.commit(staged);
+        debug_assert!(self.sequences.is_sound(), "a recount of the pages agrees");
+        Ok(())
+    }
+}
