@@ -86,7 +86,7 @@ pub trait Cache {
     ///
     /// [`Error::RowCount`](crate::Error::RowCount) if a layer that was written has another number of rows, and
     /// [`Error::PassDropped`](crate::Error::PassDropped). A cache of one's own that does not have this method
-    /// answers [`Error::NotSupported`](crate::Error::NotSupported).
+    /// answers [`Error::NotSupported`](crate::Error::NotSupported), and so does a cache with layers that have windows.
     fn crop_rows(&mut self, max_lengths: &[usize]) -> Result<()> {
         let _ = max_lengths;
         Err(crate::Error::NotSupported { what: "crop_rows()" })

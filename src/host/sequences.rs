@@ -1,5 +1,7 @@
 //! Sequences by name: which pages hold their tokens, and what a step changes. Pure host logic.
 
+mod sequence;
+
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +12,7 @@ use crate::host::prefix::PrefixMap;
 use crate::host::window::Window;
 use crate::host::work::StepRow;
 use crate::sequence::SequenceId;
+use sequence::{Sequence, pages_of};
 
 /// All sequences of a cache.
 #[derive(Debug)]
@@ -32,47 +35,6 @@ struct Slot {
     /// How many sequences the slot had before.
     generation: u32,
     sequence: Option<Sequence>,
-}
-
-/// Token t of a sequence is slot `start + t` of its pages, in order.
-#[derive(Clone, Debug, Default)]
-struct Sequence {
-    pages: Vec<u32>,
-    /// Slot of the oldest live token in the first page.
-    start: usize,
-    /// Live tokens.
-    len: usize,
-    /// Tokens before the live ones that are gone: dropped by crops, or let go for the window.
-    dropped: usize,
-    /// Those of them that would be live without a window: the latest.
-    let_go: usize,
-}
-
-impl Sequence {
-    /// Live tokens, and those that would be live without a window: what lengths are counted in.
-    fn whole_len(&self) -> usize {
-        self.let_go.saturating_add(self.len)
-    }
-
-    /// Drops the last `tokens` live tokens. Returns the pages that go back.
-    fn drop_last(&mut self, tokens: usize, page_tokens: usize) -> Vec<u32> {
-        self.len -= tokens;
-        let kept = pages_of(self.start, self.len, page_tokens);
-        if kept == 0 {
-            self.start = 0;
-        }
-        self.pages.split_off(kept)
-    }
-
-    /// Drops the first `tokens` live tokens. Returns the pages that go back.
-    fn drop_first(&mut self, tokens: usize, page_tokens: usize) -> Vec<u32> {
-        self.len -= tokens;
-        self.dropped = self.dropped.saturating_add(tokens);
-        let start = self.start + tokens;
-        let gone = if self.len == 0 { self.pages.len() } else { start / page_tokens };
-        self.start = if self.len == 0 { 0 } else { start % page_tokens };
-        self.pages.drain(..gone).collect()
-    }
 }
 
 /// What limits a step.
@@ -512,11 +474,6 @@ impl Sequences {
 
 /// Tokens of a sequence and of a step at most: positions and slots are 32-bit words, slots up to a page more.
 const MOST_TOKENS: usize = (u32::MAX / 2) as usize;
-
-/// Pages of `len` tokens, of which the oldest lies at slot `start` of the first page.
-fn pages_of(start: usize, len: usize, page_tokens: usize) -> usize {
-    if len == 0 { 0 } else { start.saturating_add(len).div_ceil(page_tokens) }
-}
 
 #[cfg(test)]
 mod tests;

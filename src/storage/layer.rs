@@ -71,6 +71,10 @@ impl<L: Arrangement> Layer<L> {
         self.cropped
     }
 
+    pub(crate) fn has_window(&self) -> bool {
+        self.window.is_some()
+    }
+
     /// Batch rows, or `None` for a layer never written.
     pub(crate) fn batch(&self) -> Option<usize> {
         self.arrangement.as_ref().map(|arrangement| arrangement.shape().batch)
@@ -230,7 +234,8 @@ impl<L: Arrangement> Layer<L> {
             layer: self.index,
             store: self.store.as_ref(),
             arrangement,
-            window: self.window,
+            // An update at positions lets go of nothing, so memory that grows for it doubles as without a window.
+            window: self.window.filter(|_| is_append || L::bound(policy).is_some()),
         };
         let written = L::stage_write(state, policy, shape, tokens)?;
         let inputs = Inputs { key, value, sources: &sources, tokens: count };

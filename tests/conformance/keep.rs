@@ -324,3 +324,44 @@ fn of_a_sequence_those_that_are_named_stay() {
         assert_eq!(cache.stats().pages_used, 0);
     }
 }
+
+/// A page that a sequence shares and keeps tokens in is copied, also where the pool has no page left.
+#[test]
+fn kept_tokens_of_a_fork_may_need_a_larger_pool() {
+    let gpu = gpu();
+    let layer = LayerShape { dtype: DType::F32, heads: 2, key_dim: 4, value_dim: 4 };
+    for windows in [&[][..], &[None, Some(30)][..]] {
+        let options = CacheOptions::default().with_page_tokens(4).with_windows(windows);
+        // As long as it may be: what is kept takes the place of what goes.
+        let options = options.with_max_cache_len(64);
+        let mut cache = SequenceCache::with_options(&gpu, &[layer; 2], options).expect("options");
+        let parent = cache.add().expect("nothing is lost");
+        let new = upload(&gpu, DType::F32, &Block::noise([1, 64, 2, 4], 4, 5));
+        let new = TensorView::packed(new.buffer(), DType::F32, [64, 2, 4]).expect("a shape");
+        gpu.submit_pass("step", |pass| {
+            let step = cache.plan_step(pass, &[(parent, 64)])?;
+            (0..2).try_for_each(|layer| cache.update(pass, &step, layer, &new, &new).map(|_| ()))
+        })
+        .expect("the pool grows");
+        assert_eq!((cache.stats().pages_used, cache.stats().pages_free), (16, 0));
+        let child = cache.fork(parent, 64).expect("all of it");
+        let held = |cache: &SequenceCache, id: SequenceId, layer: usize| {
+            let (key, _) = cache.get(id, layer).expect("submitted").expect("it has tokens");
+            let rows = key.bytes().chunks(key.shape()[2] * 16).map(<[u8]>::to_vec);
+            rows.collect::<Vec<_>>()
+        };
+        let before = [0, 1].map(|layer| held(&cache, parent, layer));
+        gpu.submit_pass("keep", |pass| cache.keep_latest(pass, child, 2, &[1]))
+            .expect("the pool grows");
+        assert_eq!(cache.stats().pages_used, 17);
+        for (layer, before) in before.iter().enumerate() {
+            let after = [parent, child].map(|id| held(&cache, id, layer));
+            for (head, before) in before.iter().enumerate() {
+                assert!(same_bits(&after[0][head], before), "layer {layer}: the parent's");
+                let tail = before.len() - 32;
+                let expected = [&before[..tail], &before[before.len() - 16..]].concat();
+                assert!(same_bits(&after[1][head], &expected), "layer {layer}: the child's");
+            }
+        }
+    }
+}

@@ -1,16 +1,15 @@
 //! Keeps some of the latest tokens of a sequence: the accepted path of a tree of drafted ones.
 
 use super::SequenceLayers;
+use super::pools::Growth;
 use crate::error::{Error, Result};
 use crate::gpu::arena::Allocation;
 use crate::gpu::call::Call;
-use crate::gpu::kernels::{AppendShape, MOST_MOVES, Positions};
-use crate::host::plan;
+use crate::gpu::kernels::{AppendShape, Positions};
 use crate::host::position::{WritePlan, plan_kept};
 use crate::host::rows::Span;
 use crate::host::sequences::StagedStep;
 use crate::sequence::SequenceId;
-use crate::storage::pool::copy_pages;
 use crate::storage::step::RowLists;
 use crate::storage::store::Store;
 use crate::tensor::TensorView;
@@ -18,6 +17,7 @@ use crate::tensor::TensorView;
 /// A change of a sequence that is ready to happen.
 pub(super) struct ReadyKeep {
     staged: StagedStep,
+    growth: Option<Growth>,
     call: Call,
     dispatches: u64,
     moved: u64,
@@ -51,6 +51,7 @@ impl SequenceLayers {
         let from = self.gpu.uploads().upload(&tail.words)?;
         let limits = self.step_limits();
         let staged = self.sequences.plan_after(count, &[(id, keep.len())], limits)?;
+        let growth = self.stage_growth(&staged, limits.fits)?;
         let row = &staged.rows[0];
         let plan = plan_kept(keep, row.old_len);
         let WritePlan::List(list) = &plan else { unreachable!("kept tokens are a list") };
@@ -66,7 +67,8 @@ impl SequenceLayers {
             stride: 0,
         };
         let lists = [(&from, &*tail.spans), (&to, &*target.spans)];
-        let mut ready = ReadyKeep { call: Call::default(), dispatches: 0, moved: 0, staged };
+        let mut ready =
+            ReadyKeep { staged, growth, call: Call::default(), dispatches: 0, moved: 0 };
         for at in 0..self.shapes.len() {
             self.keep_in(at, count, lists, positions, &mut ready)?;
         }
@@ -83,15 +85,16 @@ impl SequenceLayers {
         positions: Positions,
         ready: &mut ReadyKeep,
     ) -> Result<()> {
-        let (gpu, store, shape) = (&self.gpu, &self.stores[at], self.shapes[at]);
+        let (gpu, growth, shape) = (&self.gpu, ready.growth.as_ref(), self.shapes[at]);
+        let (grow, grown) = self.stage_pool_copy(growth, at)?;
+        let store = self.grown(growth, at);
         let bytes = shape.bytes(1, count)?;
         let copy = Store::new(gpu, self.numbers[at], bytes)?;
         let view = |allocation: &Allocation, spans: &[Span]| {
             self.shaped_view(at, store, &spans.into(), allocation.clone(), None)
         };
         let collect = gpu.kernels().collect(&view(from, tail), 0..1, copy.buffers())?;
-        let moves = plan::list_copies(&ready.staged.copies, MOST_MOVES);
-        let (copies, moved) = copy_pages(gpu, shape, self.limits.page_tokens, store, &moves)?;
+        let (copies, moved) = self.stage_page_copies(growth, at, &ready.staged)?;
         let source =
             |buffer, dim| TensorView::new(buffer, shape.dtype, &[1, shape.heads, count, dim]);
         let [key, value] = copy.buffers();
@@ -110,12 +113,12 @@ impl SequenceLayers {
             lists: Some(to),
         };
         let append = gpu.kernels().append(bindings, &append)?;
-        let all = [collect].into_iter().chain(copies).chain([append]);
+        let all = grow.into_iter().chain([collect]).chain(copies).chain([append]);
         for dispatch in all {
             ready.call.add(dispatch);
             ready.dispatches += 1;
         }
-        ready.moved += moved + bytes.iter().chain(&shape.bytes(1, kept)?).sum::<u64>();
+        ready.moved += grown + moved + bytes.iter().chain(&shape.bytes(1, kept)?).sum::<u64>();
         Ok(())
     }
 
@@ -125,10 +128,12 @@ impl SequenceLayers {
         pass: &mut wgpu::ComputePass<'_>,
         ready: ReadyKeep,
     ) -> Result<()> {
-        let ReadyKeep { staged, call, dispatches, moved } = ready;
+        let ReadyKeep { staged, growth, call, dispatches, moved } = ready;
         call.record(pass, &self.ledger)?;
         self.dispatches += dispatches;
         self.bytes_moved += moved;
+        self.commit_growth(growth);
+        self.peak_pages_used = self.peak_pages_used.max(staged.used() as u64);
         self.steps += 1;
         if let Some(latest) = &mut self.latest {
             latest.number = self.steps;

@@ -4,26 +4,25 @@
 mod checks;
 pub(crate) mod groups;
 mod keep;
+mod pools;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use self::pools::{Growth, bytes_of};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::Purpose;
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AppendShape, LayerShape, MOST_MOVES, Positions};
+use crate::gpu::kernels::{AppendShape, LayerShape, Positions};
 use crate::gpu::ledger::Ledger;
 use crate::gpu::readback::Readback;
-use crate::host::capacity::pool_pages;
-use crate::host::plan;
 use crate::host::rows::{Rows, Span};
 use crate::host::sequences::{Sequences, StagedStep, StepLimits};
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
-use crate::storage::pool::{copy_pages, copy_pool, new_pool};
 use crate::storage::step::{RowLists, StepBlock, StepData};
 use crate::storage::store::{Shape, Store};
 use crate::tensor::{HostTensor, TensorView};
@@ -81,12 +80,6 @@ struct ReadyStep {
     call: Call,
     dispatches: u64,
     moved: u64,
-}
-
-/// Memory for a step that takes the place of the layers' own.
-struct Growth {
-    stores: Vec<Store>,
-    pages: usize,
 }
 
 impl SequenceLayers {
@@ -152,19 +145,11 @@ impl SequenceLayers {
         let growth = self.stage_growth(&staged, limits.fits)?;
         let mut call = Call::default();
         let (mut dispatches, mut moved) = (0, 0);
-        let moves = plan::list_copies(&staged.copies, MOST_MOVES);
-        let used = self.sequences.pool().used_prefix();
-        for (layer, &shape) in self.shapes.iter().enumerate() {
-            let (size, old) = (self.limits.page_tokens, self.stores.get(layer));
-            let new = growth.as_ref().map(|growth| &growth.stores[layer]);
-            let mut copies = Vec::new();
-            if let (Some(growth), Some(old), Some(new)) = (&growth, old, new) {
-                let pages = [self.pool, growth.pages, used];
-                copies.push(copy_pool(&self.gpu, shape, size, [old, new], pages)?);
-            }
-            let store = new.or(old).expect("every layer has a pool now");
-            copies.push(copy_pages(&self.gpu, shape, size, store, &moves)?);
-            for (all, bytes) in copies {
+        for layer in 0..self.shapes.len() {
+            for (all, bytes) in [
+                self.stage_pool_copy(growth.as_ref(), layer)?,
+                self.stage_page_copies(growth.as_ref(), layer, &staged)?,
+            ] {
                 dispatches += all.len() as u64;
                 moved += bytes;
                 all.into_iter().for_each(|dispatch| call.add(dispatch));
@@ -187,11 +172,7 @@ impl SequenceLayers {
         call.record(pass, &self.ledger)?;
         self.dispatches += dispatches;
         self.bytes_moved += moved;
-        if let Some(Growth { stores, pages }) = growth {
-            let both = bytes_of(&self.stores) + bytes_of(&stores);
-            self.peak_bytes_allocated = self.peak_bytes_allocated.max(both);
-            (self.stores, self.pool) = (stores, pages);
-        }
+        self.commit_growth(growth);
         self.peak_pages_used = self.peak_pages_used.max(staged.used() as u64);
         self.steps += 1;
         let before = staged.rows.iter().map(|row| (row.id, row.before)).collect();
@@ -368,20 +349,6 @@ impl SequenceLayers {
         StepLimits { pages, tokens, layer, fits, bytes }
     }
 
-    /// Larger pools for all layers, if the step needs more pages than there are.
-    fn stage_growth(&self, staged: &StagedStep, fits: usize) -> Result<Option<Growth>> {
-        let (needed, size) = (staged.pool_pages(), self.limits.page_tokens);
-        if needed <= self.pool && !self.stores.is_empty() {
-            return Ok(None);
-        }
-        let pages = pool_pages(self.limits.most_pages, size, [self.pool, needed, fits]);
-        let shapes = self.shapes.iter().enumerate();
-        let stores: Result<Vec<Store>> = shapes
-            .map(|(at, &shape)| new_pool(&self.gpu, self.numbers[at], shape, size, pages))
-            .collect();
-        Ok(Some(Growth { stores: stores?, pages }))
-    }
-
     fn step_view(&self, step: &StepData, layer: usize) -> LayerView {
         let work = Some(Arc::clone(&step.work));
         self.shaped_view(layer, &self.stores[layer], &step.spans, step.allocation.clone(), work)
@@ -423,10 +390,6 @@ impl Drop for SequenceLayers {
     fn drop(&mut self) {
         self.abandon();
     }
-}
-
-fn bytes_of(stores: &[Store]) -> u64 {
-    stores.iter().flat_map(Store::bytes).sum()
 }
 
 /// The shape of a page's tokens.
