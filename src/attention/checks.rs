@@ -108,13 +108,7 @@ pub(super) fn rules(options: &AttentionOptions<'_>, dim: usize) -> Result<Rules>
         );
     }
     let window = options.window.map(|window| [window, options.first_tokens]);
-    Ok(Rules {
-        scale,
-        is_causal: options.is_causal,
-        window,
-        cap: options.cap,
-        has: Default::default(),
-    })
+    Ok(Rules { scale, is_causal: options.is_causal, window, cap: options.cap, has: options.has() })
 }
 
 /// The output must not overwrite a mask of the same call: one buffer cannot be bound for both.

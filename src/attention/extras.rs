@@ -4,7 +4,6 @@ use super::AttentionOptions;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
-use crate::gpu::kernels::Has;
 use crate::tensor::{Source, TensorView};
 use crate::view::LayerView;
 
@@ -13,7 +12,6 @@ const HEADER: usize = 13;
 
 /// What a call binds beside q, K, V and the output, ready.
 pub(super) struct Extras<'a> {
-    pub(super) has: Has,
     /// The header, and the values of heads and rows.
     pub(super) values: Allocation,
     mask: Option<(&'a wgpu::Buffer, Source)>,
@@ -28,8 +26,7 @@ impl<'a> Extras<'a> {
         query: [usize; 4],
         options: &AttentionOptions<'a>,
     ) -> Result<Option<Self>> {
-        let has = options.has();
-        if !has.any() {
+        if !options.has().any() {
             return Ok(None);
         }
         check(view, query, options)?;
@@ -71,7 +68,7 @@ impl<'a> Extras<'a> {
             words.extend(list.unwrap_or_default());
         }
         let values = gpu.uploads().upload(&words)?;
-        Ok(Some(Self { has, values, mask, bits }))
+        Ok(Some(Self { values, mask, bits }))
     }
 
     /// The bindings after those of q, K, V and the result. `other` stands where there is no mask.

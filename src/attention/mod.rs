@@ -99,7 +99,7 @@ impl Attention {
         query_and_output: [DType; 2],
         options: AttentionOptions<'_>,
     ) -> Result<()> {
-        let rules = Rules { has: options.has(), ..checks::rules(&options, 1)? };
+        let rules = checks::rules(&options, 1)?;
         self.gpu.kernels().compile_attention(layers, layouts, &rules, query_and_output)
     }
 
@@ -142,14 +142,13 @@ impl Attention {
     ) -> Result<()> {
         let gpu = self.gpu.clone();
         let (group, tokens) = checks::shapes(query, view, output, options)?;
-        let mut rules = checks::rules(&options, view.key_dim)?;
+        let rules = checks::rules(&options, view.key_dim)?;
         view.check(gpu.handle(), pass, [("query", query), ("output", output)])?;
         let mut from = query.source("query", gpu.limits())?;
         let mut to = output.source("output", gpu.limits())?;
         checks::output(&gpu, (query, &from), view, (output, &to))?;
         checks::masks(&gpu, &options, output)?;
         let extras = Extras::new(&gpu, view, query.shape, &options)?;
-        rules.has = extras.as_ref().map_or_else(Default::default, |extras| extras.has);
 
         if let Some(step) = &view.step {
             let extras = extras.as_ref();

@@ -414,7 +414,7 @@ impl Simulated {
                 let fits = self.shape.tokens_in(batch, [self.limit; 2]);
                 // A ring of fixed length is made whole, or not at all.
                 let made = bound.map(|bound| match self.window {
-                    Some(window) => bound.min(window.most(window.max_chunk.unwrap_or(bound))),
+                    Some(window) => window.bound(bound),
                     None => bound,
                 });
                 let fits = if made.is_some_and(|made| made > fits) { 0 } else { fits };

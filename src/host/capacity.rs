@@ -23,10 +23,7 @@ impl Growth {
             Self::Dynamic { tokens, most } => {
                 Self::Dynamic { tokens, most: most.min(window.most(count)) }
             }
-            Self::Static { tokens } => {
-                let chunk = window.max_chunk.unwrap_or(tokens);
-                Self::Static { tokens: tokens.min(window.most(chunk)) }
-            }
+            Self::Static { tokens } => Self::Static { tokens: window.bound(tokens) },
         }
     }
 

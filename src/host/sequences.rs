@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{Error, Result, SequenceError};
 use crate::host::pool::PagePool;
 use crate::host::prefix::PrefixMap;
-use crate::host::window::Window;
+use crate::host::window::{Window, gone_after_crop};
 use crate::host::work::StepRow;
 use crate::sequence::SequenceId;
 use sequence::{Sequence, pages_of};
@@ -270,8 +270,7 @@ impl Sequences {
         let page_tokens = self.page_tokens;
         let sequence = self.get_mut(id)?;
         let kept = sequence.len.min(len);
-        // As long as the sequence would be afterwards without a window.
-        sequence.let_go = sequence.whole_len().min(len) - kept;
+        sequence.let_go = gone_after_crop([sequence.let_go, sequence.len], len);
         let gone = sequence.drop_first(sequence.len - kept, page_tokens);
         gone.into_iter().rev().for_each(|page| self.pool.release(page));
         Ok(())

@@ -22,6 +22,11 @@ impl Window {
         self.needed().saturating_add(chunk)
     }
 
+    /// The most live tokens, where a layer without a window would hold `whole` at most.
+    pub(crate) fn bound(self, whole: usize) -> usize {
+        whole.min(self.most(self.max_chunk.unwrap_or(whole)))
+    }
+
     /// Refuses an update that is longer than was said.
     pub(crate) fn check_chunk(self, layer: usize, tokens: usize) -> Result<()> {
         match self.max_chunk {
@@ -48,6 +53,12 @@ impl Window {
         let asked = all - kept;
         Err(WindowError::PastWindow { layer, window: self.tokens, live, most, asked }.into())
     }
+}
+
+/// Tokens that were let go and would still be live without a window, after a crop to `most` tokens of `live` ones,
+/// of which `gone` were let go before.
+pub(crate) fn gone_after_crop([gone, live]: [usize; 2], most: usize) -> usize {
+    gone.saturating_add(live).min(most) - live.min(most)
 }
 
 #[cfg(test)]

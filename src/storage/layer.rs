@@ -13,7 +13,7 @@ use crate::gpu::call::Call;
 use crate::gpu::kernels::{AppendShape, Positions};
 use crate::host::position::{self, CachePosition, WritePlan};
 use crate::host::rows::{Cut, Rows};
-use crate::host::window::Window;
+use crate::host::window::{Window, gone_after_crop};
 use crate::storage::arrangement::{
     Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite,
 };
@@ -169,9 +169,7 @@ impl<L: Arrangement> Layer<L> {
         let Some(arrangement) = &mut self.arrangement else { return };
         let before = arrangement.rows().len();
         if matches!(cut, Cut::Crop(_) | Cut::CropRows(_)) {
-            // As long as the layer would be afterwards without a window.
-            let whole = self.let_go.saturating_add(before).min(longest(cut));
-            self.let_go = whole.saturating_sub(before.min(whole)).min(self.let_go);
+            self.let_go = gone_after_crop([self.let_go, before], longest(cut));
         }
         if !arrangement.rows().is_changed_by(cut) {
             return;
@@ -209,7 +207,7 @@ impl<L: Arrangement> Layer<L> {
         let mut bound = L::bound(policy);
         if let Some(window) = self.window {
             window.check_chunk(self.index, count)?;
-            bound = bound.map(|bound| bound.min(window.most(window.max_chunk.unwrap_or(bound))));
+            bound = bound.map(|bound| window.bound(bound));
         }
         // An append lets go first of what its first token does not look back on.
         let live = self.len();
@@ -300,7 +298,7 @@ impl<L: Arrangement> Layer<L> {
         let kept = self.window.map_or(live, |window| live.min(window.needed()));
         let mut bound = L::bound(policy);
         if let Some(window) = self.window {
-            bound = bound.map(|bound| bound.min(window.most(window.max_chunk.unwrap_or(bound))));
+            bound = bound.map(|bound| window.bound(bound));
         }
         let most = bound.map_or(usize::MAX, |bound| bound.saturating_sub(kept));
         let tokens = if self.window.is_some() { tokens.min(most) } else { tokens };

@@ -388,9 +388,7 @@ fn run(gpu: &Gpu, history: &History) {
 }
 
 fn histories(gpu: &Gpu) {
-    let cases = std::env::var("KV_HISTORIES").map_or(1000, |count| {
-        count.parse().unwrap_or_else(|_| panic!("KV_HISTORIES is no number: {count}"))
-    });
+    let cases = crate::histories(1000);
     let config = Config { cases, failure_persistence: None, ..Config::default() };
     TestRunner::new(config)
         .run(&history(), |history| {

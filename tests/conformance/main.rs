@@ -123,11 +123,15 @@ fn gpu() -> Gpu {
     GPU.get_or_init(|| open(features, limits)).clone()
 }
 
+/// How many random histories to run: `usual`, or what `KV_HISTORIES` says.
+pub(crate) fn histories(usual: u32) -> u32 {
+    std::env::var("KV_HISTORIES").map_or(usual, |count| {
+        count.parse().unwrap_or_else(|_| panic!("KV_HISTORIES is no number: {count}"))
+    })
+}
+
 /// How many random cases to run where `usual` are usual. `KV_HISTORIES` scales it, in thousandths: fewer where CI runs
 /// the same on another device.
 pub(crate) fn cases(usual: usize) -> usize {
-    let thousandths = std::env::var("KV_HISTORIES").map_or(1000, |count| {
-        count.parse().unwrap_or_else(|_| panic!("KV_HISTORIES is no number: {count}"))
-    });
-    (usual * thousandths / 1000).clamp(usual.div_ceil(4), 100 * usual)
+    (usual * histories(1000) as usize / 1000).clamp(usual.div_ceil(4), 100 * usual)
 }

@@ -320,9 +320,7 @@ fn layers() -> impl Strategy<Value = Vec<LayerShape>> {
 
 #[test]
 fn sequences_hold_what_a_plain_model_holds_after_any_history() {
-    let cases = std::env::var("KV_HISTORIES").map_or(2000, |count| {
-        count.parse().unwrap_or_else(|_| panic!("KV_HISTORIES is no number: {count}"))
-    });
+    let cases = crate::histories(2000);
     let config = Config { cases, failure_persistence: None, ..Config::default() };
     let page = prop_oneof![Just(1), Just(4), Just(16)];
     let max = prop_oneof![Just(None), (1..60_usize).prop_map(Some)];
