@@ -75,6 +75,12 @@ impl<L: Arrangement> Layer<L> {
         self.window.is_some()
     }
 
+    /// Live tokens at most, where that is fixed.
+    fn bound(&self, policy: &L::Policy) -> Option<usize> {
+        let whole = L::bound(policy)?;
+        Some(self.window.map_or(whole, |window| window.bound(whole)))
+    }
+
     /// Batch rows, or `None` for a layer never written.
     pub(crate) fn batch(&self) -> Option<usize> {
         self.arrangement.as_ref().map(|arrangement| arrangement.shape().batch)
@@ -168,7 +174,8 @@ impl<L: Arrangement> Layer<L> {
         let cut = &self.own_cut(cut);
         let Some(arrangement) = &mut self.arrangement else { return };
         let before = arrangement.rows().len();
-        if matches!(cut, Cut::Crop(_) | Cut::CropRows(_)) {
+        let is_crop = matches!(cut, Cut::Crop(_) | Cut::CropRows(_));
+        if is_crop {
             self.let_go = gone_after_crop([self.let_go, before], longest(cut));
         }
         if !arrangement.rows().is_changed_by(cut) {
@@ -176,7 +183,7 @@ impl<L: Arrangement> Layer<L> {
         }
         let old = arrangement.guards().map(Option::<&_>::cloned);
         arrangement.cut(policy, cut);
-        if matches!(cut, Cut::Crop(_) | Cut::CropRows(_)) {
+        if is_crop {
             // Each of them was appended in a call of its own or with others: no count of them overflows soon.
             self.cropped = self.cropped.saturating_add(before - arrangement.rows().len());
         }
@@ -204,11 +211,10 @@ impl<L: Arrangement> Layer<L> {
         value.check_device("value", gpu.handle())?;
         self.check_alias(key, value)?;
         let (batch, count) = (shape.batch, key.shape[2]);
-        let mut bound = L::bound(policy);
         if let Some(window) = self.window {
             window.check_chunk(self.index, count)?;
-            bound = bound.map(|bound| window.bound(bound));
         }
+        let bound = self.bound(policy);
         // An append lets go first of what its first token does not look back on.
         let live = self.len();
         let is_append = matches!(position, CachePosition::Append);
@@ -296,10 +302,7 @@ impl<L: Arrangement> Layer<L> {
         // Of a window what the appends leave of the live tokens, if they come one by one, or all at once.
         let live = arrangement.rows().len();
         let kept = self.window.map_or(live, |window| live.min(window.needed()));
-        let mut bound = L::bound(policy);
-        if let Some(window) = self.window {
-            bound = bound.map(|bound| window.bound(bound));
-        }
+        let bound = self.bound(policy);
         let most = bound.map_or(usize::MAX, |bound| bound.saturating_sub(kept));
         let tokens = if self.window.is_some() { tokens.min(most) } else { tokens };
         let new_len = position::check(append, batch, tokens, kept, bound)?.max(live);
