@@ -314,6 +314,13 @@ fn attention_forms(_: &mut Criterion) {
     support::prefill::window(&gpu);
 }
 
+/// Formats that K and V are stored in.
+fn formats(_: &mut Criterion) {
+    let gpu = gpu();
+    support::formats::append(&gpu);
+    support::formats::attention(&gpu);
+}
+
 /// One query a sequence over sequences of different length.
 fn sequences(_: &mut Criterion) {
     let gpu = gpu();
@@ -421,6 +428,7 @@ criterion_group!(
     reorder_paged,
     attention,
     attention_forms,
+    formats,
     sequences,
     get,
     truncate_crop

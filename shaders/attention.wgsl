@@ -8,7 +8,7 @@
 // attention_combine.wgsl (flash-decoding: Dao et al., 2023).
 //
 // The text is joined with `attention/` (parameters, and which tokens a row sees), one of `layout/` (the slot of a
-// token) and one of `element/` (the type of K and V).
+// token) and texts of `element/` (the formats of K and V).
 //
 // A token that a row does not see must not change the row's result, whatever bits it holds. Its weight is
 // zero, but zero times an infinity or a NaN is NaN. So its score and its V are replaced by zeros with

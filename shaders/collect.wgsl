@@ -15,9 +15,13 @@ alias Unit = vec4<u32>;
 
 struct Params {
     kv: KvLayout,
-    // Units of a head.
+    // Units of a head; the first unit of what is copied, in the cache's buffers and in the targets.
     key_units: u32,
     value_units: u32,
+    key_base: u32,
+    value_base: u32,
+    key_target_base: u32,
+    value_target_base: u32,
     // The first batch row, and B times H of all of them.
     first: u32,
     rows: u32,
@@ -52,15 +56,15 @@ fn main(
     let kv = kv_row(params.kv, b);
     let key_live = kv.len * params.key_units;
     let value_live = kv.len * params.value_units;
-    let key_target_row = row * params.kv.len * params.key_units;
-    let value_target_row = row * params.kv.len * params.value_units;
+    let key_target_row = params.key_target_base + row * params.kv.len * params.key_units;
+    let value_target_row = params.value_target_base + row * params.kv.len * params.value_units;
     for (var part = 0u; part < TILE; part += WORKGROUP) {
         let i = number % params.tiles * TILE + part + local;
         if i < params.kv.len * params.key_units {
             var unit = Unit();
             if i < key_live {
                 let slot = kv_slot_in_row(kv, b, h, i / params.key_units);
-                unit = key_cache[slot * params.key_units + i % params.key_units];
+                unit = key_cache[params.key_base + slot * params.key_units + i % params.key_units];
             }
             key_target[key_target_row + i] = unit;
         }
@@ -68,7 +72,7 @@ fn main(
             var unit = Unit();
             if i < value_live {
                 let slot = kv_slot_in_row(kv, b, h, i / params.value_units);
-                unit = value_cache[slot * params.value_units + i % params.value_units];
+                unit = value_cache[params.value_base + slot * params.value_units + i % params.value_units];
             }
             value_target[value_target_row + i] = unit;
         }

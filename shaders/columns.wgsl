@@ -30,17 +30,18 @@ struct Columns {
     row_stride: u32,
 }
 
-// In a ring of `capacity` slots whose first token lies at slot `start`, with `units` to a token of a head.
-fn columns(share: Share, units: u32, start: u32, capacity: u32) -> Columns {
+// In a ring of `capacity` slots whose first token lies at slot `start`, with `units` to a token of a head, from unit
+// `base` of the buffer on. Without units there is no column.
+fn columns(share: Share, base: u32, units: u32, start: u32, capacity: u32) -> Columns {
     // A workgroup that is one too many does as the last one, and writes nothing.
     let h = min(share.head, params.heads - 1u);
     let live = params.len * units;
     let head = capacity * units;
     let i = share.first + vec4(0u, 1u, 2u, 3u) * RUN;
     // A column past the end is read as the last one, and not written.
-    let at = start * units + min(i, vec4(live - 1u));
+    let at = start * units + min(i, vec4(max(live, 1u) - 1u));
     return Columns(
-        h * head + select(at, at - head, at >= vec4(head)),
+        base + h * head + select(at, at - head, at >= vec4(head)),
         (i < vec4(live)) & vec4(share.head < params.heads),
         params.heads * head,
     );

@@ -14,9 +14,11 @@
 alias Unit = vec4<u32>;
 
 struct Params {
-    // Units of a head.
+    // Units of a head; the first unit of what moves, in the buffer.
     key_units: u32,
     value_units: u32,
+    key_base: u32,
+    value_base: u32,
     heads: u32,
     // Workgroups of a head.
     tiles: u32,
@@ -50,8 +52,8 @@ fn main(
 ) {
     let number = group.x + groups.x * (group.y + groups.y * group.z);
     let mine = share(number, local);
-    let key = columns(mine, params.key_units, params.start, params.capacity);
-    let value = columns(mine, params.value_units, params.start, params.capacity);
+    let key = columns(mine, params.key_base, params.key_units, params.start, params.capacity);
+    let value = columns(mine, params.value_base, params.value_units, params.start, params.capacity);
     var next = params.list_at;
     if has_copies {
         let end = params.list_at + params.cycles_at;

@@ -15,9 +15,13 @@
 alias Unit = vec4<u32>;
 
 struct Params {
-    // Units of a head.
+    // Units of a head; the first unit of what is copied, in the old buffers and in the new ones.
     key_units: u32,
     value_units: u32,
+    key_from_base: u32,
+    value_from_base: u32,
+    key_base: u32,
+    value_base: u32,
     heads: u32,
     // Workgroups of a head.
     tiles: u32,
@@ -47,10 +51,10 @@ fn main(
 ) {
     let number = group.x + groups.x * (group.y + groups.y * group.z);
     let mine = share(number, local);
-    let key_from = columns(mine, params.key_units, params.start, params.old_capacity);
-    let value_from = columns(mine, params.value_units, params.start, params.old_capacity);
-    let key = columns(mine, params.key_units, 0u, params.new_capacity);
-    let value = columns(mine, params.value_units, 0u, params.new_capacity);
+    let key_from = columns(mine, params.key_from_base, params.key_units, params.start, params.old_capacity);
+    let value_from = columns(mine, params.value_from_base, params.value_units, params.start, params.old_capacity);
+    let key = columns(mine, params.key_base, params.key_units, 0u, params.new_capacity);
+    let value = columns(mine, params.value_base, params.value_units, 0u, params.new_capacity);
     var next = params.list_at;
     // At least one copy of at least one row. Loops break at the end of their bodies, as in gather.wgsl.
     loop {

@@ -124,5 +124,9 @@ pub(crate) struct KvLayout {
     pub(crate) table_stride: u32,
     pub(crate) batch: u32,
     pub(crate) rows: u32,
-    pub(crate) reserved: [u32; 6],
+    pub(crate) key_units: u32,
+    pub(crate) value_units: u32,
+    pub(crate) key_scales: u32,
+    pub(crate) value_scales: u32,
+    pub(crate) reserved: [u32; 2],
 }

@@ -89,6 +89,25 @@ impl<'a> TensorView<'a> {
         Self { strides, ..self }
     }
 
+    /// The same view of the first `head_dim` elements of each head.
+    #[must_use]
+    pub fn with_head_dim(self, head_dim: usize) -> Self {
+        let [b, h, t, _] = self.shape;
+        Self { shape: [b, h, t, head_dim], ..self }
+    }
+
+    /// Whether it is the first elements of each head of `whole`, in the same memory.
+    pub(crate) fn is_prefix_of(&self, whole: &Self) -> bool {
+        let are_strides_same =
+            (0..3).all(|axis| self.shape[axis] == 1 || self.strides[axis] == whole.strides[axis]);
+        self.buffer == whole.buffer
+            && self.offset == whole.offset
+            && self.dtype == whole.dtype
+            && self.shape[..3] == whole.shape[..3]
+            && self.shape[3] <= whole.shape[3]
+            && are_strides_same
+    }
+
     /// The buffer that holds the elements.
     pub fn buffer(&self) -> &'a wgpu::Buffer {
         self.buffer

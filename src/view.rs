@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::{Format, Plane, TokenBytes};
 use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::device::DeviceHandle;
@@ -31,7 +32,8 @@ use crate::tensor::TensorView;
 /// | 0  1  2  3  4  5  .  .  .  . |     start 0, len 6: one piece
 /// ```
 ///
-/// 16-bit types lie two in a 32-bit word, the lower index in the lower half.
+/// 16-bit elements lie two in a 32-bit word, the lower index in the lower half. How quantized elements lie, and their
+/// scales, is told in [`Format`]; [`Format::key_wgsl`] reads elements of any format.
 ///
 /// The rows of a ragged view ([`is_ragged`](Self::is_ragged)) have their own start and length
 /// ([`row_start`](Self::row_start), [`row_len`](Self::row_len)): after updates at
@@ -48,7 +50,10 @@ use crate::tensor::TensorView;
 pub struct LayerView {
     pub(crate) key: wgpu::Buffer,
     pub(crate) value: wgpu::Buffer,
-    pub(crate) dtype: DType,
+    /// How K and V are stored.
+    pub(crate) formats: [Format; 2],
+    /// Slots of one head that the buffers have room for, after which the scales of quantized formats begin.
+    pub(crate) scale_slots: u64,
     pub(crate) batch: usize,
     pub(crate) heads: usize,
     pub(crate) key_dim: usize,
@@ -75,8 +80,10 @@ pub struct Rings {
     pub key: wgpu::Buffer,
     /// The buffer of V, likewise.
     pub value: wgpu::Buffer,
-    /// Type of an element of both.
-    pub dtype: DType,
+    /// How K is stored. In quantized formats the scales of all slots follow the elements of all slots: see [`Format`].
+    pub key_format: Format,
+    /// How V is stored; as K, if it is in the buffer of K.
+    pub value_format: Format,
     /// Batch rows.
     pub batch: usize,
     /// K/V heads.
@@ -164,7 +171,7 @@ impl LayerView {
     /// A layer in buffers of an engine's own, of 8 slots, over which one token attends at a time:
     ///
     /// ```
-    /// use wgpu_kvcache::{Attention, DType, Gpu, LayerView, Rings};
+    /// use wgpu_kvcache::{Attention, Format, Gpu, LayerView, Rings};
     ///
     /// # fn main() -> Result<(), wgpu_kvcache::Error> {
     /// let gpu = Gpu::headless()?;
@@ -174,7 +181,8 @@ impl LayerView {
     /// let layer = LayerView::of_rings(Rings {
     ///     key: key.buffer().clone(),
     ///     value: value.buffer().clone(),
-    ///     dtype: DType::F32,
+    ///     key_format: Format::F32,
+    ///     value_format: Format::F32,
     ///     batch: 1,
     ///     heads: 2,
     ///     key_dim: 4,
@@ -205,7 +213,7 @@ impl LayerView {
     /// - [`Error::PositionOutOfBounds`] for a `start` past the capacity, [`Error::SequenceTooLong`] for a `len` past
     ///   it.
     pub fn of_rings(rings: Rings) -> Result<Self> {
-        let Rings { key, value, dtype, batch, heads, key_dim, value_dim, capacity, start, len } =
+        let Rings { key, value, batch, heads, key_dim, value_dim, capacity, start, len, .. } =
             rings;
         // What a device can bind is checked where the view is bound.
         let limits = wgpu::Limits {
@@ -219,9 +227,18 @@ impl LayerView {
             let rule = "V in the buffer of K is the first elements of K's heads, so it must not be longer; give it a buffer of its own";
             return Err(Error::AttentionOption { option, value, rule });
         }
-        let value_row = if is_value_in_key { key_dim } else { value_dim };
-        for (what, buffer, dim) in [("key", &key, key_dim), ("value", &value, value_row)] {
-            TensorView::new(buffer, dtype, &[batch, heads, capacity, dim])?
+        let mut formats = [rings.key_format, rings.value_format];
+        let mut sides = vec![("key", &key, key_dim, formats[0])];
+        if is_value_in_key {
+            formats[1] = formats[0];
+        } else {
+            sides.push(("value", &value, value_dim, formats[1]));
+        }
+        for (what, buffer, dim, format) in sides {
+            // Quantized tokens are whole words, scales included.
+            let words = usize::try_from(format.token_bytes(dim) / 4).unwrap_or(usize::MAX);
+            let (dtype, row) = format.dtype().map_or((DType::F32, words), |dtype| (dtype, dim));
+            TensorView::new(buffer, dtype, &[batch, heads, capacity, row])?
                 .source(what, &limits)?;
         }
         check_tokens(start, len, capacity)?;
@@ -229,7 +246,8 @@ impl LayerView {
         Ok(Self {
             key,
             value,
-            dtype,
+            formats,
+            scale_slots: (batch * heads * capacity) as u64,
             batch,
             heads,
             key_dim,
@@ -373,9 +391,33 @@ impl LayerView {
         self.capacity
     }
 
-    /// Type of an element.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// How K is stored.
+    pub fn key_format(&self) -> Format {
+        self.formats[0]
+    }
+
+    /// How V is stored.
+    pub fn value_format(&self) -> Format {
+        self.formats[1]
+    }
+
+    /// What one token of one head takes in the buffers.
+    pub(crate) fn token_bytes(&self) -> TokenBytes {
+        TokenBytes::new(self.formats, [self.key_dim, self.value_dim], self.is_value_in_key())
+    }
+
+    /// Bytes at which the scales of K and of V begin; zero if they have none.
+    fn scales(&self) -> [u64; 2] {
+        let dims = [self.key_dim, self.value_strides()[2]];
+        [0, 1].map(|side| {
+            let [elements, scales] = self.formats[side].plane_bytes(dims[side]);
+            if scales > 0 { elements.saturating_mul(self.scale_slots) } else { 0 }
+        })
+    }
+
+    /// The planes of the buffers.
+    pub(crate) fn planes(&self) -> impl Iterator<Item = Plane> {
+        self.token_bytes().planes(self.scale_slots)
     }
 
     /// Whether the live slots are one piece, `start..start + len`.
@@ -404,6 +446,9 @@ impl LayerView {
         // A layer that can be bound has no count that does not fit.
         let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let table = self.pages.as_ref();
+        let strides = [self.key_strides()[2], self.value_strides()[2]];
+        let units = [0, 1].map(|side| word(self.formats[side].units(strides[side])));
+        let scales = self.scales().map(|byte| u32::try_from(byte / 4).unwrap_or(u32::MAX));
         KvLayout {
             heads: word(self.heads),
             key_dim: word(self.key_dim),
@@ -415,7 +460,11 @@ impl LayerView {
             table_stride: table.map_or(0, |table| table.stride),
             batch: word(self.batch),
             rows: self.rows.as_ref().map_or(0, |rows| rows.at),
-            reserved: [0; 6],
+            key_units: units[0],
+            value_units: units[1],
+            key_scales: scales[0],
+            value_scales: scales[1],
+            reserved: [0; 2],
         }
     }
 

@@ -3,6 +3,7 @@
 use wgpu_kvcache::{CachePosition, DType, Gpu, KVCache, TensorView, wgpu};
 
 pub(crate) mod concat;
+pub(crate) mod formats;
 pub(crate) mod prefill;
 pub(crate) mod sequences;
 pub(crate) mod turns;

@@ -15,10 +15,8 @@ struct Params {
     // In elements.
     query: Rows,
     output: Rows,
-    // Units of a head of K and of V, and from one head of V to the next; quads of a head of V.
-    key_units: u32,
-    value_units: u32,
-    value_stride: u32,
+    // Quads of a head of K and of V.
+    key_quads: u32,
     value_quads: u32,
     // Batch rows of the queries: those of K and V, or any number over a single one.
     batch: u32,
@@ -47,8 +45,8 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> query: array<u32>;
-@group(0) @binding(1) var<storage, read> key_cache: array<Unit>;
-@group(0) @binding(2) var<storage, read> value_cache: array<Unit>;
+@group(0) @binding(1) var<storage, read> key_cache: array<KeyUnit>;
+@group(0) @binding(2) var<storage, read> value_cache: array<ValueUnit>;
 @group(0) @binding(3) var<storage, read_write> result: array<u32>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(2) @binding(0) var<uniform> params: Params;
@@ -214,6 +212,27 @@ fn row_start(strides: Rows, item: Item, row: u32) -> u32 {
     // Packed queries are one batch row.
     let b = select(item.b, 0u, is_packed);
     return strides.offset + b * strides.stride_b + head * strides.stride_h + token * strides.stride_t;
+}
+
+fn kv_key_unit(i: u32) -> KeyUnit {
+    return key_cache[i];
+}
+
+fn kv_value_unit(i: u32) -> ValueUnit {
+    return value_cache[i];
+}
+
+// Zeros past the end of a head: there q is zero, too, but zero times an infinity would be a NaN.
+fn key_quad(slot: u32, quad: u32) -> vec4<f32> {
+    if has_rest {
+        let elements = kv_key_quad(params.kv, slot, min(quad, params.key_quads - 1u));
+        return select(vec4(0.0), elements, quad < params.key_quads);
+    }
+    return kv_key_quad(params.kv, slot, quad);
+}
+
+fn value_quad(slot: u32, quad: u32) -> vec4<f32> {
+    return kv_value_quad(params.kv, slot, quad);
 }
 
 // Writes a quad of the output, whose head begins at element `at`.

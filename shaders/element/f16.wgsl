@@ -1,13 +1,13 @@
-// Four f16 elements of K or V, from the words that they lie in: two a word, the lower index below.
+// Four f16 elements, from the words that they lie in: two a word, the lower index below.
 
-alias Quad = vec2<u32>;
+alias SideQuad = vec2<u32>;
 
-const QUAD_WORDS: u32 = 2u;
+const SIDE_QUAD_WORDS: u32 = 2u;
 
-fn quad_of(words: vec4<u32>) -> Quad {
+fn side_quad_of(words: vec4<u32>) -> SideQuad {
     return words.xy;
 }
 
-fn floats(quad: Quad) -> vec4<f32> {
+fn side_floats(quad: SideQuad) -> vec4<f32> {
     return vec4(unpack2x16float(quad.x), unpack2x16float(quad.y));
 }

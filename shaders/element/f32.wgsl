@@ -1,13 +1,13 @@
-// Four f32 elements of K or V, from the words that they lie in.
+// Four f32 elements, from the words that they lie in.
 
-alias Quad = vec4<u32>;
+alias SideQuad = vec4<u32>;
 
-const QUAD_WORDS: u32 = 4u;
+const SIDE_QUAD_WORDS: u32 = 4u;
 
-fn quad_of(words: vec4<u32>) -> Quad {
+fn side_quad_of(words: vec4<u32>) -> SideQuad {
     return words;
 }
 
-fn floats(quad: Quad) -> vec4<f32> {
+fn side_floats(quad: SideQuad) -> vec4<f32> {
     return bitcast<vec4<f32>>(quad);
 }

@@ -10,7 +10,11 @@ fn pair_of(word: u32, kind: u32) -> vec2<f32> {
 
 // Rounded to nearest, to even where two are equally near. A NaN stays one.
 fn word_of(pair: vec2<f32>, kind: u32) -> u32 {
-    let bits = bitcast<vec2<u32>>(pair);
+    return word_of_bits(bitcast<vec2<u32>>(pair), kind);
+}
+
+// Of the bits of two f32.
+fn word_of_bits(bits: vec2<u32>, kind: u32) -> u32 {
     let magnitude = bits & vec2(0x7fffffffu);
     let is_nan = magnitude > vec2(0x7f800000u);
     if kind == 1u {

@@ -17,11 +17,13 @@ struct KvLayout {
     batch: u32,
     // Of a ragged view: the first word of the records of the rows, in the buffer of the table.
     rows: u32,
+    // Units from one slot to the next, as the texts that read elements count them.
+    key_units: u32,
+    value_units: u32,
+    // Of quantized K and V: the 32-bit word of the buffer at which the scales begin.
+    key_scales: u32,
+    value_scales: u32,
     // Zero today.
-    reserved_10: u32,
-    reserved_11: u32,
-    reserved_12: u32,
-    reserved_13: u32,
     reserved_14: u32,
     reserved_15: u32,
 }

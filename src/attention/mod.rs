@@ -10,6 +10,7 @@ pub use options::{AttentionOptions, BitMask};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::Formats;
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::{Keepers, Purpose};
 use crate::gpu::call::Call;
@@ -95,12 +96,13 @@ impl Attention {
     pub fn compile(
         &self,
         layers: &[LayerShape],
+        formats: Formats,
         layouts: &[Layout],
         query_and_output: [DType; 2],
         options: AttentionOptions<'_>,
     ) -> Result<()> {
         let rules = checks::rules(&options, 1)?;
-        self.gpu.kernels().compile_attention(layers, layouts, &rules, query_and_output)
+        self.gpu.kernels().compile_attention(layers, formats, layouts, &rules, query_and_output)
     }
 
     /// Records attention of `query` over `view` into `output`.

@@ -298,7 +298,7 @@ fn what_was_compiled_ahead_is_not_compiled_again() {
                 self::layer(&gpu, &mut cache, DType::F16, [&kv, &kv], [1, 2, len, dim]);
                 let view = cache.view(0).expect("it exists").expect("it was written");
                 attention
-                    .compile(&[layer], &[Layout::Paged], types, options)
+                    .compile(&[layer], Formats::default(), &[Layout::Paged], types, options)
                     .unwrap_or_else(|error| panic!("{error}"));
                 let compiled = gpu.kernels().compiled();
                 for tokens in [1, 3] {

@@ -41,7 +41,7 @@ impl DynamicKVCache {
         Self { layers: Layers::new(gpu, Growth::Dynamic { tokens: 0, most: usize::MAX }, None) }
     }
 
-    /// An empty cache. Takes `num_layers`, `capacity` and `windows`.
+    /// An empty cache. Takes `num_layers`, `capacity`, `windows`, `formats` and `value_in_key`.
     ///
     /// # Errors
     ///
@@ -50,7 +50,8 @@ impl DynamicKVCache {
         let options = options.check("DynamicKVCache", &["capacity", "windows"])?;
         let windows = windows_of(options, false)?;
         let growth = Growth::Dynamic { tokens: options.capacity().unwrap_or(0), most: usize::MAX };
-        Ok(Self { layers: Layers::new(gpu, growth, options.num_layers()).with_windows(windows) })
+        let layers = Layers::new(gpu, growth, options.num_layers());
+        Ok(Self { layers: layers.with_windows(windows).with_storing(options.storing()) })
     }
 }
 

@@ -43,8 +43,8 @@ pub struct StaticKVCache {
 }
 
 impl StaticKVCache {
-    /// An empty cache. Takes `max_cache_len` and `num_layers`, and needs both; `windows` and
-    /// `max_chunk`.
+    /// An empty cache. Takes `max_cache_len` and `num_layers`, and needs both; `windows`,
+    /// `max_chunk`, `formats` and `value_in_key`.
     ///
     /// # Errors
     ///
@@ -56,9 +56,8 @@ impl StaticKVCache {
         let tokens = options.max_cache_len().ok_or_else(|| missing("max_cache_len"))?;
         let layers = options.num_layers().ok_or_else(|| missing("num_layers"))?;
         let windows = windows_of(options, true)?;
-        Ok(Self {
-            layers: Layers::new(gpu, Growth::Static { tokens }, Some(layers)).with_windows(windows),
-        })
+        let layers = Layers::new(gpu, Growth::Static { tokens }, Some(layers));
+        Ok(Self { layers: layers.with_windows(windows).with_storing(options.storing()) })
     }
 }
 

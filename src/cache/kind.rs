@@ -104,10 +104,27 @@ macro_rules! implement_cache {
                 layer_idx: usize,
             ) -> crate::error::Result<Option<(crate::tensor::HostTensor, crate::tensor::HostTensor)>>
             {
-                self.layers.get(layer_idx)
+                Ok(self.layers.get(layer_idx)?.map(crate::stored::into_tensors))
             }
 
             fn get_async(&self, layer_idx: usize) -> crate::cache::GetFuture<'_> {
+                let stored = self.layers.get_async(layer_idx);
+                Box::pin(async { Ok(stored.await?.map(crate::stored::into_tensors)) })
+            }
+
+            fn get_stored(
+                &self,
+                layer_idx: usize,
+            ) -> crate::error::Result<
+                Option<(crate::stored::StoredTensor, crate::stored::StoredTensor)>,
+            > {
+                self.layers.get(layer_idx)
+            }
+
+            fn get_stored_async(
+                &self,
+                layer_idx: usize,
+            ) -> crate::cache::GetFuture<'_, crate::stored::StoredTensor> {
                 Box::pin(self.layers.get_async(layer_idx))
             }
 

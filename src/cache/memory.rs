@@ -61,7 +61,7 @@ pub struct CacheLoad {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CachePlan {
-    kind: CacheKind,
+    bindings: u32,
     bytes_allocated: u64,
     peak_bytes_allocated: u64,
     buffers: u64,
@@ -96,7 +96,7 @@ impl CachePlan {
         let limit = binding_limit(limits);
         let mut simulated = Vec::with_capacity(layers.len());
         for (at, layer) in layers.iter().enumerate() {
-            let shape = Shape { batch, ..shape_of(layer)? };
+            let shape = Shape { batch, ..shape_of(layer, options.storing())? };
             let window = windows.get(at).copied().flatten();
             simulated.push(Simulated::new(at, shape, window, rule, limit));
         }
@@ -107,11 +107,15 @@ impl CachePlan {
                 layer.most_pages = group.map(|(_, pages)| *pages).min().unwrap_or_default();
             }
         }
+        let sides = if options.storing().is_value_in_key { 1 } else { 2 };
         let mut plan = Self {
-            kind,
+            bindings: match kind {
+                CacheKind::Dynamic | CacheKind::Static => sides,
+                CacheKind::Paged | CacheKind::Sequences => sides + 1,
+            },
             bytes_allocated: 0,
             peak_bytes_allocated: 0,
-            buffers: 2 * layers.len() as u64,
+            buffers: simulated.iter().map(|layer| layer.shape.buffers()).sum(),
             largest_buffer: 0,
             pages_used: 0,
             longest: None,
@@ -177,12 +181,9 @@ impl CachePlan {
         self.largest_buffer
     }
 
-    /// Storage buffers that a shader binds to read a layer: K, V, and the page table if there is one.
+    /// Storage buffers that a shader binds to read a layer: K, V if it is stored, and the page table if there is one.
     pub fn bindings(&self) -> u32 {
-        match self.kind {
-            CacheKind::Dynamic | CacheKind::Static => 2,
-            CacheKind::Paged | CacheKind::Sequences => 3,
-        }
+        self.bindings
     }
 
     /// Pages in use in the layer that uses most, in the end: [`Stats::pages_used`](crate::Stats::pages_used).

@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::host::batch::BatchChange;
 use crate::host::position::CachePosition;
 use crate::stats::Stats;
+use crate::stored::StoredTensor;
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::LayerView;
 
@@ -404,7 +405,7 @@ pub trait KVCache: Cache {
     fn view(&self, layer_idx: usize) -> Result<Option<LayerView>>;
 
     /// Reads the live tokens of K and V back to the host; `None` for a layer never written. Rows that are shorter
-    /// than the layer end with zeros.
+    /// than the layer end with zeros. Quantized K and V come as f32.
     ///
     /// The only call that submits and waits. What is to be read must have been submitted. Waits for at
     /// most two minutes. Blocks; in a browser use [`get_async`](KVCache::get_async).
@@ -428,6 +429,24 @@ pub trait KVCache: Cache {
     /// engine's may run there. It is woken when its bytes have arrived, if the engine polls the device
     /// elsewhere, and otherwise by a thread of its own, up to once a millisecond.
     fn get_async(&self, layer_idx: usize) -> GetFuture<'_>;
+
+    /// As [`get`](KVCache::get), with the bytes of each token as they are stored: of a quantized layer, blocks and
+    /// scales instead of f32.
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](KVCache::get). A cache of one's own that does not have this method answers
+    /// [`Error::NotSupported`](crate::Error::NotSupported).
+    fn get_stored(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
+        let _ = layer_idx;
+        Err(crate::Error::NotSupported { what: "get_stored()" })
+    }
+
+    /// As [`get_stored`](KVCache::get_stored), without blocking: as [`get_async`](KVCache::get_async).
+    fn get_stored_async(&self, layer_idx: usize) -> GetFuture<'_, StoredTensor> {
+        let _ = layer_idx;
+        Box::pin(async { Err(crate::Error::NotSupported { what: "get_stored_async()" }) })
+    }
 
     /// Live tokens; 0 for a layer never written. If rows differ in length, those of the longest row, or more if that
     /// row was selected away: as many as [`get`](KVCache::get) returns. Of one row:
@@ -457,11 +476,10 @@ pub trait KVCache: Cache {
     }
 }
 
-/// What [`KVCache::get_async`] returns.
+/// What [`KVCache::get_async`] returns, and with [`StoredTensor`] [`KVCache::get_stored_async`].
 #[cfg(not(target_arch = "wasm32"))]
-pub type GetFuture<'a> =
-    Pin<Box<dyn Future<Output = Result<Option<(HostTensor, HostTensor)>>> + Send + 'a>>;
-/// What [`KVCache::get_async`] returns.
+pub type GetFuture<'a, T = HostTensor> =
+    Pin<Box<dyn Future<Output = Result<Option<(T, T)>>> + Send + 'a>>;
+/// What [`KVCache::get_async`] returns, and with [`StoredTensor`] [`KVCache::get_stored_async`].
 #[cfg(target_arch = "wasm32")]
-pub type GetFuture<'a> =
-    Pin<Box<dyn Future<Output = Result<Option<(HostTensor, HostTensor)>>> + 'a>>;
+pub type GetFuture<'a, T = HostTensor> = Pin<Box<dyn Future<Output = Result<Option<(T, T)>>> + 'a>>;

@@ -1,7 +1,9 @@
 //! What a cache is made for: [`CacheOptions`].
 
 use crate::error::{Error, Result, WindowError};
+use crate::format::Formats;
 use crate::host::window::Window;
+use crate::storage::write::Storing;
 
 /// What a cache is made for. Every kind takes the same options, and refuses those that it has no use for.
 ///
@@ -14,6 +16,8 @@ use crate::host::window::Window;
 /// | `max_pages` | - | - | bound, else the pool grows | bound, else the pools grow |
 /// | `windows` | by layer | by layer | by layer | by layer |
 /// | `max_chunk` | - | longest update of a layer with a window | - | - |
+/// | `formats` | all layers | all layers | all layers | all layers |
+/// | `value_in_key` | all layers | all layers | all layers | all layers |
 ///
 /// # Examples
 ///
@@ -44,6 +48,8 @@ pub struct CacheOptions<'a> {
     max_pages: Option<usize>,
     windows: &'a [Option<usize>],
     max_chunk: Option<usize>,
+    formats: Formats,
+    is_value_in_key: bool,
 }
 
 impl<'a> CacheOptions<'a> {
@@ -119,6 +125,59 @@ impl<'a> CacheOptions<'a> {
     /// window, if not given.
     pub fn with_max_chunk(self, tokens: impl Into<Option<usize>>) -> Self {
         Self { max_chunk: tokens.into(), ..self }
+    }
+
+    /// How K and V are stored, whatever type they come in as: f32, f16 or bf16, and not always the same. Without this
+    /// option they are stored as they come in, bits untouched, and always come in as the same type.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{CacheOptions, DynamicKVCache, Format, Formats, Gpu};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// let mixed = Formats { key: Some(Format::Q8_0), value: Some(Format::Q4_0) };
+    /// let cache = DynamicKVCache::with_options(&gpu, CacheOptions::default().with_formats(mixed))?;
+    /// # let _ = cache;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_formats(self, formats: impl Into<Formats>) -> Self {
+        Self { formats: formats.into(), ..self }
+    }
+
+    /// Stores K alone: V of every token is the first elements of its K (multi-head latent attention: DeepSeek-AI, 2024),
+    /// in all layers. What comes in as V must be [those elements](crate::TensorView::with_head_dim) of what comes in as
+    /// K; they are not stored again.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{Cache, CacheOptions, CachePosition, DynamicKVCache, Gpu, KVCache};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// let options = CacheOptions::default().with_value_in_key();
+    /// let mut cache = DynamicKVCache::with_options(&gpu, options)?;
+    /// // A latent of 512 elements and 64 rotated ones.
+    /// let key = gpu.upload(&[1.0_f32; 3 * 576], &[1, 1, 3, 576])?;
+    /// let value = key.view().with_head_dim(512);
+    /// let view = gpu.submit_pass("prompt", |pass| {
+    ///     cache.update(pass, &key.view(), &value, 0, CachePosition::Append)
+    /// })?;
+    /// assert!(view.is_value_in_key());
+    /// assert_eq!((view.value_shape(), view.value_strides()[2]), ([1, 1, 3, 512], 576));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_value_in_key(self) -> Self {
+        Self { is_value_in_key: true, ..self }
+    }
+
+    /// How what comes in is stored.
+    pub(super) fn storing(&self) -> Storing {
+        Storing { formats: self.formats, is_value_in_key: self.is_value_in_key }
     }
 
     pub(super) fn max_chunk(&self) -> Option<usize> {

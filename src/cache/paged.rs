@@ -56,7 +56,8 @@ impl PagedKVCache {
         Self { layers: Layers::new(gpu, Paging::new(16, None, None), None) }
     }
 
-    /// An empty cache. Takes `num_layers`, `max_cache_len`, `page_tokens`, `max_pages` and `windows`.
+    /// An empty cache. Takes `num_layers`, `max_cache_len`, `page_tokens`, `max_pages`, `windows`, `formats` and
+    /// `value_in_key`.
     ///
     /// # Errors
     ///
@@ -68,7 +69,8 @@ impl PagedKVCache {
         let (pages, tokens) = (options.max_pages(), options.max_cache_len());
         let paging = Paging::new(options.page_tokens()?, pages, tokens);
         let windows = windows_of(options, false)?;
-        Ok(Self { layers: Layers::new(gpu, paging, options.num_layers()).with_windows(windows) })
+        let layers = Layers::new(gpu, paging, options.num_layers());
+        Ok(Self { layers: layers.with_windows(windows).with_storing(options.storing()) })
     }
 }
 

@@ -12,6 +12,7 @@ use crate::stats::Stats;
 use crate::storage::sequences::SequenceLimits;
 use crate::storage::sequences::groups::{GroupSteps, SequenceGroups};
 use crate::storage::step::StepArray;
+use crate::stored::{StoredTensor, into_tensors};
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::LayerView;
 
@@ -104,7 +105,7 @@ impl SequenceCache {
     }
 
     /// An empty cache of these layers. Takes `max_cache_len` (the most tokens of a sequence), `page_tokens`,
-    /// `max_pages` (of each layer's pool, which the first step then makes whole) and `windows`. Layers of one window
+    /// `max_pages` (of each layer's pool, which the first step then makes whole), `windows`, `formats` and `value_in_key`. Layers of one window
     /// share a table of pages. A step lets go of what its first token does not look back on, and whole pages go back.
     ///
     /// # Errors
@@ -130,7 +131,8 @@ impl SequenceCache {
             most_tokens: options.max_cache_len(),
         };
         let windows = windows_of(options, false)?;
-        Ok(Self { layers: SequenceGroups::new(gpu, layers, &windows, limits)? })
+        let storing = options.storing();
+        Ok(Self { layers: SequenceGroups::new(gpu, layers, &windows, (limits, storing))? })
     }
 
     /// Adds a sequence without a token.
@@ -355,11 +357,35 @@ impl SequenceCache {
         id: SequenceId,
         layer_idx: usize,
     ) -> Result<Option<(HostTensor, HostTensor)>> {
-        self.layers.get(id, layer_idx)
+        Ok(self.layers.get(id, layer_idx)?.map(into_tensors))
     }
 
     /// As [`get`](Self::get), without blocking: see [`KVCache::get_async`](crate::KVCache::get_async).
     pub fn get_async(&self, id: SequenceId, layer_idx: usize) -> GetFuture<'_> {
+        let stored = self.layers.get_async(id, layer_idx);
+        Box::pin(async { Ok(stored.await?.map(into_tensors)) })
+    }
+
+    /// As [`get`](Self::get), with the bytes of each token as they are stored: see
+    /// [`KVCache::get_stored`](crate::KVCache::get_stored).
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    pub fn get_stored(
+        &self,
+        id: SequenceId,
+        layer_idx: usize,
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
+        self.layers.get(id, layer_idx)
+    }
+
+    /// As [`get_stored`](Self::get_stored), without blocking.
+    pub fn get_stored_async(
+        &self,
+        id: SequenceId,
+        layer_idx: usize,
+    ) -> GetFuture<'_, StoredTensor> {
         Box::pin(self.layers.get_async(id, layer_idx))
     }
 

@@ -51,6 +51,7 @@ impl Error {
             Self::WrongRank { .. }
             | Self::ZeroExtent { .. }
             | Self::KeyValueShape { .. }
+            | Self::ValueNotInKey { .. }
             | Self::WrongDType { .. }
             | Self::SliceType { .. }
             | Self::BatchChanged { .. }

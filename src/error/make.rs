@@ -1,6 +1,7 @@
 //! Errors of counts, and parts of messages.
 
 use super::Error;
+use crate::format::Format;
 
 impl Error {
     /// A count that does not fit its integer type.
@@ -11,6 +12,15 @@ impl Error {
     /// A count that does not fit 32 bits.
     pub(crate) fn too_many(what: &'static str, asked: u64) -> Self {
         Self::overflow(what, asked.to_string(), u64::from(u32::MAX))
+    }
+}
+
+/// What to do if a layer is too large, as far as smaller formats go.
+pub(super) fn smaller_formats(format: Format) -> &'static str {
+    match format {
+        Format::F32 => ", store 16 or fewer bits (CacheOptions::with_formats)",
+        Format::F16 | Format::BF16 => ", store 8 or 4 bits (CacheOptions::with_formats)",
+        _ => "",
     }
 }
 

@@ -7,11 +7,12 @@ mod sequence;
 mod window;
 
 pub use kind::{ErrorKind, Reason};
-use make::{byte_count, range};
+use make::{byte_count, range, smaller_formats};
 pub use sequence::SequenceError;
 pub use window::WindowError;
 
 use crate::dtype::DType;
+use crate::format::Format;
 
 /// The result of a call on a cache.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -43,6 +44,19 @@ pub enum Error {
         "key {key:?} and value {value:?} must agree in batch, heads and tokens (B, H, T); only head_dim may differ"
     )]
     KeyValueShape {
+        /// Shape of K, (B, H, T, D).
+        key: [usize; 4],
+        /// Shape of V, (B, H, T, D).
+        value: [usize; 4],
+    },
+
+    /// V of a layer that stores it as the first elements of K is not there.
+    #[error(
+        "value {value:?} of layer {layer} must be the first elements of each head of key {key:?}, in the same memory, since the cache was made to store K alone (CacheOptions::with_value_in_key); pass TensorView::with_head_dim of the key"
+    )]
+    ValueNotInKey {
+        /// The layer.
+        layer: usize,
         /// Shape of K, (B, H, T, D).
         key: [usize; 4],
         /// Shape of V, (B, H, T, D).
@@ -292,9 +306,9 @@ pub enum Error {
 
     /// A layer would need a larger buffer than the device creates or binds.
     #[error(
-        "layer {layer} needs {bytes} for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {dtype}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Use fewer tokens (of the sequence, or as the capacity or length that the cache is made with) or batch rows{or_type}, or request a device with higher max_storage_buffer_binding_size and max_buffer_size",
+        "layer {layer} needs {bytes} for {tokens} tokens of {batch} rows, {heads} heads and head_dim {head_dim} in {format}, more than the {limit} bytes that this device binds as one buffer; {fits} tokens would fit. Use fewer tokens (of the sequence, or as the capacity or length that the cache is made with) or batch rows{or_format}, or request a device with higher max_storage_buffer_binding_size and max_buffer_size",
         bytes = byte_count(*needed),
-        or_type = if dtype.size() > 2 { ", use a 16-bit type" } else { "" }
+        or_format = smaller_formats(*format)
     )]
     LayerTooLarge {
         /// The layer.
@@ -313,8 +327,8 @@ pub enum Error {
         heads: usize,
         /// Elements per head, of the wider of K and V.
         head_dim: usize,
-        /// Element type.
-        dtype: DType,
+        /// How the larger of its two buffers stores them.
+        format: Format,
     },
 
     /// A pool that can hold a write's new pages cannot hold the copies of shared pages that the write needs as well.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use crate::dtype::Element;
 use crate::error::{Error, Result};
+use crate::format::Formats;
 use crate::gpu::device::DeviceHandle;
 use crate::gpu::kernels::{CompileScope, Kernels, LayerShape};
 use crate::gpu::uploads::Uploads;
@@ -150,7 +151,7 @@ impl Gpu {
     }
 
     /// Compiles the kernels that caches need, before the first step and on several threads: for layers of these
-    /// shapes whose views have one of these layouts, for one new token and for many. Kernels for rare cases (positions
+    /// shapes, stored in these formats, whose views have one of these layouts, for one new token and for many. Kernels for rare cases (positions
     /// as a list, inputs that are not aligned to 16 bytes, q and output in one buffer) are compiled when they are
     /// first used.
     ///
@@ -160,12 +161,13 @@ impl Gpu {
     /// # Examples
     ///
     /// ```
-    /// use wgpu_kvcache::{CompileScope, DType, Gpu, LayerShape, Layout};
+    /// use wgpu_kvcache::{CompileScope, DType, Formats, Gpu, LayerShape, Layout};
     ///
     /// # fn main() -> Result<(), wgpu_kvcache::Error> {
     /// let gpu = Gpu::headless()?;
     /// let layer = LayerShape { dtype: DType::F16, heads: 8, key_dim: 128, value_dim: 128 };
-    /// gpu.compile(&[layer], &[Layout::Paged], CompileScope::CachesAndAttention)?;
+    /// let formats = Formats::default(); // stored as they come in
+    /// gpu.compile(&[layer], formats, &[Layout::Paged], CompileScope::CachesAndAttention)?;
     /// # Ok(())
     /// # }
     /// ```
@@ -177,10 +179,11 @@ impl Gpu {
     pub fn compile(
         &self,
         layers: &[LayerShape],
+        formats: Formats,
         layouts: &[Layout],
         scope: CompileScope,
     ) -> Result<()> {
-        self.kernels().compile(layers, layouts, scope)
+        self.kernels().compile(layers, formats, layouts, scope)
     }
 
     /// Compiles from now on with an engine's pipeline cache, so that a later run of the program compiles faster. The

@@ -7,13 +7,13 @@ use std::task::{Context, Poll, Waker};
 #[cfg(not(target_arch = "wasm32"))]
 use std::time::{Duration, Instant};
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::gpu::Gpu;
 use crate::gpu::call::Call;
 use crate::gpu::device::{answer_now, binding_limit};
 use crate::gpu::ledger::{Ledger, Snapshot, Verdict};
-use crate::tensor::HostTensor;
+use crate::stored::StoredTensor;
 use crate::view::LayerView;
 
 /// How long a blocking read-back waits for the device, all earlier submissions included.
@@ -30,8 +30,10 @@ const PAUSES: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(
 #[derive(Debug)]
 pub(crate) struct Readback {
     layer: usize,
-    /// K and V.
-    tensors: [Staging; 2],
+    /// K, and V unless it is the first elements of K.
+    tensors: Vec<Staging>,
+    /// Elements a head of V.
+    value_dim: usize,
     /// The buffer that the witness was copied to, and its byte offset in it.
     witness: Option<(wgpu::Buffer, u64)>,
     arrivals: Arc<Arrivals>,
@@ -44,10 +46,10 @@ pub(crate) struct Readback {
 /// One tensor's live bytes in mappable buffers: one buffer, or several if the bytes exceed `max_buffer_size`.
 #[derive(Debug)]
 struct Staging {
-    dtype: DType,
+    format: Format,
     shape: [usize; 4],
-    /// The buffers, and how many bytes of each belong to the tensor.
-    pieces: Vec<(wgpu::Buffer, u64)>,
+    /// The buffers, and how many batch rows each one has: the elements of all of them, then the scales.
+    pieces: Vec<(wgpu::Buffer, usize)>,
 }
 
 /// The state of the mappings.
@@ -77,11 +79,11 @@ impl Readback {
     ) -> Result<Self> {
         let before = ledger.snapshot();
         let rows = rows_per_piece(gpu, view);
-        let mut tensors = [view.key_shape(), view.value_shape()].map(|shape| Staging {
-            dtype: view.dtype(),
-            shape,
-            pieces: Vec::new(),
-        });
+        let staging = |format, shape| Staging { format, shape, pieces: Vec::new() };
+        let mut tensors = vec![staging(view.key_format(), view.key_shape())];
+        if !view.is_value_in_key() {
+            tensors.push(staging(view.value_format(), view.value_shape()));
+        }
         let mut witness = None;
         for (i, tensor) in tensors.iter_mut().enumerate() {
             let counted = ledger.witness().is_some() && i == 0;
@@ -90,11 +92,13 @@ impl Readback {
         let scope = gpu.device().push_error_scope(wgpu::ErrorFilter::Validation);
         let descriptor = wgpu::CommandEncoderDescriptor { label: Some("kvcache get") };
         let mut encoder = gpu.device().create_command_encoder(&descriptor);
-        if view.layout().has_table() {
+        let is_quantized = tensors.iter().any(|tensor| tensor.format.is_quantized());
+        if view.layout().has_table() || is_quantized {
             collect_rows(gpu, &mut encoder, view, &tensors, rows)?;
         } else {
-            tensors[0].copy(&mut encoder, view, &ring_slots, view.key());
-            tensors[1].copy(&mut encoder, view, &ring_slots, view.value());
+            for (tensor, from) in tensors.iter().zip([view.key(), view.value()]) {
+                tensor.copy(&mut encoder, view, &ring_slots, from);
+            }
         }
         if let (Some(from), Some((to, at))) = (ledger.witness(), &witness) {
             let (page, offset) = from.binding();
@@ -115,6 +119,7 @@ impl Readback {
         Ok(Self {
             layer,
             tensors,
+            value_dim: view.value_dim,
             witness,
             arrivals,
             #[cfg(not(target_arch = "wasm32"))]
@@ -125,7 +130,7 @@ impl Readback {
 
     /// Bytes that were read back.
     pub(crate) fn bytes(&self) -> u64 {
-        self.tensors.iter().flat_map(|tensor| &tensor.pieces).map(|(_, bytes)| bytes).sum()
+        self.tensors.iter().map(Staging::bytes).sum()
     }
 
     /// Blocks until the bytes have arrived.
@@ -223,22 +228,35 @@ impl Readback {
     }
 
     /// K and V, once all buffers are mapped.
-    pub(crate) fn finish(&self) -> Result<(HostTensor, HostTensor)> {
-        Ok((self.tensor(&self.tensors[0])?, self.tensor(&self.tensors[1])?))
+    pub(crate) fn finish(&self) -> Result<(StoredTensor, StoredTensor)> {
+        let key = self.tensor(&self.tensors[0])?;
+        let value = match self.tensors.get(1) {
+            Some(value) => self.tensor(value)?,
+            None => key.prefix(self.value_dim),
+        };
+        Ok((key, value))
     }
 
-    fn tensor(&self, staging: &Staging) -> Result<HostTensor> {
-        let mut words: Vec<u32> = Vec::new();
-        for (buffer, bytes) in &staging.pieces {
-            let range = buffer
-                .get_mapped_range(..*bytes)
-                .map_err(|error| self.failed(&error.to_string()))?;
-            match words.is_empty() {
-                true => words = bytemuck::pod_collect_to_vec(&range),
-                false => words.extend(bytemuck::pod_collect_to_vec::<u8, u32>(&range)),
+    fn tensor(&self, staging: &Staging) -> Result<StoredTensor> {
+        let mut planes: [Vec<u32>; 2] = Default::default();
+        let row = staging.row_bytes();
+        for (buffer, rows) in &staging.pieces {
+            let [elements, scales] = row.map(|bytes| bytes * *rows as u64);
+            for (words, range) in planes.iter_mut().zip([0..elements, elements..elements + scales])
+            {
+                if range.is_empty() {
+                    continue;
+                }
+                let range = buffer
+                    .get_mapped_range(range)
+                    .map_err(|error| self.failed(&error.to_string()))?;
+                match words.is_empty() {
+                    true => *words = bytemuck::pod_collect_to_vec(&range),
+                    false => words.extend(bytemuck::pod_collect_to_vec::<u8, u32>(&range)),
+                }
             }
         }
-        Ok(HostTensor::new(staging.dtype, staging.shape, words))
+        Ok(StoredTensor::new(staging.format, staging.shape, planes))
     }
 
     /// The number of calls that the witness had counted.
@@ -325,48 +343,55 @@ impl Arrivals {
 /// How many batch rows of K, and of V, fit one buffer. Shared pages are stored once but read back for each row that
 /// shares them, so all rows together may exceed a buffer. A single row never exceeds the pool.
 fn rows_per_piece(gpu: &Gpu, view: &LayerView) -> usize {
-    let row = view.heads * view.len * view.key_dim.max(view.value_dim) * view.dtype().size();
-    let rows = gpu.limits().max_buffer_size / (row as u64).max(1);
+    let [key, value] = view.token_bytes().of_sides();
+    let row = (view.heads * view.len) as u64 * key.max(value);
+    let rows = gpu.limits().max_buffer_size / row.max(1);
     usize::try_from(rows).unwrap_or(view.batch).clamp(1, view.batch)
 }
 
-/// Copies the live tokens of a paged view, oldest first, through buffers of a few batch rows.
+/// Copies the live tokens of a paged, ragged or quantized view, oldest first, through buffers of a few batch rows.
 fn collect_rows(
     gpu: &Gpu,
     encoder: &mut wgpu::CommandEncoder,
     view: &LayerView,
-    tensors: &[Staging; 2],
+    tensors: &[Staging],
     rows_per_piece: usize,
 ) -> Result<()> {
     if view.is_empty() {
         return Ok(());
     }
     let batch = view.batch;
-    let row_bytes = tensors.each_ref().map(|tensor| tensor.bytes() / batch as u64);
+    let row_bytes = view.token_bytes().of_sides().map(|row| row * (view.heads * view.len) as u64);
     let limit = binding_limit(gpu.limits()) / row_bytes[0].max(row_bytes[1]);
     let rows = usize::try_from(limit).unwrap_or(batch).clamp(1, rows_per_piece);
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-    let gathered = [
-        gpu.handle().create_buffer("kvcache get", row_bytes[0] * rows as u64, usage)?,
-        gpu.handle().create_buffer("kvcache get", row_bytes[1] * rows as u64, usage)?,
-    ];
+    // V that is not stored has a buffer as well, since the kernel binds one.
+    let make = |bytes: u64| {
+        gpu.handle().create_buffer("kvcache get", (bytes * rows as u64).max(16), usage)
+    };
+    let gathered = [make(row_bytes[0])?, make(row_bytes[1])?];
     for (piece, start) in (0..batch).step_by(rows_per_piece).enumerate() {
         let end = batch.min(start + rows_per_piece);
         for first in (start..end).step_by(rows) {
             let some = first..end.min(first + rows);
-            let count = some.len() as u64;
+            let (count, all) = (some.len() as u64, (end - start) as u64);
             let [keys, values] = &gathered;
             let collect = gpu.kernels().collect(view, some, [keys, values])?;
             let descriptor =
                 wgpu::ComputePassDescriptor { label: Some("kvcache get"), timestamp_writes: None };
             let mut pass = encoder.begin_compute_pass(&descriptor);
             let mut call = Call::default();
-            call.add(collect);
+            collect.into_iter().for_each(|dispatch| call.add(dispatch));
             call.record(&mut pass, &Ledger::default())?;
             drop(pass);
-            for ((from, to), bytes) in gathered.iter().zip(tensors).zip(row_bytes) {
-                let at = (first - start) as u64 * bytes;
-                encoder.copy_buffer_to_buffer(from, 0, &to.pieces[piece].0, at, count * bytes);
+            for (from, to) in gathered.iter().zip(tensors) {
+                let [elements, scales] = to.row_bytes();
+                let (at, to) = ((first - start) as u64, &to.pieces[piece].0);
+                encoder.copy_buffer_to_buffer(from, 0, to, at * elements, count * elements);
+                if scales > 0 {
+                    let (begin, at) = (count * elements, all * elements + at * scales);
+                    encoder.copy_buffer_to_buffer(from, begin, to, at, count * scales);
+                }
             }
         }
     }
@@ -375,7 +400,13 @@ fn collect_rows(
 
 impl Staging {
     fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
+        self.shape[0] as u64 * self.row_bytes().iter().sum::<u64>()
+    }
+
+    /// Bytes of a batch row: its elements, and its scales.
+    fn row_bytes(&self) -> [u64; 2] {
+        let [_, heads, len, dim] = self.shape;
+        self.format.plane_bytes(dim).map(|token| token * (heads * len) as u64)
     }
 
     /// Creates buffers of `rows` batch rows each and, if asked for, space for the witness at the end of the last one.
@@ -387,8 +418,7 @@ impl Staging {
     ) -> Result<()> {
         let usage = wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ;
         let make = |bytes| gpu.handle().create_buffer("kvcache get", bytes, usage);
-        let [batch, heads, len, dim] = self.shape;
-        let row = (heads * len * dim * self.dtype.size()) as u64;
+        let (batch, row) = (self.shape[0], self.row_bytes().iter().sum::<u64>());
         let limit = gpu.limits().max_buffer_size;
         let mut at = None;
         for first in (0..batch).step_by(rows).filter(|_| row > 0) {
@@ -399,7 +429,7 @@ impl Staging {
             if has_witness {
                 at = Some((buffer.clone(), bytes));
             }
-            self.pieces.push((buffer, bytes));
+            self.pieces.push((buffer, end - first));
         }
         if let Some(witness) = witness {
             *witness = Some(match at {
@@ -421,12 +451,12 @@ impl Staging {
         // A ring has all rows in one piece, because the ring itself is one buffer.
         let Some((buffer, _)) = self.pieces.first() else { return };
         let [batch, heads, len, dim] = self.shape;
-        let token = dim * view.dtype().size();
+        let token = self.format.token_bytes(dim);
         let mut to = 0;
         let mut copy = |slot: usize, slots: usize| {
-            let bytes = (slots * token) as u64;
+            let bytes = slots as u64 * token;
             if bytes > 0 {
-                encoder.copy_buffer_to_buffer(from, (slot * token) as u64, buffer, to, bytes);
+                encoder.copy_buffer_to_buffer(from, slot as u64 * token, buffer, to, bytes);
             }
             to += bytes;
         };

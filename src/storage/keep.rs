@@ -5,10 +5,10 @@ use crate::gpu::Gpu;
 use crate::host::position::CachePosition;
 use crate::host::rows::Cut;
 use crate::storage::arrangement::{Arrangement, LayerState, NewTokens, Staged};
-use crate::storage::layer::{Inputs, Layer};
+use crate::storage::layer::Layer;
 use crate::storage::layers::Layers;
 use crate::storage::store::Store;
-use crate::tensor::TensorView;
+use crate::storage::write::{Target, write_stored};
 use crate::view::LayerView;
 
 impl<L: Arrangement> Layers<L> {
@@ -93,15 +93,10 @@ impl<L: Arrangement> Layer<L> {
             window: self.window,
         };
         let written = L::stage_write(state, policy, shape, tokens)?;
-        let view = |buffer, dim| {
-            TensorView::new(buffer, shape.dtype, &[shape.batch, shape.heads, count, dim])
-        };
-        let [key, value] = copy.buffers();
-        let (key, value) = (view(key, shape.key_dim)?, view(value, shape.value_dim)?);
-        let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
-        let inputs = Inputs { key: &key, value: &value, sources: &sources, tokens: keep.len() };
-        let (mut change, _) = self.stage_append(gpu, written, shape, &inputs)?;
-        change.dispatches.insert(0, collect);
+        let kept = keep.len();
+        let write = |target: Target<'_>| write_stored(gpu, &shape, (&copy, count), kept, target);
+        let (mut change, _) = self.stage_append(gpu, written, shape, kept, write)?;
+        change.dispatches.splice(0..0, collect);
         change.moved += bytes.iter().sum::<u64>();
         Ok(Some(change))
     }

@@ -8,9 +8,8 @@
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::RegionGuard;
-use crate::gpu::bind_groups::Purpose;
 use crate::gpu::call::Call;
-use crate::gpu::kernels::{AppendShape, Positions};
+use crate::gpu::kernels::{Dispatch, Positions};
 use crate::host::position::{self, CachePosition, WritePlan};
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::{Window, gone_after_crop};
@@ -18,17 +17,9 @@ use crate::storage::arrangement::{
     Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite,
 };
 use crate::storage::store::{Shape, Store};
-use crate::tensor::{Source, TensorView};
+use crate::storage::write::{Inputs, Storing, Target};
+use crate::tensor::TensorView;
 use crate::view::LayerView;
-
-/// New K and V of a layer, checked, and how many tokens of each row they are.
-#[derive(Clone, Copy)]
-pub(super) struct Inputs<'a> {
-    pub(super) key: &'a TensorView<'a>,
-    pub(super) value: &'a TensorView<'a>,
-    pub(super) sources: &'a [Source; 2],
-    pub(super) tokens: usize,
-}
 
 /// One layer of a cache.
 #[derive(Debug)]
@@ -38,6 +29,7 @@ pub(crate) struct Layer<L> {
     pub(super) store: Option<Store>,
     /// `None` until the first update, and after a reset.
     pub(super) arrangement: Option<L>,
+    storing: Storing,
     /// What it keeps, if not all.
     pub(super) window: Option<Window>,
     /// Tokens before the live ones that are gone since the last reset: dropped by crops, or let go for the window.
@@ -56,9 +48,9 @@ pub(crate) struct Effect {
 }
 
 impl<L: Arrangement> Layer<L> {
-    pub(crate) fn new(index: usize, window: Option<Window>) -> Self {
+    pub(crate) fn new(index: usize, storing: Storing, window: Option<Window>) -> Self {
         let (store, arrangement, retired) = (None, None, Vec::new());
-        Self { index, store, arrangement, window, cropped: 0, let_go: 0, retired }
+        Self { index, store, arrangement, storing, window, cropped: 0, let_go: 0, retired }
     }
 
     /// Live tokens of the longest row, or more if that was selected away.
@@ -88,7 +80,7 @@ impl<L: Arrangement> Layer<L> {
 
     /// Buffers and bytes that the layer has allocated.
     pub(crate) fn memory(&self) -> (u64, u64) {
-        self.store.as_ref().map_or((0, 0), |store| (2, store.bytes().iter().sum()))
+        self.store.as_ref().map_or((0, 0), |store| (store.count(), store.bytes().iter().sum()))
     }
 
     pub(crate) fn pages_used(&self) -> u64 {
@@ -206,10 +198,7 @@ impl<L: Arrangement> Layer<L> {
         position: CachePosition<'_>,
     ) -> Result<(Staged<L>, LayerView)> {
         let shape = self.check_shapes(key, value)?;
-        let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
-        key.check_device("key", gpu.handle())?;
-        value.check_device("value", gpu.handle())?;
-        self.check_alias(key, value)?;
+        let inputs = Inputs::new(gpu, self.index, &shape, self.store.as_ref(), [key, value])?;
         let (batch, count) = (shape.batch, key.shape[2]);
         if let Some(window) = self.window {
             window.check_chunk(self.index, count)?;
@@ -242,41 +231,36 @@ impl<L: Arrangement> Layer<L> {
             window: self.window.filter(|_| is_append || L::bound(policy).is_some()),
         };
         let written = L::stage_write(state, policy, shape, tokens)?;
-        let inputs = Inputs { key, value, sources: &sources, tokens: count };
-        let (mut change, view) = self.stage_append(gpu, written, shape, &inputs)?;
+        let write = |target: Target<'_>| Ok(vec![inputs.write(gpu, &shape, target)?]);
+        let (mut change, view) = self.stage_append(gpu, written, shape, count, write)?;
         change.let_go = let_go;
         Ok((change, view))
     }
 
-    /// Stages the append of tokens whose places are found. Returns the layer's view afterwards as well.
+    /// Stages the append of `tokens` tokens a row whose places are found, by what `write` makes for them. Returns the
+    /// layer's view afterwards as well.
     pub(super) fn stage_append(
         &self,
         gpu: &Gpu,
         written: StagedWrite<L>,
         shape: Shape,
-        inputs: &Inputs<'_>,
+        tokens: usize,
+        write: impl FnOnce(Target<'_>) -> Result<Vec<Dispatch>>,
     ) -> Result<(Staged<L>, LayerView)> {
         let StagedWrite { mut change, plan, lists } = written;
-        let Inputs { key, value, sources, tokens } = *inputs;
         let store = change.store.as_ref().or(self.store.as_ref());
         let store = store.expect("a staged write has memory");
-        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
-        let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
-        let bind = |bindings: &[_]| gpu.kernels().bind_append(bindings);
-        let (bindings, _) = store.bind_groups.get(Purpose::Append, &bindings, bind)?;
         let view = change.arrangement.view(gpu, store)?;
-        let append = AppendShape {
-            key: &sources[0],
-            value: &sources[1],
-            tokens,
+        let target = Target {
+            store,
+            view: &view,
             positions: positions(&plan, lists.as_ref().map_or(0, |(_, at)| *at))?,
-            target: &view,
             lists: lists.as_ref().map(|(allocation, _)| allocation),
         };
-        let append = gpu.kernels().append(bindings, &append)?;
+        let dispatches = write(target)?;
         let written = plan.written(shape.batch, tokens).saturating_mul(shape.heads as u64);
         let written = shape.row_bytes().map(|row| row.saturating_mul(written));
-        change.dispatches.push(append);
+        change.dispatches.extend(dispatches);
         change.moved += written.iter().sum::<u64>();
         Ok((change, view))
     }
@@ -349,13 +333,13 @@ impl<L: Arrangement> Layer<L> {
             return Err(Error::KeyValueShape { key: key.shape, value: value.shape });
         }
         let [batch, heads, _, key_dim] = key.shape;
-        let shape = Shape { batch, heads, key_dim, value_dim: value.shape[3], dtype: key.dtype };
-        match self.arrangement.as_ref().map(L::shape) {
-            Some(own) if own.dtype != shape.dtype => Err(Error::WrongDType {
-                what: "the new K and V",
-                expected: own.dtype,
-                got: shape.dtype,
-            }),
+        let dims = [key_dim, value.shape[3]];
+        let shape = self.storing.shape([batch, heads], dims, key.dtype);
+        let own = self.arrangement.as_ref().map(L::shape);
+        if let Some(own) = &own {
+            self.storing.check_dtype(own, "the new K and V", key.dtype)?;
+        }
+        match own {
             Some(own) if own != shape => Err(Error::LayerShape {
                 layer: self.index,
                 batch: own.batch,
@@ -367,17 +351,6 @@ impl<L: Arrangement> Layer<L> {
             }),
             _ => Ok(shape),
         }
-    }
-
-    /// Refuses to read new tokens from the layer's own memory.
-    fn check_alias(&self, key: &TensorView<'_>, value: &TensorView<'_>) -> Result<()> {
-        let Some(store) = &self.store else { return Ok(()) };
-        for (what, view) in [("key", key), ("value", value)] {
-            if store.buffers().contains(&view.buffer) {
-                return Err(Error::SourceIsCache { what, layer: self.index });
-            }
-        }
-        Ok(())
     }
 }
 

@@ -17,7 +17,9 @@ use crate::host::window::Window;
 use crate::stats::Stats;
 use crate::storage::arrangement::{Arrangement, PageCounts, Staged};
 use crate::storage::layer::{Effect, Layer};
-use crate::tensor::{HostTensor, TensorView};
+use crate::storage::write::Storing;
+use crate::stored::StoredTensor;
+use crate::tensor::TensorView;
 use crate::view::{LayerView, Owner};
 
 /// Layers under one policy, with their device.
@@ -29,6 +31,7 @@ pub(crate) struct Layers<L: Arrangement> {
     num_layers: Option<usize>,
     /// The window of each layer, the first layer's first; layers past the last one keep all.
     windows: Vec<Option<Window>>,
+    storing: Storing,
     /// A roll-back past what a window has kept, since the last reset.
     past_window: Option<Error>,
     /// By index. A layer stands here once an update has named it.
@@ -59,6 +62,7 @@ impl<L: Arrangement> Layers<L> {
             policy,
             num_layers,
             windows: Vec::new(),
+            storing: Storing::default(),
             past_window: None,
             layers: BTreeMap::new(),
             ledger: Ledger::default(),
@@ -75,6 +79,11 @@ impl<L: Arrangement> Layers<L> {
     /// The window of each layer, the first layer's first; layers past the last one keep all.
     pub(crate) fn with_windows(mut self, windows: Vec<Option<Window>>) -> Self {
         self.windows = windows;
+        self
+    }
+
+    pub(crate) fn with_storing(mut self, storing: Storing) -> Self {
+        self.storing = storing;
         self
     }
 
@@ -155,7 +164,7 @@ impl<L: Arrangement> Layers<L> {
             Some(layer) => layer,
             None => {
                 let window = self.windows.get(layer_idx).copied().flatten();
-                fresh.insert(Layer::new(layer_idx, window))
+                fresh.insert(Layer::new(layer_idx, self.storing, window))
             }
         };
         let (mut staged, view) =
@@ -299,7 +308,7 @@ impl<L: Arrangement> Layers<L> {
     }
 
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
         loop {
             let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
             readback.wait(&self.gpu)?;
@@ -311,7 +320,7 @@ impl<L: Arrangement> Layers<L> {
 
     /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
     #[cfg(target_arch = "wasm32")]
-    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(HostTensor, HostTensor)>> {
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
         match self.view(layer_idx)? {
             None => Ok(None),
             Some(_) => Err(Error::Readback {
@@ -324,7 +333,7 @@ impl<L: Arrangement> Layers<L> {
     pub(crate) async fn get_async(
         &self,
         layer_idx: usize,
-    ) -> Result<Option<(HostTensor, HostTensor)>> {
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
         loop {
             let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
             readback.arrive(&self.gpu).await?;
@@ -357,7 +366,7 @@ impl<L: Arrangement> Layers<L> {
         Readback::start(&self.gpu, layer_idx, &view, [first, second], &self.ledger).map(Some)
     }
 
-    fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
+    fn finish_readback(&self, readback: &Readback) -> Result<(StoredTensor, StoredTensor)> {
         let tensors = readback.finish()?;
         self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
         Ok(tensors)

@@ -12,3 +12,4 @@ pub(crate) mod sequences;
 pub(crate) mod step;
 pub(crate) mod store;
 pub(crate) mod table;
+pub(crate) mod write;

@@ -144,7 +144,8 @@ impl Arrangement for Paged {
         let map = &self.table.map;
         let (pages, records) = self.table.shown(gpu)?;
         let pages = Some(pages.expect("a layer that was written has a table"));
-        Ok(self.shape.view(store, map.rows(), map.page_tokens(), (pages, records)))
+        let memory = [self.pool, map.page_tokens()];
+        Ok(self.shape.view(store, map.rows(), memory, (pages, records)))
     }
 
     fn cut(&mut self, paging: &mut Paging, cut: &Cut) {
@@ -202,7 +203,8 @@ impl Arrangement for Paged {
             change = change.arrangement.grow(gpu, layer, store, &from.map, pages)?;
         }
         let target = change.store.as_ref().or(store).expect("a pool that holds what is needed");
-        let (copies, moved) = copy_pages(gpu, shape, paging.page_tokens, target, &step.copies)?;
+        let memory = [change.arrangement.pool, paging.page_tokens];
+        let (copies, moved) = copy_pages(gpu, shape, memory, target, &step.copies)?;
         change.dispatches.extend(copies);
         change.moved += moved;
         let table = change

@@ -34,39 +34,44 @@ pub(crate) fn copy_pool(
     // The pool's first pages are one row of one long head.
     let page_slots = shape.heads * page_tokens;
     let copies = &plan::list_copies(&[(0, 0)], MOST_MOVES)[0];
-    let copy = CopyShape {
-        row_bytes: shape.row_bytes(),
-        heads: 1,
-        start: 0,
-        len: used * page_slots,
-        old_capacity: old_pages * page_slots,
-        new_capacity: new_pages * page_slots,
-        copies: &copies.words,
-    };
-    let dispatch = gpu.kernels().copy_rows([old.buffers(), new.buffers()], &copy)?;
-    Ok((vec![dispatch], shape.bytes(used, page_tokens)?.iter().sum()))
+    let [from, to] = [old_pages, new_pages].map(|pages| shape.planes(pages, page_tokens));
+    let dispatches = from.zip(to).map(|(from, to)| {
+        let copy = CopyShape {
+            planes: [from, to],
+            heads: 1,
+            start: 0,
+            len: used * page_slots,
+            old_capacity: old_pages * page_slots,
+            new_capacity: new_pages * page_slots,
+            copies: &copies.words,
+        };
+        gpu.kernels().copy_rows([old.buffers(), new.buffers()], &copy)
+    });
+    Ok((dispatches.collect::<Result<_>>()?, shape.bytes(used, page_tokens)?.iter().sum()))
 }
 
-/// Copies of pages inside a pool.
+/// Copies of pages inside a pool of `pages` pages.
 pub(crate) fn copy_pages(
     gpu: &Gpu,
     shape: Shape,
-    page_tokens: usize,
+    [pages, page_tokens]: [usize; 2],
     store: &Store,
     moves: &[MoveList],
 ) -> Result<Copies> {
     let (mut dispatches, mut moved) = (Vec::with_capacity(moves.len()), 0);
     for moves in moves {
-        let copy = GatherShape {
-            row_bytes: shape.row_bytes(),
-            heads: shape.heads,
-            start: 0,
-            len: page_tokens,
-            capacity: page_tokens,
-            moves: &moves.words,
-            cycles_at: moves.cycles_at,
-        };
-        dispatches.push(gpu.kernels().gather(store.gather_bindings(gpu)?, &copy)?);
+        for plane in shape.planes(pages, page_tokens) {
+            let copy = GatherShape {
+                plane,
+                heads: shape.heads,
+                start: 0,
+                len: page_tokens,
+                capacity: page_tokens,
+                moves: &moves.words,
+                cycles_at: moves.cycles_at,
+            };
+            dispatches.push(gpu.kernels().gather(store.gather_bindings(gpu)?, &copy)?);
+        }
         moved += shape.bytes(moves.written, page_tokens)?.iter().sum::<u64>();
     }
     Ok((dispatches, moved))

@@ -50,7 +50,8 @@ impl Arrangement for Ring {
     fn view(&self, gpu: &Gpu, store: &Store) -> Result<LayerView> {
         let upload = || gpu.uploads().upload(&self.rows.records(0));
         let rows = self.records.get(&self.rows, upload)?;
-        Ok(self.shape.view(store, &self.rows, self.capacity, (None, rows)))
+        let memory = [self.most_rows, self.capacity];
+        Ok(self.shape.view(store, &self.rows, memory, (None, rows)))
     }
 
     fn cut(&mut self, _: &mut Growth, cut: &Cut) {
@@ -138,16 +139,18 @@ impl Arrangement for Ring {
                 Some(start) => (start, self.rows.len()),
                 None => (0, self.capacity),
             };
-            let gather = GatherShape {
-                row_bytes: shape.row_bytes(),
-                heads: shape.heads,
-                start,
-                len,
-                capacity: self.capacity,
-                moves: &moves.words,
-                cycles_at: moves.cycles_at,
-            };
-            dispatches.push(gpu.kernels().gather(store.gather_bindings(gpu)?, &gather)?);
+            for plane in shape.planes(self.most_rows, self.capacity) {
+                let gather = GatherShape {
+                    plane,
+                    heads: shape.heads,
+                    start,
+                    len,
+                    capacity: self.capacity,
+                    moves: &moves.words,
+                    cycles_at: moves.cycles_at,
+                };
+                dispatches.push(gpu.kernels().gather(store.gather_bindings(gpu)?, &gather)?);
+            }
             moved = shape.bytes(moves.written, len)?.iter().sum();
         }
         let rows = self.rows.select(map);
@@ -230,17 +233,20 @@ impl Ring {
         }
         for (start, copies) in by_start.into_iter().filter(|_| len > 0) {
             for copies in &plan::list_copies(&copies, MOST_MOVES) {
-                let copy = CopyShape {
-                    row_bytes: shape.row_bytes(),
-                    heads: shape.heads,
-                    start,
-                    len,
-                    old_capacity: self.capacity,
-                    new_capacity: capacity,
-                    copies: &copies.words,
-                };
-                let buffers = [old.buffers(), new.buffers()];
-                dispatches.push(gpu.kernels().copy_rows(buffers, &copy)?);
+                let from = shape.planes(self.most_rows, self.capacity);
+                for planes in from.zip(shape.planes(shape.batch, capacity)) {
+                    let copy = CopyShape {
+                        planes: planes.into(),
+                        heads: shape.heads,
+                        start,
+                        len,
+                        old_capacity: self.capacity,
+                        new_capacity: capacity,
+                        copies: &copies.words,
+                    };
+                    let buffers = [old.buffers(), new.buffers()];
+                    dispatches.push(gpu.kernels().copy_rows(buffers, &copy)?);
+                }
             }
         }
         let moved = shape.bytes(shape.batch, len)?.iter().sum();

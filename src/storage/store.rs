@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::{Format, Plane, TokenBytes};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::own_buffers::OwnBuffer;
@@ -17,13 +17,31 @@ pub(crate) struct Shape {
     pub(crate) heads: usize,
     pub(crate) key_dim: usize,
     pub(crate) value_dim: usize,
-    pub(crate) dtype: DType,
+    /// How K and V are stored.
+    pub(crate) formats: [Format; 2],
+    /// Whether V is the first elements of each head of K, and not stored.
+    pub(crate) is_value_in_key: bool,
 }
 
 impl Shape {
+    /// What one token of one head takes.
+    pub(crate) fn token_bytes(&self) -> TokenBytes {
+        TokenBytes::new(self.formats, [self.key_dim, self.value_dim], self.is_value_in_key)
+    }
+
     /// Bytes of one token of one head, of K and of V.
     pub(crate) fn row_bytes(&self) -> [u64; 2] {
-        [self.key_dim, self.value_dim].map(|dim| dim as u64 * self.dtype.size() as u64)
+        self.token_bytes().of_sides()
+    }
+
+    /// Buffers of K and V.
+    pub(crate) fn buffers(&self) -> u64 {
+        if self.is_value_in_key { 1 } else { 2 }
+    }
+
+    /// The planes of buffers that have room for `rows` batch rows, or pages, of `capacity` slots.
+    pub(crate) fn planes(&self, rows: usize, capacity: usize) -> impl Iterator<Item = Plane> {
+        self.token_bytes().planes((rows * self.heads * capacity) as u64)
     }
 
     /// Bytes of K and of V for `tokens` tokens of `rows` batch rows.
@@ -35,25 +53,30 @@ impl Shape {
                 .and_then(|all| all.checked_mul(row))
         });
         key.zip(value).map(Into::into).ok_or_else(|| {
-            let Self { heads, key_dim, value_dim, dtype, .. } = self;
+            let Self { heads, key_dim, value_dim, formats: [key, value], .. } = self;
             let dim = key_dim.max(value_dim);
-            let asked = format!("{rows} x {tokens} tokens of {heads} heads of {dim} {dtype}");
+            let asked =
+                format!("{rows} x {tokens} tokens of {heads} heads of {dim} {key} and {value}");
             Error::overflow("size of a layer", asked, u64::MAX)
         })
     }
 
-    /// A view of tokens of this shape in `store`.
+    /// A view of tokens of this shape in `store`, which has room for `memory[0]` batch rows, or pages, of `memory[1]`
+    /// slots.
     pub(crate) fn view(
         &self,
         store: &Store,
         rows: &Rows,
-        capacity: usize,
+        memory: [usize; 2],
         (pages, records): (Option<PageTable>, Option<RowTable>),
     ) -> LayerView {
+        let [memory_rows, capacity] = memory;
+        let value = if self.is_value_in_key { &store.key } else { &store.value };
         LayerView {
             key: store.key.clone(),
-            value: store.value.clone(),
-            dtype: self.dtype,
+            value: value.clone(),
+            formats: self.formats,
+            scale_slots: (memory_rows * self.heads * capacity) as u64,
             batch: self.batch,
             heads: self.heads,
             key_dim: self.key_dim,
@@ -79,6 +102,7 @@ impl Shape {
         tokens: usize,
         fits: usize,
     ) -> Error {
+        let [key, value] = self.row_bytes();
         Error::LayerTooLarge {
             layer,
             needed: needed.map_or(u64::MAX, |[key, value]| key.max(value)),
@@ -88,7 +112,7 @@ impl Shape {
             batch: self.batch,
             heads: self.heads,
             head_dim: self.key_dim.max(self.value_dim),
-            dtype: self.dtype,
+            format: self.formats[usize::from(value > key)],
         }
     }
 
@@ -96,18 +120,24 @@ impl Shape {
     pub(crate) fn tokens_in(&self, rows: usize, bytes: [u64; 2]) -> usize {
         let tokens = |bytes: u64, row: u64| {
             let token = (rows as u64).saturating_mul(self.heads as u64).saturating_mul(row);
-            usize::try_from(bytes / token.max(1)).unwrap_or(usize::MAX)
+            let tokens = bytes.checked_div(token).unwrap_or(u64::MAX);
+            usize::try_from(tokens).unwrap_or(usize::MAX)
         };
         let [key, value] = self.row_bytes();
         tokens(bytes[0], key).min(tokens(bytes[1], value))
     }
 }
 
+/// Bytes of a buffer that is bound and not used: a unit of the kernels.
+const UNUSED_BYTES: u64 = 16;
+
 /// A layer's memory.
 #[derive(Debug)]
 pub(crate) struct Store {
     pub(crate) key: wgpu::Buffer,
+    /// If V is not stored, what stands in its place where kernels bind both.
     pub(crate) value: wgpu::Buffer,
+    bytes: [u64; 2],
     /// Bind groups that name the buffers and an engine's own; they go with the memory.
     pub(crate) bind_groups: Arc<BindGroups>,
     gather: OnceLock<wgpu::BindGroup>,
@@ -122,14 +152,20 @@ impl Store {
         let make = |role: &str, bytes: u64| {
             gpu.handle().create_buffer(&format!("kvcache layer {layer} {role}"), bytes, usage)
         };
-        let (key, value) = (make("key", bytes[0])?, make("value", bytes[1])?);
+        let (key, value) = (make("key", bytes[0])?, make("value", bytes[1].max(UNUSED_BYTES))?);
         let own = [&key, &value].map(|buffer| gpu.handle().own_buffers.add(buffer));
-        Ok(Self { key, value, bind_groups: Arc::default(), gather: OnceLock::new(), _own: own })
+        let (bind_groups, gather) = (Arc::default(), OnceLock::new());
+        Ok(Self { key, value, bytes, bind_groups, gather, _own: own })
     }
 
     /// Bytes of K and of V.
     pub(crate) fn bytes(&self) -> [u64; 2] {
-        self.buffers().map(wgpu::Buffer::size)
+        self.bytes
+    }
+
+    /// Buffers of K and V.
+    pub(crate) fn count(&self) -> u64 {
+        self.bytes.iter().filter(|&&bytes| bytes > 0).count() as u64
     }
 
     pub(crate) fn buffers(&self) -> [&wgpu::Buffer; 2] {

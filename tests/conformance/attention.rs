@@ -228,6 +228,17 @@ pub(crate) fn upload(gpu: &Gpu, dtype: DType, values: &[f32], shape: &[usize]) -
 /// Tokens that are dropped on the way are NaN: a kernel that weighs them, by zero even, is found out. Of a
 /// paged layer the rows share their first half, that of row 0, and come in reverse.
 pub(crate) fn filled(gpu: &Gpu, case: &Case, key: &[f32], value: &[f32]) -> Box<dyn KVCache> {
+    filled_as(gpu, case, CacheOptions::default(), key, value)
+}
+
+/// As [`filled`], in a cache of these options.
+pub(crate) fn filled_as(
+    gpu: &Gpu,
+    case: &Case,
+    options: CacheOptions<'_>,
+    key: &[f32],
+    value: &[f32],
+) -> Box<dyn KVCache> {
     let Case { lie, dtype, batch, heads, len, dim, value_dim, .. } = *case;
     // Appends the tokens of a range, after some dead ones.
     let append = |cache: &mut dyn KVCache, batch: usize, dead: usize, range: [usize; 2]| {
@@ -247,16 +258,18 @@ pub(crate) fn filled(gpu: &Gpu, case: &Case, key: &[f32], value: &[f32]) -> Box<
     };
     let dead = len % 3;
     let mut cache: Box<dyn KVCache> = match lie {
-        Lie::Contiguous => Box::new(DynamicKVCache::new(gpu)),
+        Lie::Contiguous => {
+            Box::new(DynamicKVCache::with_options(gpu, options).expect("its options"))
+        }
         Lie::Wrapped => Box::new(
             StaticKVCache::with_options(
                 gpu,
-                CacheOptions::default().with_max_cache_len(len + dead).with_num_layers(1),
+                options.with_max_cache_len(len + dead).with_num_layers(1),
             )
             .expect("both options"),
         ),
         Lie::Paged(page_tokens) => {
-            let options = CacheOptions::default().with_page_tokens(page_tokens);
+            let options = options.with_page_tokens(page_tokens);
             Box::new(PagedKVCache::with_options(gpu, options).expect("a power of two"))
         }
     };

@@ -633,7 +633,8 @@ fn v_may_be_a_prefix_of_k() {
             let rings = Rings {
                 key: held.buffer().clone(),
                 value: held.buffer().clone(),
-                dtype,
+                key_format: dtype.into(),
+                value_format: dtype.into(),
                 batch: 1,
                 heads: 1,
                 key_dim: dim,

@@ -5,11 +5,11 @@
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use wgpu_kvcache::{CachePosition, DType, Error, Gpu, TensorView};
+use wgpu_kvcache::{CachePosition, DType, Error, Format, Formats, Gpu, TensorView};
 
 use crate::gpu;
 use crate::model::{Block, Model, Refused};
-use crate::rig::{Rig, plain_gpu, upload};
+use crate::rig::{Rig, Storing, plain_gpu, upload};
 
 /// Bound and layer count of the static caches.
 const BOUND: usize = 300;
@@ -86,6 +86,7 @@ struct Shape {
 #[derive(Clone, Debug)]
 struct History {
     kind: Kind,
+    storing: Storing,
     shapes: Vec<Shape>,
     calls: Vec<Call>,
 }
@@ -144,6 +145,15 @@ fn call() -> impl Strategy<Value = Call> {
     ]
 }
 
+/// Half of the caches store what comes in as it is, and a few of each kind K alone.
+fn storing() -> impl Strategy<Value = Storing> {
+    let format = || prop::option::of(prop::sample::select(Format::ALL));
+    let formats = (format(), format()).prop_map(|(key, value)| Formats { key, value });
+    let formats = prop_oneof![Just(Formats::default()), formats];
+    (formats, prop::bool::weighted(0.15))
+        .prop_map(|(formats, is_value_in_key)| Storing { formats, is_value_in_key })
+}
+
 fn history() -> impl Strategy<Value = History> {
     let page = prop_oneof![Just(1_usize), Just(4), Just(16)];
     let kind = prop_oneof![
@@ -155,8 +165,18 @@ fn history() -> impl Strategy<Value = History> {
         2 => (page, prop_oneof![Just(32_usize), Just(256), Just(1024)])
             .prop_map(|(size, tokens)| Kind::Pool(size, tokens)),
     ];
-    (kind, prop::collection::vec(shape(), LAYERS), prop::collection::vec(call(), 1..14))
-        .prop_map(|(kind, shapes, calls)| History { kind, shapes, calls })
+    let shapes = prop::collection::vec(shape(), LAYERS);
+    let calls = prop::collection::vec(call(), 1..14);
+    (kind, storing(), shapes, calls).prop_map(|(kind, storing, mut shapes, calls)| {
+        if storing.formats != Formats::default() {
+            // What may be of 16 bits needs an even D.
+            for shape in &mut shapes {
+                shape.key_dim = shape.key_dim.next_multiple_of(2);
+                shape.value_dim = shape.value_dim.next_multiple_of(2);
+            }
+        }
+        History { kind, storing, shapes, calls }
+    })
 }
 
 /// Positions of one of the four forms, near the live tokens: duplicates, gaps, and now and then one
@@ -217,7 +237,12 @@ fn update(
         let block = Block { shape: [1, 1, 1, elements], element: key.element, bytes };
         upload(&gpu, dtype, &block)
     };
+    let (is_value_in_key, value_dim) = (rig.storing.is_value_in_key, value.shape[3]);
     let mut run = |key: TensorView<'_>, value: TensorView<'_>| {
+        let value = match is_value_in_key {
+            true => key.with_head_dim(value_dim),
+            false => value,
+        };
         gpu.submit_pass("update", |pass| {
             rig.cache.update(pass, &key, &value, layer, position).map(|_| ())
         })
@@ -293,6 +318,14 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
                 3 => shape.value_dim += 2,
                 _ => {}
             }
+            let Storing { formats, is_value_in_key } = history.storing;
+            if formats.key.is_some() && (formats.value.is_some() || is_value_in_key) {
+                // What is stored in a format of its own may come in as any type.
+                shape.dtype = [DType::F32, DType::F16, DType::BF16][seeds[1] as usize % 3];
+            }
+            if is_value_in_key {
+                shape.value_dim = shape.value_dim.min(shape.key_dim);
+            }
             let Shape { batch, heads, key_dim, value_dim, dtype } = shape;
             let (key, value) = rig.noise(dtype, [batch, heads, *tokens, key_dim], value_dim);
             let positions = positions(*form, seeds, batch, *tokens, rig.model.len(*layer));
@@ -302,10 +335,10 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
                 Positions::PerToken(list) => CachePosition::PerToken(list),
                 Positions::PerRow(rows) => CachePosition::PerRow(rows),
             };
-            (
-                update(rig, (dtype, *layer), [&key, &value], *lie, position),
-                rig.model.update(*layer, &key, &value, position),
-            )
+            (update(rig, (dtype, *layer), [&key, &value], *lie, position), {
+                let [key, value] = history.storing.stored(dtype, [&key, &value]);
+                rig.model.update(*layer, &key, &value, position)
+            })
         }
         Call::Crop(length) => {
             rig.crop(*length);
@@ -371,14 +404,17 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
 }
 
 fn run(gpu: &Gpu, history: &History) {
+    let storing = history.storing;
     let mut rig = match history.kind {
-        Kind::Dynamic => Rig::dynamic(gpu),
-        Kind::Static => Rig::fixed(gpu, BOUND, LAYERS),
-        Kind::Paged(size) => Rig::paged(gpu, size),
-        Kind::PagedStatic(size) => Rig::paged_fixed(gpu, size, BOUND, LAYERS),
+        Kind::Dynamic => Rig::dynamic_storing(gpu, storing),
+        Kind::Static => Rig::fixed_storing(gpu, BOUND, LAYERS, storing),
+        Kind::Paged(size) => Rig::in_pages_storing(gpu, size, None, Model::dynamic(), storing),
+        Kind::PagedStatic(size) => {
+            Rig::in_pages_storing(gpu, size, None, Model::fixed(BOUND, LAYERS), storing)
+        }
         Kind::Pool(size, tokens) => {
             let max_pages = Some(tokens / size);
-            Rig::in_pages(gpu, size, max_pages, Model::dynamic())
+            Rig::in_pages_storing(gpu, size, max_pages, Model::dynamic(), storing)
         }
     };
     for (number, call) in history.calls.iter().enumerate() {

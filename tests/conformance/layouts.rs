@@ -45,6 +45,45 @@ fn main(@builtin(workgroup_id) id: vec3<u32>) {
 }
 ";
 
+/// The same through the text that reads elements, as f32, for every format.
+const QUADS: &str = "
+@group(0) @binding(0) var<uniform> kv: KvLayout;
+@group(0) @binding(1) var<storage, read> key: array<KeyUnit>;
+@group(0) @binding(2) var<storage, read> value: array<ValueUnit>;
+@group(0) @binding(3) var<storage, read> pages: array<u32>;
+@group(0) @binding(4) var<storage, read_write> keys: array<f32>;
+@group(0) @binding(5) var<storage, read_write> values: array<f32>;
+
+fn kv_table(i: u32) -> u32 {
+    return pages[i];
+}
+
+fn kv_key_unit(i: u32) -> KeyUnit {
+    return key[i];
+}
+
+fn kv_value_unit(i: u32) -> ValueUnit {
+    return value[i];
+}
+
+@compute @workgroup_size(1)
+fn main(@builtin(workgroup_id) id: vec3<u32>) {
+    let b = id.y / kv.heads;
+    if id.x >= kv_len(kv, b) {
+        return;
+    }
+    let slot = kv_slot(kv, b, id.y % kv.heads, id.x);
+    let at = id.y * kv.len + id.x;
+    for (var d = 0u; d < kv.key_dim; d++) {
+        keys[at * kv.key_dim + d] = kv_key_quad(kv, slot, d / 4u)[d % 4u];
+    }
+    for (var d = 0u; d < kv.value_dim; d++) {
+        values[at * kv.value_dim + d] = kv_value_quad(kv, slot, d / 4u)[d % 4u];
+    }
+    _ = pages[0];
+}
+";
+
 /// The shader over a view, bound and ready to be recorded.
 pub(crate) struct Reader {
     gpu: Gpu,
@@ -57,8 +96,18 @@ pub(crate) struct Reader {
 
 impl Reader {
     pub(crate) fn new(gpu: &Gpu, view: &LayerView) -> Self {
+        Self::of(gpu, view, format!("{SHADER}{}", view.layout().wgsl()))
+    }
+
+    /// Through the text that reads elements.
+    pub(crate) fn of_elements(gpu: &Gpu, view: &LayerView) -> Self {
+        let key = view.key_format().key_wgsl(view.key_shape()[3]);
+        let value = view.value_format().value_wgsl(view.value_strides()[2]);
+        Self::of(gpu, view, [QUADS, view.layout().wgsl(), &key, &value].join("\n"))
+    }
+
+    fn of(gpu: &Gpu, view: &LayerView, text: String) -> Self {
         let (label, device) = (Some("layouts"), gpu.device());
-        let text = format!("{SHADER}{}", view.layout().wgsl());
         let source = ShaderSource::Wgsl(text.into());
         let module = device.create_shader_module(ShaderModuleDescriptor { label, source });
         let pipeline = device.create_compute_pipeline(&ComputePipelineDescriptor {

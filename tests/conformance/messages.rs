@@ -231,7 +231,7 @@ fn a_layer_of_a_16_bit_type_is_not_told_to_use_one() {
             ],
             &[],
         );
-        assert_eq!(error.to_string().contains("use a 16-bit type"), is_told, "{error}");
+        assert_eq!(error.to_string().contains("store 16 or fewer bits"), is_told, "{error}");
     }
 }
 

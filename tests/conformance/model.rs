@@ -6,7 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use wgpu_kvcache::CachePosition;
+use bytemuck::pod_collect_to_vec as cast;
+use half::{bf16, f16};
+use wgpu_kvcache::{CachePosition, DType, HostTensor};
+
+use crate::attention::Random;
 
 /// A row-major (B, H, T, D) tensor on the host, as raw bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +53,50 @@ impl Block {
             }
         }
         Self { shape, element, bytes }
+    }
+
+    /// A tensor of numbers whose size differs from token to token, as those of a model do, with a few zeros, numbers
+    /// that are equally near to two of a format, and, in one token of sixteen, infinities and NaNs.
+    pub(crate) fn numbers(shape: [usize; 4], dtype: DType, seed: u64) -> Self {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut all = Vec::new();
+        for _ in 0..shape[..3].iter().product() {
+            let exponent = i32::try_from(random.below(36)).expect("small") - 24;
+            let size = 2.0_f32.powi(exponent);
+            let is_special = random.below(16) == 0;
+            for _ in 0..shape[3] {
+                let x = random.floats(1, 0.5)[0];
+                all.push(match random.below(16) {
+                    0 => 0.0,
+                    1 => -0.0,
+                    2 => size * (x * 8.0).round() / 16.0,
+                    3 if is_special => f32::NAN,
+                    4 if is_special => f32::NEG_INFINITY,
+                    5 if is_special => 1.0e9 * x,
+                    _ => size * x,
+                });
+            }
+        }
+        let bytes = match dtype {
+            DType::F32 => cast(&all),
+            DType::F16 => cast(&all.into_iter().map(f16::from_f32).collect::<Vec<_>>()),
+            _ => cast(&all.into_iter().map(bf16::from_f32).collect::<Vec<_>>()),
+        };
+        Self { shape, element: dtype.size(), bytes }
+    }
+
+    /// What was read back.
+    pub(crate) fn of(tensor: &HostTensor) -> Self {
+        let (shape, element) = (tensor.shape(), tensor.dtype().size());
+        Self { shape, element, bytes: tensor.bytes().to_vec() }
+    }
+
+    /// The first `dim` elements of every head.
+    pub(crate) fn first_elements(&self, dim: usize) -> Self {
+        let ([batch, heads, tokens, whole], element) = (self.shape, self.element);
+        let rows = self.bytes.chunks(whole * element);
+        let bytes = rows.flat_map(|row| row[..dim * element].to_vec()).collect();
+        Self { shape: [batch, heads, tokens, dim], element, bytes }
     }
 
     /// The elements of one token of one head of one row.
@@ -339,7 +387,7 @@ impl Model {
         position: CachePosition<'_>,
     ) -> Result<(), Refused> {
         let [batch, _, tokens, _] = key.shape;
-        if key.shape[..3] != value.shape[..3] || key.element != value.element {
+        if key.shape[..3] != value.shape[..3] {
             return Err(Refused::Shape);
         }
         if self.bounds.is_some_and(|(_, layers)| layer >= layers) {

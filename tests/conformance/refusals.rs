@@ -4,7 +4,7 @@
 
 use wgpu_kvcache::wgpu::{Buffer, ComputePass};
 use wgpu_kvcache::{
-    CachePosition, DType, Error, KVCache, LayerView, Layout, Stats, Tensor, TensorView,
+    CachePosition, DType, Error, Format, KVCache, LayerView, Layout, Stats, Tensor, TensorView,
 };
 
 use crate::gpu;
@@ -23,7 +23,7 @@ struct Shown {
     /// Of K, of V, and of the page table where there is one.
     buffers: Vec<Buffer>,
     shapes: [[usize; 4]; 2],
-    dtype: DType,
+    formats: [Format; 2],
     /// What a shader is told: heads, dims, length, start, capacity, and where the page table lies.
     words: [u32; Layout::WORDS],
 }
@@ -34,7 +34,7 @@ impl Shown {
         Self {
             buffers: [view.key(), view.value()].into_iter().chain(table).cloned().collect(),
             shapes: [view.key_shape(), view.value_shape()],
-            dtype: view.dtype(),
+            formats: [view.key_format(), view.value_format()],
             words: view.layout_words(),
         }
     }
@@ -89,7 +89,8 @@ pub(crate) fn refused(
     for rig in [&mut rig, &mut twin] {
         for layer in rig.model.layers() {
             let (key, value) = rig.model.get(layer).expect("a layer that holds something");
-            let dtype = rig.cache.view(layer).unwrap().unwrap().dtype();
+            let format = rig.cache.view(layer).unwrap().unwrap().key_format();
+            let dtype = format.dtype().expect("it is stored as it comes in");
             let [b, h, _, d] = key.shape;
             rig.update_as(dtype, layer, [b, h, 2, d], value.shape[3], APPEND);
         }

@@ -5,11 +5,12 @@ use wgpu_kvcache::wgpu::{
     Buffer, BufferDescriptor, BufferUsages, Features, Limits, MapMode, PollType,
 };
 use wgpu_kvcache::{
-    CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, HostTensor, KVCache,
-    PagedKVCache, StaticKVCache, Stats, Tensor,
+    CacheOptions, CachePosition, DType, DynamicKVCache, Error, Format, Formats, Gpu, HostTensor,
+    KVCache, PagedKVCache, StaticKVCache, Stats, StoredTensor, Tensor,
 };
 
 use crate::model::{Block, Model};
+use crate::plain_formats::{stored, with_one_nan};
 use crate::{kernels_run, open};
 
 /// A device of WebGPU's default limits and no optional feature, after `change` to the limits.
@@ -63,18 +64,26 @@ pub(crate) fn compare(
     expected: Option<(Block, Block)>,
     context: &str,
 ) {
+    compare_blocks(got.map(|(key, value)| (Block::of(&key), Block::of(&value))), expected, context);
+}
+
+/// As [`compare`].
+pub(crate) fn compare_blocks(
+    got: Option<(Block, Block)>,
+    expected: Option<(Block, Block)>,
+    context: &str,
+) {
     assert_eq!(got.is_some(), expected.is_some(), "{context}: whether the layer holds something");
     let (Some(got), Some(expected)) = (got, expected) else { return };
     for (what, got, expected) in [("K", got.0, expected.0), ("V", got.1, expected.1)] {
-        assert_eq!(got.shape(), expected.shape, "{context}: shape of {what}");
-        assert_eq!(got.dtype().size(), expected.element, "{context}: element size of {what}");
-        assert_eq!(got.bytes().len(), expected.bytes.len(), "{context}: bytes of {what}");
-        if same_bits(got.bytes(), &expected.bytes) {
+        assert_eq!(got.shape, expected.shape, "{context}: shape of {what}");
+        assert_eq!(got.element, expected.element, "{context}: element size of {what}");
+        assert_eq!(got.bytes.len(), expected.bytes.len(), "{context}: bytes of {what}");
+        if same_bits(&got.bytes, &expected.bytes) {
             continue;
         }
         let [_, heads, tokens, dim] = expected.shape;
-        let pairs =
-            got.bytes().chunks(expected.element).zip(expected.bytes.chunks(expected.element));
+        let pairs = got.bytes.chunks(expected.element).zip(expected.bytes.chunks(expected.element));
         let wrong: Vec<usize> =
             pairs.enumerate().filter(|(_, (got, right))| got != right).map(|(at, _)| at).collect();
         let at = wrong[0];
@@ -87,7 +96,7 @@ pub(crate) fn compare(
             at / dim / tokens % heads,
             at / dim % tokens,
             at % dim,
-            &got.bytes()[at * expected.element..][..expected.element],
+            &got.bytes[at * expected.element..][..expected.element],
             &expected.bytes[at * expected.element..][..expected.element],
         );
     }
@@ -118,6 +127,26 @@ pub(crate) fn read_back(
     got
 }
 
+/// As [`read_back`], of what is stored, of which V is not read if it lies in K.
+pub(crate) fn read_stored(
+    stats: impl Fn() -> Stats,
+    get: impl FnOnce() -> Result<Option<(StoredTensor, StoredTensor)>, Error>,
+    is_value_in_key: bool,
+    context: &str,
+) -> Result<Option<(StoredTensor, StoredTensor)>, Error> {
+    let before = stats();
+    let got = get();
+    let bytes = |tensor: &StoredTensor| tensor.elements().len() + 2 * tensor.scales().len();
+    let bytes = match &got {
+        Ok(Some((key, value))) => bytes(key) + if is_value_in_key { 0 } else { bytes(value) },
+        Ok(None) | Err(_) => 0,
+    };
+    let bytes_read_back = before.bytes_read_back + bytes as u64;
+    let right = with_read_back(before, bytes_read_back);
+    assert_eq!(stats(), right, "{context}: {bytes} bytes were read");
+    got
+}
+
 /// The same, with so many bytes read back.
 pub(crate) fn with_read_back(mut stats: Stats, bytes: u64) -> Stats {
     stats.bytes_read_back = bytes;
@@ -136,25 +165,72 @@ pub(crate) struct Rig {
     pub(crate) gpu: Gpu,
     pub(crate) cache: Box<dyn KVCache>,
     pub(crate) model: Model,
+    /// How the cache was told to store what comes in.
+    pub(crate) storing: Storing,
     seed: u64,
+}
+
+/// How a cache was told to store what comes in.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Storing {
+    pub(crate) formats: Formats,
+    pub(crate) is_value_in_key: bool,
+}
+
+impl Storing {
+    /// For K and V of `dtype`.
+    pub(crate) fn of(self, dtype: DType) -> [Format; 2] {
+        let [key, value] =
+            [self.formats.key, self.formats.value].map(|format| format.unwrap_or(dtype.into()));
+        [key, if self.is_value_in_key { key } else { value }]
+    }
+
+    /// The options of a cache that stores so.
+    pub(crate) fn options(self) -> CacheOptions<'static> {
+        let options = CacheOptions::default().with_formats(self.formats);
+        if self.is_value_in_key { options.with_value_in_key() } else { options }
+    }
+
+    /// Whether bits are changed on the way.
+    fn converts(self) -> bool {
+        self.formats != Formats::default()
+    }
+
+    /// What K and V of `dtype` read back as.
+    pub(crate) fn stored(self, dtype: DType, [key, value]: [&Block; 2]) -> [Block; 2] {
+        let [k, v] = self.of(dtype);
+        let key_stored = stored(k, dtype, key);
+        if !self.is_value_in_key {
+            return [key_stored, stored(v, dtype, value)];
+        }
+        // The first elements of K as it is stored, since a block of K is larger than what V takes of it.
+        let value = key_stored.first_elements(value.shape[3]);
+        [key_stored, value]
+    }
 }
 
 impl Rig {
     pub(crate) fn new(gpu: &Gpu, cache: Box<dyn KVCache>, model: Model) -> Self {
-        Self { gpu: gpu.clone(), cache, model, seed: 0 }
+        Self { gpu: gpu.clone(), cache, model, storing: Storing::default(), seed: 0 }
     }
 
     pub(crate) fn dynamic(gpu: &Gpu) -> Self {
-        Self::new(gpu, Box::new(DynamicKVCache::new(gpu)), Model::dynamic())
+        Self::dynamic_storing(gpu, Storing::default())
+    }
+
+    pub(crate) fn dynamic_storing(gpu: &Gpu, storing: Storing) -> Self {
+        let cache = DynamicKVCache::with_options(gpu, storing.options()).expect("its options");
+        Self { storing, ..Self::new(gpu, Box::new(cache), Model::dynamic()) }
     }
 
     pub(crate) fn fixed(gpu: &Gpu, bound: usize, layers: usize) -> Self {
-        let cache = StaticKVCache::with_options(
-            gpu,
-            CacheOptions::default().with_max_cache_len(bound).with_num_layers(layers),
-        )
-        .expect("both options");
-        Self::new(gpu, Box::new(cache), Model::fixed(bound, layers))
+        Self::fixed_storing(gpu, bound, layers, Storing::default())
+    }
+
+    pub(crate) fn fixed_storing(gpu: &Gpu, bound: usize, layers: usize, storing: Storing) -> Self {
+        let options = storing.options().with_max_cache_len(bound).with_num_layers(layers);
+        let cache = StaticKVCache::with_options(gpu, options).expect("both options");
+        Self { storing, ..Self::new(gpu, Box::new(cache), Model::fixed(bound, layers)) }
     }
 
     /// Pages of `size` tokens, in a pool that grows.
@@ -169,13 +245,23 @@ impl Rig {
 
     /// Pages of `size` tokens, at most `max_pages` of them, for what `model` is bounded to.
     pub(crate) fn in_pages(gpu: &Gpu, size: usize, max_pages: Option<usize>, model: Model) -> Self {
+        Self::in_pages_storing(gpu, size, max_pages, model, Storing::default())
+    }
+
+    pub(crate) fn in_pages_storing(
+        gpu: &Gpu,
+        size: usize,
+        max_pages: Option<usize>,
+        model: Model,
+        storing: Storing,
+    ) -> Self {
         let (max_cache_len, num_layers) = model.bounds.unzip();
-        let options = CacheOptions::default().with_page_tokens(size).with_max_pages(max_pages);
+        let options = storing.options().with_page_tokens(size).with_max_pages(max_pages);
         let options = options.with_max_cache_len(max_cache_len).with_num_layers(num_layers);
         let cache = PagedKVCache::with_options(gpu, options);
         let cache = cache.unwrap_or_else(|error| panic!("{error}"));
         let model = model.in_pages(size).of_at_most(max_pages);
-        Self::new(gpu, Box::new(cache), model)
+        Self { storing, ..Self::new(gpu, Box::new(cache), model) }
     }
 
     /// New K of `shape`, and V of the same but `value_dim`: noise, other noise at every call.
@@ -187,8 +273,16 @@ impl Rig {
     ) -> (Block, Block) {
         let [b, h, t, _] = shape;
         self.seed += 2;
-        let key = Block::noise(shape, dtype.size(), self.seed);
-        let value = Block::noise([b, h, t, value_dim], dtype.size(), self.seed + 1);
+        let noise = |shape, seed| match self.storing.converts() {
+            // Of noise every block would have a NaN.
+            true => Block::numbers(shape, dtype, seed),
+            false => Block::noise(shape, dtype.size(), seed),
+        };
+        let key = noise(shape, self.seed);
+        let value = match self.storing.is_value_in_key {
+            true => key.first_elements(value_dim),
+            false => noise([b, h, t, value_dim], self.seed + 1),
+        };
         (key, value)
     }
 
@@ -206,16 +300,22 @@ impl Rig {
         let len = self
             .gpu
             .submit_pass("update", |pass| {
-                let view = self.cache.update(pass, &k.view(), &v.view(), layer, position)?;
+                let value = match self.storing.is_value_in_key {
+                    true => k.view().with_head_dim(value_dim),
+                    false => v.view(),
+                };
+                let view = self.cache.update(pass, &k.view(), &value, layer, position)?;
                 let [b, h, len, d] = view.key_shape();
                 assert_eq!([b, h, d], [shape[0], shape[1], shape[3]]);
                 assert_eq!(view.value_shape(), [b, h, len, value_dim]);
-                assert_eq!((view.len(), view.dtype()), (len, dtype));
+                let formats = [view.key_format(), view.value_format()];
+                assert_eq!((view.len(), formats), (len, self.storing.of(dtype)));
                 assert!(view.start() < view.capacity());
                 assert!(view.len() <= view.capacity() || view.page_table().is_some());
                 Ok::<usize, Error>(len)
             })
             .unwrap_or_else(|error| panic!("layer {layer}, {shape:?}, {position:?}: {error}"));
+        let [key, value] = self.storing.stored(dtype, [&key, &value]);
         self.model.update(layer, &key, &value, position).expect("the model takes it too");
         assert_eq!(len, self.model.len(layer), "layer {layer}, {shape:?}, {position:?}");
     }
@@ -316,8 +416,24 @@ impl Rig {
                 !wraps && view.page_table().is_none(),
                 "{context}: contiguity"
             );
-            let got = read_back(|| self.cache.stats(), || self.cache.get(layer), &context);
-            compare(got.unwrap_or_else(|error| panic!("{context}: {error}")), expected, &context);
+            let formats = [view.key_format(), view.value_format()];
+            let got = read_stored(
+                || self.cache.stats(),
+                || self.cache.get_stored(layer),
+                view.is_value_in_key(),
+                &context,
+            );
+            let got = got.unwrap_or_else(|error| panic!("{context}: {error}"));
+            let mut got =
+                got.map(|(key, value)| [key, value].map(|it| Block::of(&it.into_tensor())));
+            let mut expected = expected.map(|(key, value)| [key, value]);
+            if self.storing.converts() {
+                let mut one_nan = |[key, value]: [Block; 2]| {
+                    [with_one_nan(formats[0], key), with_one_nan(formats[1], value)]
+                };
+                (got, expected) = (got.map(&mut one_nan), expected.map(&mut one_nan));
+            }
+            compare_blocks(got.map(Into::into), expected.map(Into::into), &context);
         }
     }
 }

@@ -4,7 +4,8 @@ use std::error::Error as _;
 
 use wgpu_kvcache::{
     Attention, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, EncoderDecoderCache,
-    Error, ErrorKind, HostTensor, KVCache, LayerView, PagedKVCache, Rings, Side, StaticKVCache,
+    Error, ErrorKind, Format, HostTensor, KVCache, LayerView, PagedKVCache, Rings, Side,
+    StaticKVCache,
 };
 
 use crate::model::Block;
@@ -152,7 +153,8 @@ fn a_view_of_rings_of_ones_own() {
     let rings = Rings {
         key: key.buffer().clone(),
         value: value.buffer().clone(),
-        dtype: DType::F32,
+        key_format: Format::F32,
+        value_format: Format::F32,
         batch: 1,
         heads: 1,
         key_dim: 2,
@@ -189,7 +191,7 @@ fn a_view_of_rings_of_ones_own() {
     assert!(matches!(error, Error::BufferTooShort { what: "key", needed: 40, size: 32, .. }));
     let error = refused(Rings { heads: 0, ..rings.clone() });
     assert!(matches!(error, Error::ZeroExtent { .. }));
-    let error = refused(Rings { dtype: DType::F16, value_dim: 3, ..rings });
+    let error = refused(Rings { value_format: Format::F16, value_dim: 3, ..rings });
     assert!(matches!(error, Error::OddHeadDim { what: "value", .. }), "{error}");
 }
 
@@ -266,7 +268,8 @@ fn views_of_ones_own_rings_take_other_tokens() {
     let rings = Rings {
         key: tokens.buffer().clone(),
         value: tokens.buffer().clone(),
-        dtype: DType::F32,
+        key_format: Format::F32,
+        value_format: Format::F32,
         batch: 1,
         heads: 1,
         key_dim: 4,

@@ -23,8 +23,8 @@ mod timing;
 
 use anyhow::{Context, Result, ensure};
 use wgpu_kvcache::{
-    Attention, AttentionOptions, CacheOptions, CompileScope, DType, Gpu, KVCache, LayerShape,
-    Layout, SequenceCache, SequenceId, wgpu,
+    Attention, AttentionOptions, CacheOptions, CompileScope, DType, Formats, Gpu, KVCache,
+    LayerShape, Layout, SequenceCache, SequenceId, wgpu,
 };
 
 use crate::buffers::Buffers;
@@ -154,10 +154,16 @@ impl Engine {
         // A layer that keeps a window in a ring comes to lie over the end of it.
         let may_wrap = window.is_some() && layout == Layout::Contiguous;
         let layouts = if may_wrap { &[layout, Layout::Wrapped] } else { &[layout][..] };
-        self.gpu.compile(&layers, layouts, CompileScope::CachesAndAttention)?;
+        self.gpu.compile(&layers, Formats::default(), layouts, CompileScope::CachesAndAttention)?;
         if window.is_some() {
             let options = AttentionOptions::default().with_window(window);
-            self.attention.compile(&layers, layouts, [DType::F32; 2], options)?;
+            self.attention.compile(
+                &layers,
+                Formats::default(),
+                layouts,
+                [DType::F32; 2],
+                options,
+            )?;
         }
         for rows in [8, 3, 1] {
             if rows <= self.buffers.max_rows {

@@ -7,12 +7,13 @@ use std::sync::{Mutex, PoisonError};
 use super::{Kernel, Kernels, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::format::{Formats, Plane, TokenBytes};
 use crate::layout::Layout;
 
 /// The properties of a layer that select its kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LayerShape {
-    /// Type of an element of K and V.
+    /// Type of an element of K and V as they come in, and as they are stored if no [`Formats`] say otherwise.
     pub dtype: DType,
     /// K/V heads.
     pub heads: usize,
@@ -37,6 +38,7 @@ impl Kernels {
     pub(crate) fn compile(
         &self,
         layers: &[LayerShape],
+        formats: Formats,
         layouts: &[Layout],
         scope: CompileScope,
     ) -> Result<()> {
@@ -48,13 +50,24 @@ impl Kernels {
             &self.collect,
             &self.attention,
             &self.attention_combine,
+            &self.append_converted,
         ];
         for layer in layers {
-            let row_bytes = [layer.key_dim, layer.value_dim]
-                .map(|dim| (dim as u64).saturating_mul(layer.dtype.size() as u64));
-            let unit = Unit::for_rows(row_bytes);
-            for &layout in layouts {
-                wanted.extend(self.append_ahead(layer, unit, row_bytes, layout)?.map(|it| (0, it)));
+            let dims = [layer.key_dim, layer.value_dim];
+            let stored = formats.of(layer.dtype);
+            let is_converted = stored != [layer.dtype.into(); 2];
+            let planes = TokenBytes::new(stored, dims, false).planes(0);
+            for (&layout, Plane { row_bytes, .. }) in
+                planes.flat_map(|plane| layouts.iter().map(move |layout| (layout, plane)))
+            {
+                let unit = Unit::for_rows(row_bytes);
+                if is_converted {
+                    let converted = super::append::converted_ahead(layer, stored, layout);
+                    wanted.extend(converted.map(|it| (6, it)));
+                } else {
+                    let plain = self.append_ahead(layer, unit, row_bytes, layout)?;
+                    wanted.extend(plain.map(|it| (0, it)));
+                }
                 let moves = super::gather::FORMS.map(|form| super::gather::variant(unit, form));
                 wanted.extend(moves.map(|it| (1, it)));
                 wanted.insert((2, Variant { unit, ..Variant::default() }));
@@ -64,7 +77,7 @@ impl Kernels {
                 }
                 if scope == CompileScope::CachesAndAttention {
                     let (rules, types) = (super::Rules::default(), [DType::F32; 2]);
-                    let attention = self.attention_ahead(layer, layout, &rules, types);
+                    let attention = self.attention_ahead(layer, stored, layout, &rules, types);
                     wanted.extend(attention.into_iter().map(|it| (4, it)));
                     let is_packed = layout == Layout::RaggedPaged;
                     wanted.insert((5, super::attention::combine_variant(is_packed, DType::F32)));

@@ -1,8 +1,12 @@
-//! `shaders/append.wgsl`: new tokens into their slots, K and V in one dispatch.
+//! `shaders/append.wgsl` and `shaders/append_converted.wgsl`: new tokens into their slots, K and V in one dispatch, as
+//! they come in or in the layer's formats.
 
 use super::params::{Strided, params};
+use super::variant::constants;
 use super::{Dispatch, Kernels, LayerShape, Unit, Variant, WORKGROUP};
-use crate::error::Result;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::gpu::arena::Allocation;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
@@ -11,7 +15,8 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache append",
     wgsl: include_str!("../../../shaders/append.wgsl"),
-    joined: &[],
+    joined: &[COMMON],
+    sides: None,
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,
     constants: &[
@@ -21,10 +26,30 @@ pub(super) const SOURCE: super::Source = super::Source {
         "is_bthd",
         "position_form",
         "is_single",
+        "is_scales",
     ],
     layouts: &[Layout::Wrapped, Layout::Paged, Layout::RaggedWrapped, Layout::RaggedPaged],
-    dtypes: &[],
+    formats: &[],
 };
+
+pub(super) const CONVERTED: super::Source = super::Source {
+    label: "kvcache append converted",
+    wgsl: include_str!("../../../shaders/append_converted.wgsl"),
+    joined: &[
+        COMMON,
+        include_str!("../../../shaders/append/convert.wgsl"),
+        include_str!("../../../shaders/element/pairs.wgsl"),
+    ],
+    sides: Some(include_str!("../../../shaders/append/side.wgsl")),
+    constants: &["source_type", "key_format", "value_format", "is_bthd", "position_form"],
+    ..SOURCE
+};
+
+const COMMON: &str = include_str!("../../../shaders/append/common.wgsl");
+
+/// Elements that an invocation converts, and invocations a workgroup, as in the shader.
+const PIECE: usize = 64;
+const CONVERTERS: u64 = 64;
 
 /// Units that a thread takes, as in the shader.
 const UNITS_PER_THREAD: u32 = 4;
@@ -38,7 +63,7 @@ params! {
         key_units: u32,
         value_units: u32,
         entries: u32,
-        head_tiles: u32,
+        tiles: u32,
         first: u32,
         zeros: u32,
         list_at: u32,
@@ -60,6 +85,24 @@ pub(crate) enum Positions {
 }
 
 impl Positions {
+    /// Positions that each row visits, of `tokens` new tokens.
+    fn entries(self, tokens: u32) -> u32 {
+        match self {
+            Self::Run { zeros, .. } => zeros + tokens,
+            Self::List { named, gap, .. } => named + gap,
+            Self::Packed { .. } => tokens,
+        }
+    }
+
+    /// `first`, `zeros`, `list_at` and `list_stride` of the parameters.
+    fn words(self) -> [u32; 4] {
+        match self {
+            Self::Run { first, zeros } => [first, zeros, 0, 0],
+            Self::List { named, at, stride, .. } => [0, named, at, stride],
+            Self::Packed { at } => [0, 0, at, 0],
+        }
+    }
+
     /// The pipeline constant.
     fn form(self) -> u32 {
         match self {
@@ -73,8 +116,8 @@ impl Positions {
 /// What an append writes, and where.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AppendShape<'a> {
-    pub(crate) key: &'a Source,
-    pub(crate) value: &'a Source,
+    /// K and V.
+    pub(crate) sources: &'a [Source; 2],
     /// New tokens.
     pub(crate) tokens: usize,
     pub(crate) positions: Positions,
@@ -97,35 +140,22 @@ impl Kernels {
         &self,
         bindings: wgpu::BindGroup,
         shape: &AppendShape<'_>,
+        is_scales: bool,
     ) -> Result<Dispatch> {
-        let aligned = shape.key.is_vector_aligned() && shape.value.is_vector_aligned();
-        let unit = if aligned { Unit::Vector } else { Unit::Word };
+        let [key, value] = shape.sources;
+        let aligned = key.is_vector_aligned() && value.is_vector_aligned();
+        let unit = if aligned && !is_scales { Unit::Vector } else { Unit::Word };
         let tokens = super::narrow(shape.tokens)?;
         let view = shape.target;
         let is_packed = matches!(shape.positions, Positions::Packed { .. });
         let batch = if is_packed { 1 } else { super::narrow(view.batch)? };
         let rows = super::narrow(view.heads)?.saturating_mul(batch);
-        let entries = match shape.positions {
-            Positions::Run { zeros, .. } => zeros + tokens,
-            Positions::List { named, gap, .. } => named + gap,
-            Positions::Packed { .. } => tokens,
-        };
-        let strided = |source: &Source| -> Result<Strided> {
-            let [b, h, t] = source.strides;
-            let [offset, stride_b, stride_h, stride_t] =
-                [source.offset, b, h, t].map(|bytes| unit.count(bytes));
-            Ok(Strided {
-                offset: offset?,
-                stride_b: stride_b?,
-                stride_h: stride_h?,
-                stride_t: stride_t?,
-            })
-        };
-        let units = [unit.count(shape.key.row_bytes)?, unit.count(shape.value.row_bytes)?];
+        let entries = shape.positions.entries(tokens);
+        let units = [unit.count(key.row_bytes)?, unit.count(value.row_bytes)?];
         let most_units = units[0].max(units[1]);
         let limit = self.uploads.device().limits.max_compute_workgroups_per_dimension;
         // In a (B, T, H, D) source it is the heads of a token that are neighbours, not its successors.
-        let is_bthd = shape.key.strides[1] < shape.key.strides[2] && entries <= limit;
+        let is_bthd = key.strides[1] < key.strides[2] && entries <= limit;
         let near = if is_bthd { super::narrow(view.heads)? } else { 1 };
         let tile = Tile::new(most_units, near, entries, rows > limit);
         let heads = super::narrow(view.heads)?;
@@ -136,28 +166,74 @@ impl Kernels {
             [entries.div_ceil(tile.width()), rows.div_ceil(tile.height)]
         };
         let sides = [x, y, most_units.div_ceil(tile.units)].map(u64::from);
-        let [first, zeros, list_at, list_stride] = match shape.positions {
-            Positions::Run { first, zeros } => [first, zeros, 0, 0],
-            Positions::List { named, at, stride, .. } => [0, named, at, stride],
-            Positions::Packed { at } => [0, 0, at, 0],
-        };
+        let [first, zeros, list_at, list_stride] = shape.positions.words();
         let params = Params {
             kv: view.kv_layout(),
-            key: strided(shape.key)?,
-            value: strided(shape.value)?,
+            key: strided(key, unit)?,
+            value: strided(value, unit)?,
             key_units: units[0],
             value_units: units[1],
             entries,
-            head_tiles,
+            tiles: head_tiles,
             first,
             zeros,
             list_at,
             list_stride,
         };
         let form = shape.positions.form();
-        let variant = variant(unit, view.layout(), tile, form, entries);
+        let variant = variant(unit, view.layout(), tile, form, entries, is_scales);
         self.append.prepare_sides(variant, bindings, shape.lists.cloned(), &params, sides)
     }
+
+    /// Writes new tokens of `dtype` in the formats of the target.
+    pub(crate) fn append_converted(
+        &self,
+        bindings: wgpu::BindGroup,
+        shape: &AppendShape<'_>,
+        dtype: DType,
+    ) -> Result<Dispatch> {
+        let ([key, value], view, unit) = (shape.sources, shape.target, Unit::Word);
+        let is_packed = matches!(shape.positions, Positions::Packed { .. });
+        let batch = if is_packed { 1 } else { view.batch };
+        let entries = shape.positions.entries(super::narrow(shape.tokens)?);
+        let pieces = view.key_dim.max(view.value_dim).div_ceil(PIECE);
+        let [key_units, value_units] = [
+            view.formats[0].plane_bytes(view.key_dim)[0],
+            if value.row_bytes > 0 { view.formats[1].plane_bytes(view.value_dim)[0] } else { 0 },
+        ];
+        let [first, zeros, list_at, list_stride] = shape.positions.words();
+        let params = Params {
+            kv: view.kv_layout(),
+            key: strided(key, unit)?,
+            value: strided(value, unit)?,
+            key_units: unit.count(key_units)?,
+            value_units: unit.count(value_units)?,
+            entries,
+            tiles: super::narrow(pieces)?,
+            first,
+            zeros,
+            list_at,
+            list_stride,
+        };
+        let threads =
+            (pieces as u64 * batch as u64 * view.heads as u64).saturating_mul(u64::from(entries));
+        if threads > u64::from(u32::MAX) {
+            return Err(Error::too_many("number of invocations of an append", threads));
+        }
+        let is_bthd = key.strides[1] < key.strides[2];
+        let form = shape.positions.form();
+        let variant = converted_variant(view.layout(), dtype, view.formats, is_bthd, form);
+        let (lists, groups) = (shape.lists.cloned(), threads.div_ceil(CONVERTERS));
+        self.append_converted.prepare(variant, bindings, lists, &params, groups)
+    }
+}
+
+/// The address of a source, in units.
+fn strided(source: &Source, unit: Unit) -> Result<Strided> {
+    let [b, h, t] = source.strides;
+    let [offset, stride_b, stride_h, stride_t] =
+        [source.offset, b, h, t].map(|bytes| unit.count(bytes));
+    Ok(Strided { offset: offset?, stride_b: stride_b?, stride_h: stride_h?, stride_t: stride_t? })
 }
 
 impl Kernels {
@@ -175,7 +251,7 @@ impl Kernels {
             [1, heads].map(|near| {
                 let tile = Tile::new(units, near, entries, false);
                 let form = if layout == Layout::RaggedPaged { 2 } else { 0 };
-                variant(unit, layout, tile, form, entries)
+                variant(unit, layout, tile, form, entries, false)
             })
         });
         let [[a, b], [c, d], [e, f]] = forms;
@@ -183,23 +259,57 @@ impl Kernels {
     }
 }
 
-fn variant(unit: Unit, layout: Layout, tile: Tile, form: u32, entries: u32) -> Variant {
-    // A contiguous layer is a ring that does not wrap yet.
-    let layout = if layout == Layout::Contiguous { Layout::Wrapped } else { layout };
-    let [is_bthd, is_single] = [tile.is_bthd, entries == 1].map(u32::from);
+fn variant(
+    unit: Unit,
+    layout: Layout,
+    tile: Tile,
+    form: u32,
+    entries: u32,
+    is_scales: bool,
+) -> Variant {
+    let layout = as_written(layout);
+    let [is_bthd, is_single, is_scales] = [tile.is_bthd, entries == 1, is_scales].map(u32::from);
     Variant {
         unit,
         layout: Some(layout),
-        constants: super::variant::constants([
+        constants: constants([
             tile.units,
             tile.threads,
             tile.height,
             is_bthd,
             form,
             is_single,
+            is_scales,
         ]),
         ..Variant::default()
     }
+}
+
+/// The variants that convert K and V of a layer, (B, H, T, D) or (B, T, H, D).
+pub(super) fn converted_ahead(
+    layer: &LayerShape,
+    formats: [Format; 2],
+    layout: Layout,
+) -> [Variant; 2] {
+    let form = if layout == Layout::RaggedPaged { 2 } else { 0 };
+    [false, true].map(|is_bthd| converted_variant(layout, layer.dtype, formats, is_bthd, form))
+}
+
+fn converted_variant(
+    layout: Layout,
+    dtype: DType,
+    formats: [Format; 2],
+    is_bthd: bool,
+    form: u32,
+) -> Variant {
+    let [key, value] = formats.map(Format::number);
+    let constants = constants([Format::from(dtype).number(), key, value, u32::from(is_bthd), form]);
+    Variant { unit: Unit::Word, layout: Some(as_written(layout)), constants, ..Variant::default() }
+}
+
+/// The layout of a layer that is written: a contiguous one is a ring that does not wrap yet.
+pub(super) fn as_written(layout: Layout) -> Layout {
+    if layout == Layout::Contiguous { Layout::Wrapped } else { layout }
 }
 
 /// What a workgroup takes.

@@ -5,11 +5,12 @@ use std::collections::HashSet;
 use super::ahead::compile_all;
 use super::params::{Strided, params};
 use super::rules::{Has, Rules};
-use super::spread::{MOST_DIM, Spread, unit_of};
+use super::spread::{MOST_DIM, Spread};
 use super::variant::{CONSTANTS, constants};
-use super::{Dispatch, Kernels, LayerShape, Unit, Variant};
+use super::{Dispatch, Elements, Kernels, LayerShape, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::{Format, Formats};
 use crate::gpu::arena::Allocation;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
@@ -19,11 +20,19 @@ pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",
     wgsl: include_str!("../../../shaders/attention.wgsl"),
     joined: &[COMMON, include_str!("../../../shaders/attention/no_extras.wgsl"), PAIRS],
+    sides: None,
     writes: &[false, false, false, true],
     params_bytes: Params::BYTES,
     constants: CONSTANT_NAMES.first_chunk::<PLAIN_CONSTANTS>().expect("fewer than all"),
     layouts: Layout::ALL,
-    dtypes: &[DType::F32, DType::F16, DType::BF16],
+    formats: &[
+        [Format::F32; 2],
+        [Format::F16; 2],
+        [Format::BF16; 2],
+        [Format::Q8_0; 2],
+        [Format::Q8_0, Format::Q4_0],
+        [Format::F16, Format::Q8_0],
+    ],
 };
 
 /// With masks, biases, sinks and row starts, whose bindings follow those of [`SOURCE`].
@@ -40,11 +49,12 @@ pub(super) const COMBINE: super::Source = super::Source {
     label: "kvcache attention combine",
     wgsl: include_str!("../../../shaders/attention_combine.wgsl"),
     joined: &[PAIRS],
+    sides: None,
     writes: &[false, true],
     params_bytes: CombineParams::BYTES,
     constants: &["is_packed", "output_type"],
     layouts: &[],
-    dtypes: &[],
+    formats: &[],
 };
 
 const COMMON: &str = include_str!("../../../shaders/attention/common.wgsl");
@@ -77,9 +87,7 @@ params! {
         kv: KvLayout,
         query: Strided,
         output: Strided,
-        key_units: u32,
-        value_units: u32,
-        value_stride: u32,
+        key_quads: u32,
         value_quads: u32,
         batch: u32,
         group: u32,
@@ -231,20 +239,12 @@ impl Kernels {
     ) -> Result<Dispatch> {
         let (view, rules) = (shape.view, &shape.rules);
         let window = rules.window_words();
-        let unit = unit_of([view.key_dim, view.value_dim]);
-        let unit_bytes = match unit {
-            Unit::Vector => 4 * view.dtype.size(),
-            Unit::Word => 4,
-        };
         let spread = Spread::of([view.key_dim, view.value_dim], shape.is_cpu);
-        let units = |dim: usize| super::narrow(dim * view.dtype.size() / unit_bytes);
         let params = Params {
             kv: shape.items.map_or_else(|| view.kv_layout(), |items| items.kv),
             query: rows(shape.query, shape.types[0])?,
             output: rows(shape.output, shape.types[1])?,
-            key_units: units(view.key_dim)?,
-            value_units: units(view.value_dim)?,
-            value_stride: units(view.value_strides()[2])?,
+            key_quads: super::narrow(view.key_dim.div_ceil(4))?,
             value_quads: super::narrow(view.value_dim.div_ceil(4))?,
             batch: super::narrow(shape.batch)?,
             group: super::narrow(shape.group)?,
@@ -269,11 +269,12 @@ impl Kernels {
             has_cap: rules.cap.is_some(),
             has: rules.has,
         };
+        let strides = [view.key_strides()[2], view.value_strides()[2]];
         let masking = masking(shape.is_cpu, rules.differ(shape.tokens));
         let variant = Variant {
-            unit,
+            unit: Unit::default(),
             layout: Some(view.layout()),
-            dtype: Some(view.dtype),
+            elements: Some(Elements::new(view.formats, strides)),
             constants: spread.constants(masking, params.kv.key_dim, form),
         };
         let (tiles, rows, splits) = match shape.items {
@@ -353,6 +354,7 @@ impl Kernels {
     pub(super) fn attention_ahead(
         &self,
         layer: &LayerShape,
+        formats: [Format; 2],
         layout: Layout,
         rules: &Rules,
         types: [DType; 2],
@@ -374,9 +376,9 @@ impl Kernels {
                 has: rules.has,
             };
             Variant {
-                unit: unit_of(dims),
+                unit: Unit::default(),
                 layout: Some(layout),
-                dtype: Some(layer.dtype),
+                elements: Some(Elements::new(formats, dims)),
                 constants: spread.constants(masking(is_cpu, rules.differ(tokens)), key_dim, form),
             }
         });
@@ -387,6 +389,7 @@ impl Kernels {
     pub(crate) fn compile_attention(
         &self,
         layers: &[LayerShape],
+        formats: Formats,
         layouts: &[Layout],
         rules: &Rules,
         types: [DType; 2],
@@ -396,12 +399,17 @@ impl Kernels {
         for (layer, &layout) in
             layers.iter().flat_map(|layer| layouts.iter().map(move |it| (layer, it)))
         {
+            let stored = formats.of(layer.dtype);
             wanted.extend(
-                self.attention_ahead(layer, layout, rules, types).into_iter().map(|it| (false, it)),
+                self.attention_ahead(layer, stored, layout, rules, types)
+                    .into_iter()
+                    .map(|it| (false, it)),
             );
             let parts = [types[0], DType::F32];
             wanted.extend(
-                self.attention_ahead(layer, layout, rules, parts).into_iter().map(|it| (false, it)),
+                self.attention_ahead(layer, stored, layout, rules, parts)
+                    .into_iter()
+                    .map(|it| (false, it)),
             );
             wanted.insert((true, combine_variant(layout == Layout::RaggedPaged, types[1])));
         }

@@ -3,16 +3,18 @@
 use super::params::params;
 use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
 use crate::error::Result;
+use crate::format::Plane;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache gather",
     wgsl: include_str!("../../../shaders/gather.wgsl"),
     joined: &[include_str!("../../../shaders/columns.wgsl")],
+    sides: None,
     writes: &[true, true],
     params_bytes: Params::BYTES,
     constants: &["has_copies", "has_cycles"],
     layouts: &[],
-    dtypes: &[],
+    formats: &[],
 };
 
 params! {
@@ -20,6 +22,8 @@ params! {
     struct Params {
         key_units: u32,
         value_units: u32,
+        key_base: u32,
+        value_base: u32,
         heads: u32,
         tiles: u32,
         start: u32,
@@ -34,8 +38,8 @@ params! {
 /// The live part of a layer whose rows move.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GatherShape<'a> {
-    /// Bytes of one token of one head, for K and for V.
-    pub(crate) row_bytes: [u64; 2],
+    /// What moves of the buffers.
+    pub(crate) plane: Plane,
     pub(crate) heads: usize,
     pub(crate) start: usize,
     pub(crate) len: usize,
@@ -60,13 +64,15 @@ impl Kernels {
         bindings: wgpu::BindGroup,
         shape: &GatherShape<'_>,
     ) -> Result<Dispatch> {
-        let unit = Unit::for_rows(shape.row_bytes);
+        let Plane { base, row_bytes } = shape.plane;
+        let unit = Unit::for_rows(row_bytes);
         let list = self.uploads.upload(shape.moves)?;
-        let [key, value] = shape.row_bytes;
-        let tiles = tiles(unit, shape.row_bytes, shape.len)?;
+        let tiles = tiles(unit, row_bytes, shape.len)?;
         let params = Params {
-            key_units: unit.count(key)?,
-            value_units: unit.count(value)?,
+            key_units: unit.count(row_bytes[0])?,
+            value_units: unit.count(row_bytes[1])?,
+            key_base: unit.count(base[0])?,
+            value_base: unit.count(base[1])?,
             heads: super::narrow(shape.heads)?,
             tiles,
             start: super::narrow(shape.start)?,

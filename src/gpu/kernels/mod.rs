@@ -24,10 +24,10 @@ pub(crate) use repeat_interleave::CopyShape;
 pub(crate) use rules::{Has, Rules};
 pub(crate) use spread::{MOST_DIM, most_tokens};
 pub(crate) use variant::Unit;
-use variant::{ParamsPath, Variant};
+use variant::{Elements, ParamsPath, Variant};
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::gpu::arena::{Allocation, Bound, RegionGuard, bind_layout, storage};
 use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
@@ -47,6 +47,8 @@ pub(crate) struct Kernels {
     /// The engine's pipeline cache, shared by all kernels.
     cache: Arc<Mutex<Option<wgpu::PipelineCache>>>,
     append: Kernel,
+    /// Into formats that differ from what comes in.
+    append_converted: Kernel,
     attention: Kernel,
     /// With masks, biases, sinks or row starts.
     attention_extras: Kernel,
@@ -68,6 +70,7 @@ impl Kernels {
         let kernel = |source: &'static Source| Kernel::new(&uploads, source, &cache);
         Self {
             append: kernel(&append::SOURCE),
+            append_converted: kernel(&append::CONVERTED),
             attention: kernel(&attention::SOURCE),
             attention_extras: kernel(&attention::EXTRAS),
             attention_combine: kernel(&attention::COMBINE),
@@ -84,6 +87,7 @@ impl Kernels {
     pub(crate) fn compiled(&self) -> usize {
         let kernels = [
             &self.append,
+            &self.append_converted,
             &self.attention,
             &self.attention_extras,
             &self.attention_combine,
@@ -106,6 +110,8 @@ pub(crate) struct Source {
     wgsl: &'static str,
     /// Texts that several kernels share, appended to `wgsl`.
     joined: &'static [&'static str],
+    /// A text that is appended for K and for V, with `key` and `value` in the place of `side`.
+    sides: Option<&'static str>,
     /// For each binding of group 0, in order, whether the kernel writes it.
     writes: &'static [bool],
     /// Bytes of its parameters.
@@ -115,22 +121,24 @@ pub(crate) struct Source {
     /// The layouts that it is joined with; empty if it is joined with none. For the tests.
     #[cfg_attr(not(test), expect(dead_code, reason = "only tests list all variants"))]
     layouts: &'static [Layout],
-    /// The element types that it is joined with; empty if it moves bits. For the tests.
+    /// The formats of K and V that it reads elements of; empty if it moves bits. For the tests.
     #[cfg_attr(not(test), expect(dead_code, reason = "only tests list all variants"))]
-    dtypes: &'static [DType],
+    formats: &'static [[Format; 2]],
 }
 
 impl Source {
     /// Whether the kernel writes K or V of a cache, and therefore counts in the cache's witness.
     fn is_witnessed(&self) -> bool {
-        self.wgsl.contains(" witness: atomic<u32>;")
+        let texts = [&[self.wgsl], self.joined].concat();
+        texts.iter().any(|text| text.contains(" witness: atomic<u32>;"))
     }
 }
 
 /// Every kernel.
 #[cfg(test)]
-const SOURCES: [&Source; 7] = [
+const SOURCES: [&Source; 8] = [
     &append::SOURCE,
+    &append::CONVERTED,
     &attention::SOURCE,
     &attention::EXTRAS,
     &attention::COMBINE,

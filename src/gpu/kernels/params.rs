@@ -73,7 +73,10 @@ mod tests {
     fn text(source: &Source) -> String {
         let variant = super::super::Variant {
             layout: source.layouts.first().copied(),
-            dtype: source.dtypes.first().copied(),
+            elements: source
+                .formats
+                .first()
+                .map(|&formats| super::super::Elements::new(formats, [4; 2])),
             ..Default::default()
         };
         variant.text(source, super::super::ParamsPath::Uniform)
@@ -81,8 +84,9 @@ mod tests {
 
     #[test]
     fn parameters_are_laid_out_as_the_shaders_read_them() {
-        let all: [(&Source, Fields); 7] = [
+        let all: [(&Source, Fields); 8] = [
             (&append::SOURCE, append::Params::FIELDS),
+            (&append::CONVERTED, append::Params::FIELDS),
             (&attention::SOURCE, attention::Params::FIELDS),
             (&attention::EXTRAS, attention::Params::FIELDS),
             (&attention::COMBINE, attention::CombineParams::FIELDS),
@@ -109,6 +113,10 @@ mod tests {
             "table_stride",
             "batch",
             "rows",
+            "key_units",
+            "value_units",
+            "key_scales",
+            "value_scales",
         ];
         for layout in Layout::ALL {
             let text = format!("fn kv_table(i: u32) -> u32 {{ return i; }}\n{}", layout.wgsl());
@@ -129,8 +137,10 @@ mod tests {
             capacity: 6,
             ..Default::default()
         };
-        let words: [u32; Layout::WORDS] =
-            bytemuck::cast(KvLayout { table: 7, table_stride: 8, batch: 9, rows: 10, ..filled });
-        assert_eq!(words, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0, 0, 0, 0, 0]);
+        let filled = KvLayout { table: 7, table_stride: 8, batch: 9, rows: 10, ..filled };
+        let filled = KvLayout { key_units: 11, value_units: 12, ..filled };
+        let filled = KvLayout { key_scales: 13, value_scales: 14, ..filled };
+        let words: [u32; Layout::WORDS] = bytemuck::cast(filled);
+        assert_eq!(words, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0, 0]);
     }
 }

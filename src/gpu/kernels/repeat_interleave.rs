@@ -4,16 +4,18 @@ use super::gather::tiles;
 use super::params::params;
 use super::{Dispatch, Kernels, Unit, Variant};
 use crate::error::Result;
+use crate::format::Plane;
 
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache repeat_interleave",
     wgsl: include_str!("../../../shaders/repeat_interleave.wgsl"),
     joined: &[include_str!("../../../shaders/columns.wgsl")],
+    sides: None,
     writes: &[false, false, true, true],
     params_bytes: Params::BYTES,
     constants: &[],
     layouts: &[],
-    dtypes: &[],
+    formats: &[],
 };
 
 params! {
@@ -21,6 +23,10 @@ params! {
     struct Params {
         key_units: u32,
         value_units: u32,
+        key_from_base: u32,
+        value_from_base: u32,
+        key_base: u32,
+        value_base: u32,
         heads: u32,
         tiles: u32,
         start: u32,
@@ -35,8 +41,8 @@ params! {
 /// The live part of a layer that is copied, and the ring that receives it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyShape<'a> {
-    /// Bytes of one token of one head, for K and for V.
-    pub(crate) row_bytes: [u64; 2],
+    /// What is copied, in the old buffers and in the new ones: rows of the same bytes.
+    pub(crate) planes: [Plane; 2],
     pub(crate) heads: usize,
     pub(crate) start: usize,
     pub(crate) len: usize,
@@ -53,13 +59,17 @@ impl Kernels {
         [old, new]: [[&wgpu::Buffer; 2]; 2],
         shape: &CopyShape<'_>,
     ) -> Result<Dispatch> {
-        let unit = Unit::for_rows(shape.row_bytes);
+        let [from, to] = shape.planes;
+        let unit = Unit::for_rows(to.row_bytes);
         let list = self.uploads.upload(shape.copies)?;
-        let [key, value] = shape.row_bytes;
-        let tiles = tiles(unit, shape.row_bytes, shape.len)?;
+        let tiles = tiles(unit, to.row_bytes, shape.len)?;
         let params = Params {
-            key_units: unit.count(key)?,
-            value_units: unit.count(value)?,
+            key_units: unit.count(to.row_bytes[0])?,
+            value_units: unit.count(to.row_bytes[1])?,
+            key_from_base: unit.count(from.base[0])?,
+            value_from_base: unit.count(from.base[1])?,
+            key_base: unit.count(to.base[0])?,
+            value_base: unit.count(to.base[1])?,
             heads: super::narrow(shape.heads)?,
             tiles,
             start: super::narrow(shape.start)?,

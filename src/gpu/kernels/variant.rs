@@ -1,8 +1,8 @@
 //! The variants of a kernel's WGSL.
 
 use super::Source;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::format::{Format, by_words, of_side};
 use crate::layout::Layout;
 
 /// What an invocation moves at once.
@@ -60,6 +60,25 @@ pub(crate) fn constants<const N: usize>(values: [u32; N]) -> [u32; CONSTANTS] {
     std::array::from_fn(|at| values.get(at).copied().unwrap_or(0))
 }
 
+/// How a kernel reads elements of K or of V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Elements {
+    pub(crate) format: Format,
+    pub(crate) by_words: bool,
+}
+
+impl Elements {
+    /// Of slots of these many elements.
+    pub(crate) fn new(formats: [Format; 2], strides: [usize; 2]) -> [Self; 2] {
+        [0, 1].map(|side| {
+            let format = formats[side];
+            // Quantized elements are read in one way.
+            let by_words = !format.is_quantized() && by_words(strides[side]);
+            Self { format, by_words }
+        })
+    }
+}
+
 /// Selects a variant of a kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Variant {
@@ -67,7 +86,7 @@ pub(crate) struct Variant {
     /// For kernels that are joined with a layout's text.
     pub(crate) layout: Option<Layout>,
     /// For kernels that read elements.
-    pub(crate) dtype: Option<DType>,
+    pub(crate) elements: Option<[Elements; 2]>,
     /// Values of the kernel's pipeline constants, in its order.
     pub(crate) constants: [u32; CONSTANTS],
 }
@@ -85,16 +104,12 @@ impl Variant {
                 "var<immediate> params: Params;",
             );
         }
-        if let Some(dtype) = self.dtype {
-            text.push_str(match dtype {
-                DType::F32 => include_str!("../../../shaders/element/f32.wgsl"),
-                DType::F16 => include_str!("../../../shaders/element/f16.wgsl"),
-                DType::BF16 => include_str!("../../../shaders/element/bf16.wgsl"),
-            });
-            text.push_str(match self.unit {
-                Unit::Vector => include_str!("../../../shaders/element/vectors.wgsl"),
-                Unit::Word => include_str!("../../../shaders/element/words.wgsl"),
-            });
+        for (side, elements) in ["key", "value"].iter().zip(self.elements.iter().flatten()) {
+            text.push_str(&elements.format.side_wgsl(side, elements.by_words));
+        }
+        if let Some(side) = source.sides {
+            text.push_str(&of_side(side, "key"));
+            text.push_str(&of_side(side, "value"));
         }
         if let Some(layout) = self.layout {
             text.push_str(layout.wgsl());
@@ -121,11 +136,21 @@ mod tests {
         let mut all = Vec::new();
         for source in super::super::SOURCES {
             let has_units = source.wgsl.contains("Unit");
-            for unit in Unit::ALL.into_iter().take(if has_units { 2 } else { 1 }) {
+            let units = match (has_units, source.sides) {
+                (true, _) => &Unit::ALL[..],
+                (false, None) => &[Unit::Vector],
+                // What converts reads and writes words.
+                (false, Some(_)) => &[Unit::Word],
+            };
+            for &unit in units {
                 for layout in some_or_none(source.layouts) {
-                    for dtype in some_or_none(source.dtypes) {
+                    let both = |formats| [[4, 4], [2, 2]].map(|dims| Elements::new(formats, dims));
+                    let mut elements: Vec<_> =
+                        source.formats.iter().copied().flat_map(both).collect();
+                    elements.dedup();
+                    for elements in some_or_none(&elements) {
                         for path in ParamsPath::ALL {
-                            let variant = Variant { unit, layout, dtype, ..Variant::default() };
+                            let variant = Variant { unit, layout, elements, ..Variant::default() };
                             let name = format!("{}, {variant:?}, {path:?}", source.label);
                             all.push((name, variant.text(source, path), path));
                         }

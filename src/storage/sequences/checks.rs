@@ -58,11 +58,11 @@ impl SequenceLayers {
         value: &TensorView<'_>,
     ) -> Result<Shape> {
         let shape = self.shapes[layer];
+        if key.dtype != value.dtype {
+            return Err(Error::WrongDType { what: "value", expected: key.dtype, got: value.dtype });
+        }
         for (what, tensor) in [("key", key), ("value", value)] {
-            if tensor.dtype != shape.dtype {
-                let (expected, got) = (shape.dtype, tensor.dtype);
-                return Err(Error::WrongDType { what, expected, got });
-            }
+            self.storing.check_dtype(&shape, what, tensor.dtype)?;
             let [batch, _, tokens, _] = tensor.shape;
             if [batch, tokens] != [1, step.work.total] {
                 let (tokens, shape) = (step.work.total, tensor.shape);

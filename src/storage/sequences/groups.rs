@@ -12,7 +12,9 @@ use crate::host::window::Window;
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
 use crate::storage::step::StepData;
-use crate::tensor::{HostTensor, TensorView};
+use crate::storage::write::Storing;
+use crate::stored::StoredTensor;
+use crate::tensor::TensorView;
 use crate::view::LayerView;
 
 /// The layers of a cache.
@@ -42,7 +44,7 @@ impl SequenceGroups {
         gpu: &Gpu,
         layers: &[LayerShape],
         windows: &[Option<Window>],
-        limits: SequenceLimits,
+        (limits, storing): (SequenceLimits, Storing),
     ) -> Result<Self> {
         let window = |layer: usize| windows.get(layer).copied().flatten();
         let mut kinds: Vec<Option<Window>> = (0..layers.len()).map(window).collect();
@@ -55,13 +57,13 @@ impl SequenceGroups {
             let of_layer = window(layer);
             let group = kinds.iter().position(|kind| *kind == of_layer).unwrap_or_default();
             places.push((group, members[group].len()));
-            members[group].push((layer, shape_of(shape)?));
+            members[group].push((layer, shape_of(shape, storing)?));
         }
         let cache = Sequences::new(limits.page_tokens).cache();
         let groups = kinds.iter().zip(members).map(|(&kind, members)| {
             let first = members.first().map_or(0, |(layer, _)| *layer);
             let sequences = Sequences::of_group(cache, limits.page_tokens, kind, first);
-            SequenceLayers::new(gpu, members, limits, sequences)
+            SequenceLayers::new(gpu, members, (limits, storing), sequences)
         });
         let has_windows = kinds.iter().any(Option::is_some);
         Ok(Self { limits, groups: groups.collect(), places, has_windows })
@@ -218,7 +220,7 @@ impl SequenceGroups {
         &self,
         id: SequenceId,
         layer: usize,
-    ) -> Result<Option<(HostTensor, HostTensor)>> {
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
         let (group, at) = self.place(layer)?;
         self.groups[group].get(id, at)
     }
@@ -227,7 +229,7 @@ impl SequenceGroups {
         &self,
         id: SequenceId,
         layer: usize,
-    ) -> Result<Option<(HostTensor, HostTensor)>> {
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
         let (group, at) = self.place(layer)?;
         self.groups[group].get_async(id, at).await
     }

@@ -5,14 +5,14 @@ use super::pools::Growth;
 use crate::error::{Error, Result};
 use crate::gpu::arena::Allocation;
 use crate::gpu::call::Call;
-use crate::gpu::kernels::{AppendShape, Positions};
+use crate::gpu::kernels::Positions;
 use crate::host::position::{WritePlan, plan_kept};
 use crate::host::rows::Span;
 use crate::host::sequences::StagedStep;
 use crate::sequence::SequenceId;
 use crate::storage::step::RowLists;
 use crate::storage::store::Store;
-use crate::tensor::TensorView;
+use crate::storage::write::{Target, write_stored};
 
 /// A change of a sequence that is ready to happen.
 pub(super) struct ReadyKeep {
@@ -87,33 +87,18 @@ impl SequenceLayers {
     ) -> Result<()> {
         let (gpu, growth, shape) = (&self.gpu, ready.growth.as_ref(), self.shapes[at]);
         let (grow, grown) = self.stage_pool_copy(growth, at)?;
-        let store = self.grown(growth, at);
+        let (store, pool) = self.grown(growth, at);
         let bytes = shape.bytes(1, count)?;
         let copy = Store::new(gpu, self.numbers[at], bytes)?;
         let view = |allocation: &Allocation, spans: &[Span]| {
-            self.shaped_view(at, store, &spans.into(), allocation.clone(), None)
+            self.shaped_view(at, (store, pool), &spans.into(), allocation.clone(), None)
         };
         let collect = gpu.kernels().collect(&view(from, tail), 0..1, copy.buffers())?;
         let (copies, moved) = self.stage_page_copies(growth, at, &ready.staged)?;
-        let source =
-            |buffer, dim| TensorView::new(buffer, shape.dtype, &[1, shape.heads, count, dim]);
-        let [key, value] = copy.buffers();
-        let (key, value) = (source(key, shape.key_dim)?, source(value, shape.value_dim)?);
-        let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
-        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
-        let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
-        let bindings = gpu.kernels().bind_append(&bindings)?;
         let kept = ready.staged.total;
-        let append = AppendShape {
-            key: &sources[0],
-            value: &sources[1],
-            tokens: kept,
-            positions,
-            target: &view(to, target),
-            lists: Some(to),
-        };
-        let append = gpu.kernels().append(bindings, &append)?;
-        let all = grow.into_iter().chain([collect]).chain(copies).chain([append]);
+        let target = Target { store, view: &view(to, target), positions, lists: Some(to) };
+        let append = write_stored(gpu, &shape, (&copy, count), kept, target)?;
+        let all = grow.into_iter().chain(collect).chain(copies).chain(append);
         for dispatch in all {
             ready.call.add(dispatch);
             ready.dispatches += 1;

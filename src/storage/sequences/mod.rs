@@ -13,10 +13,9 @@ use self::pools::{Growth, bytes_of};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
-use crate::gpu::bind_groups::Purpose;
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AppendShape, LayerShape, Positions};
+use crate::gpu::kernels::{LayerShape, Positions};
 use crate::gpu::ledger::Ledger;
 use crate::gpu::readback::Readback;
 use crate::host::rows::{Rows, Span};
@@ -25,7 +24,9 @@ use crate::sequence::SequenceId;
 use crate::stats::Stats;
 use crate::storage::step::{RowLists, StepBlock, StepData};
 use crate::storage::store::{Shape, Store};
-use crate::tensor::{HostTensor, TensorView};
+use crate::storage::write::{Inputs, Storing, Target, check_whole_words};
+use crate::stored::StoredTensor;
+use crate::tensor::TensorView;
 use crate::view::{LayerView, Owner, PageTable, RowTable, StepWork};
 
 /// What a cache of sequences is made for.
@@ -41,6 +42,7 @@ pub(crate) struct SequenceLimits {
 pub(crate) struct SequenceLayers {
     gpu: Gpu,
     limits: SequenceLimits,
+    storing: Storing,
     shapes: Vec<Shape>,
     /// Which layers of the cache they are.
     numbers: Vec<usize>,
@@ -86,13 +88,14 @@ impl SequenceLayers {
     fn new(
         gpu: &Gpu,
         layers: Vec<(usize, Shape)>,
-        limits: SequenceLimits,
+        (limits, storing): (SequenceLimits, Storing),
         sequences: Sequences,
     ) -> Self {
         let (numbers, shapes) = layers.into_iter().unzip();
         Self {
             gpu: gpu.clone(),
             limits,
+            storing,
             shapes,
             numbers,
             stores: Vec::new(),
@@ -198,30 +201,12 @@ impl SequenceLayers {
         self.ledger.check()?;
         self.check_step(step)?;
         let shape = self.check_tensors(step, layer, key, value)?;
-        let gpu = &self.gpu;
-        let sources = [key.source("key", gpu.limits())?, value.source("value", gpu.limits())?];
-        key.check_device("key", gpu.handle())?;
-        value.check_device("value", gpu.handle())?;
-        let store = &self.stores[layer];
-        for (what, view) in [("key", key), ("value", value)] {
-            if store.buffers().contains(&view.buffer) {
-                return Err(Error::SourceIsCache { what, layer: self.numbers[layer] });
-            }
-        }
+        let (gpu, store) = (&self.gpu, &self.stores[layer]);
+        let inputs = Inputs::new(gpu, self.numbers[layer], &shape, Some(store), [key, value])?;
         let view = self.step_view(step, layer);
-        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
-        let bindings = [sources[0].binding(key.buffer), sources[1].binding(value.buffer), k, v];
-        let bind = |bindings: &[_]| gpu.kernels().bind_append(bindings);
-        let (bindings, _) = store.bind_groups.get(Purpose::Append, &bindings, bind)?;
-        let append = AppendShape {
-            key: &sources[0],
-            value: &sources[1],
-            tokens: step.work.total,
-            positions: Positions::Packed { at: step.list_at() },
-            target: &view,
-            lists: Some(&step.allocation),
-        };
-        let append = gpu.kernels().append(bindings, &append)?;
+        let positions = Positions::Packed { at: step.list_at() };
+        let lists = Some(&step.allocation);
+        let append = inputs.write(gpu, &shape, Target { store, view: &view, positions, lists })?;
         let mut call = Call::default();
         call.add(append);
         call.record(pass, &self.ledger)?;
@@ -264,7 +249,7 @@ impl SequenceLayers {
         &self,
         id: SequenceId,
         layer: usize,
-    ) -> Result<Option<(HostTensor, HostTensor)>> {
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
         loop {
             let Some(readback) = self.start_readback(id, layer)? else { return Ok(None) };
             readback.wait(&self.gpu)?;
@@ -280,7 +265,7 @@ impl SequenceLayers {
         &self,
         id: SequenceId,
         layer: usize,
-    ) -> Result<Option<(HostTensor, HostTensor)>> {
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
         if self.sequences()?.len(id)? == 0 {
             return Ok(None);
         }
@@ -292,7 +277,7 @@ impl SequenceLayers {
         &self,
         id: SequenceId,
         layer: usize,
-    ) -> Result<Option<(HostTensor, HostTensor)>> {
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
         loop {
             let Some(readback) = self.start_readback(id, layer)? else { return Ok(None) };
             readback.arrive(&self.gpu).await?;
@@ -311,12 +296,12 @@ impl SequenceLayers {
         let Some(store) = self.stores.get(layer).filter(|_| live.len > 0) else { return Ok(None) };
         let records = RowLists::new([(live.start, live.len, live.pages)].into_iter());
         let allocation = self.gpu.uploads().upload(&records.words)?;
-        let view = self.shaped_view(layer, store, &records.spans, allocation, None);
+        let view = self.shaped_view(layer, (store, self.pool), &records.spans, allocation, None);
         Readback::start(&self.gpu, self.numbers[layer], &view, Default::default(), &self.ledger)
             .map(Some)
     }
 
-    fn finish_readback(&self, readback: &Readback) -> Result<(HostTensor, HostTensor)> {
+    fn finish_readback(&self, readback: &Readback) -> Result<(StoredTensor, StoredTensor)> {
         let tensors = readback.finish()?;
         self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
         Ok(tensors)
@@ -328,7 +313,7 @@ impl SequenceLayers {
         Stats {
             dispatches: self.dispatches,
             bytes_moved: self.bytes_moved,
-            buffers: 2 * self.stores.len() as u64,
+            buffers: self.stores.iter().map(Store::count).sum(),
             bytes_allocated,
             peak_bytes_allocated: self.peak_bytes_allocated.max(bytes_allocated),
             bytes_read_back: self.bytes_read_back.load(Ordering::Relaxed),
@@ -351,13 +336,19 @@ impl SequenceLayers {
 
     fn step_view(&self, step: &StepData, layer: usize) -> LayerView {
         let work = Some(Arc::clone(&step.work));
-        self.shaped_view(layer, &self.stores[layer], &step.spans, step.allocation.clone(), work)
+        self.shaped_view(
+            layer,
+            (&self.stores[layer], self.pool),
+            &step.spans,
+            step.allocation.clone(),
+            work,
+        )
     }
 
     fn shaped_view(
         &self,
         layer: usize,
-        store: &Store,
+        (store, pool): (&Store, usize),
         rows: &Arc<[Span]>,
         allocation: Allocation,
         step: Option<Arc<StepWork>>,
@@ -369,7 +360,8 @@ impl SequenceLayers {
         let longest = Rows::Equal(Span { start: 0, len: longest });
         let records = RowTable { allocation, at, rows: Arc::clone(rows) };
         let tables = (Some(pages), Some(records));
-        let view = shape.view(store, &longest, self.limits.page_tokens, tables);
+        let memory = [pool, self.limits.page_tokens];
+        let view = shape.view(store, &longest, memory, tables);
         LayerView { step, owner: Some(self.owner()), ..view }
     }
 
@@ -393,16 +385,16 @@ impl Drop for SequenceLayers {
 }
 
 /// The shape of a page's tokens.
-pub(crate) fn shape_of(layer: &LayerShape) -> Result<Shape> {
+pub(crate) fn shape_of(layer: &LayerShape, storing: Storing) -> Result<Shape> {
     let LayerShape { dtype, heads, key_dim, value_dim } = *layer;
     let extents = [heads, key_dim, value_dim];
     if extents.contains(&0) {
         return Err(Error::ZeroExtent { shape: extents.to_vec() });
     }
-    for (what, dim) in [("key", key_dim), ("value", value_dim)] {
-        if dim.checked_mul(dtype.size()).is_none_or(|bytes| bytes % 4 != 0) {
-            return Err(Error::OddHeadDim { what, dtype, head_dim: dim });
-        }
+    let shape = storing.shape([1, heads], [key_dim, value_dim], dtype);
+    for (at, (what, dim)) in [("key", key_dim), ("value", value_dim)].into_iter().enumerate() {
+        check_whole_words(what, dim, dtype.into())?;
+        check_whole_words(what, dim, shape.formats[at])?;
     }
-    Ok(Shape { batch: 1, heads, key_dim, value_dim, dtype })
+    Ok(shape)
 }

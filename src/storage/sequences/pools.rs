@@ -30,9 +30,15 @@ impl SequenceLayers {
         Ok(Some(Growth { stores: stores?, pages }))
     }
 
-    /// The pool of a layer after growth.
-    pub(super) fn grown<'a>(&'a self, growth: Option<&'a Growth>, layer: usize) -> &'a Store {
-        &growth.map_or(&self.stores, |growth| &growth.stores)[layer]
+    /// The pool of a layer after growth, and its pages.
+    pub(super) fn grown<'a>(
+        &'a self,
+        growth: Option<&'a Growth>,
+        layer: usize,
+    ) -> (&'a Store, usize) {
+        let (stores, pages) =
+            growth.map_or((&self.stores, self.pool), |growth| (&growth.stores, growth.pages));
+        (&stores[layer], pages)
     }
 
     /// What copies the pages in use of a layer into a larger pool, and the bytes.
@@ -56,9 +62,10 @@ impl SequenceLayers {
         layer: usize,
         staged: &StagedStep,
     ) -> Result<(Vec<Dispatch>, u64)> {
-        let (store, size) = (self.grown(growth, layer), self.limits.page_tokens);
+        let (store, pages) = self.grown(growth, layer);
         let moves = plan::list_copies(&staged.copies, MOST_MOVES);
-        copy_pages(&self.gpu, self.shapes[layer], size, store, &moves)
+        let memory = [pages, self.limits.page_tokens];
+        copy_pages(&self.gpu, self.shapes[layer], memory, store, &moves)
     }
 
     pub(super) fn commit_growth(&mut self, growth: Option<Growth>) {
