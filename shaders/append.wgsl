@@ -14,6 +14,8 @@
 // group 1, binding 1: witness        counts the calls that ran
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
+alias Target = Unit;
+
 // A head is this many units wide, rounded up to a power of two, or this many of them are a workgroup's share.
 override tile_units: u32 = 16u;
 // Threads along what lies side by side in the source: the units of a row's tokens or, in a (B, T, H, D)

@@ -3,7 +3,8 @@
 // A thread converts a piece of one token of one head, of K and of V: 64 elements, which are two blocks of a quantized
 // format and share a word of scales. Everything that decides a bit is done with integers, or with floats whose results
 // are exact, so that every device stores the same bits. `append/common.wgsl` is joined (parameters, bindings,
-// positions), `append/convert.wgsl`, `append/side.wgsl` for K and for V, and a text of `layout/`.
+// positions), `append/convert.wgsl`, `append/side.wgsl` and one of
+// `append/side_vectors.wgsl` and `append/side_words.wgsl` for K and for V, and a text of `layout/`.
 //
 // group 0, binding 0: key_source     new K, any strides over (B, H, T), elements of a head adjacent
 // group 0, binding 1: value_source   new V, likewise
@@ -13,6 +14,9 @@
 //                                    ragged rows
 // group 1, binding 1: witness        counts the calls that ran
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
+
+// What is written.
+alias Target = u32;
 
 // Formats: 0 f32, 1 f16, 2 bf16, 3 q8_0, 4 q4_0; new K and V are of one of the first three.
 override source_type: u32 = 0u;
@@ -41,14 +45,14 @@ fn main(
     }
     let batch = select(params.kv.batch, 1u, position_form == 2u);
     let b = row / heads / params.entries;
-    let place = place_of(min(b, batch - 1u), vec4(entry), vec4(b < batch));
-    if place.is_written.x {
-        let slot = kv_slot(params.kv, place.row.x, h, place.position.x);
-        let key = first_units(params.key, b, vec4(h)).x + place.token.x * params.key.stride_t;
-        write_key(key, slot, piece, place.is_zero.x);
-        let value = first_units(params.value, b, vec4(h)).x + place.token.x * params.value.stride_t;
-        write_value(value, slot, piece, place.is_zero.x);
-    }
+    // A thread that is one too many reads what another reads, and writes nothing.
+    let row_of_source = min(b, batch - 1u);
+    let place = place_of(row_of_source, vec4(entry), vec4(b < batch));
+    let slot = kv_slot(params.kv, place.row.x, h, place.position.x);
+    let key = first_units(params.key, row_of_source, vec4(h)).x + place.token.x * params.key.stride_t;
+    write_key(key, slot, piece, place.is_zero.x, place.is_written.x);
+    let value = first_units(params.value, row_of_source, vec4(h)).x + place.token.x * params.value.stride_t;
+    write_value(value, slot, piece, place.is_zero.x, place.is_written.x);
     if number == 0u {
         atomicAdd(&witness, 1u);
     }

@@ -284,6 +284,14 @@ fn score_of(slot: u32, quad: vec4<u32>, q0: Quads, q1: Quads, q2: Quads, q3: Qua
 }
 
 fn score(slot: u32, quad: vec4<u32>, q: Quads) -> vec4<f32> {
+    if is_alone && KEY_IS_QUANTIZED {
+        // The quads of an invocation are a run, and share a scale. Zeros past the end of a head are stored.
+        if has_rest && quad.x >= params.key_quads {
+            return vec4(0.0);
+        }
+        let k = kv_key_run(params.kv, slot, quad.x / 4u);
+        return k[0] * q.x + k[1] * q.y + (k[2] * q.z + k[3] * q.w);
+    }
     return key_quad(slot, quad.x) * q.x + key_quad(slot, quad.y) * q.y
         + (key_quad(slot, quad.z) * q.z + key_quad(slot, quad.w) * q.w);
 }
@@ -337,6 +345,15 @@ fn with_value(
     weight: vec4<f32>,
     is_seen: vec4<bool>,
 ) -> Quads {
+    if is_alone && VALUE_IS_QUANTIZED {
+        let v = kv_value_run(params.kv, slot, min(quad.x, params.value_quads - 1u) / 4u);
+        return Quads(
+            scaled(sums.x, fade) + outer(v[0], weight, is_seen),
+            scaled(sums.y, fade) + outer(v[1], weight, is_seen),
+            scaled(sums.z, fade) + outer(v[2], weight, is_seen),
+            scaled(sums.w, fade) + outer(v[3], weight, is_seen),
+        );
+    }
     let at = min(quad, vec4(params.value_quads - 1u));
     return Quads(
         scaled(sums.x, fade) + outer(value_quad(slot, at.x), weight, is_seen),

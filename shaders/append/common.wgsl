@@ -33,8 +33,8 @@ struct Params {
 
 @group(0) @binding(0) var<storage, read> key_source: array<Unit>;
 @group(0) @binding(1) var<storage, read> value_source: array<Unit>;
-@group(0) @binding(2) var<storage, read_write> key_cache: array<Unit>;
-@group(0) @binding(3) var<storage, read_write> value_cache: array<Unit>;
+@group(0) @binding(2) var<storage, read_write> key_cache: array<Target>;
+@group(0) @binding(3) var<storage, read_write> value_cache: array<Target>;
 @group(1) @binding(0) var<storage, read> lists: array<u32>;
 @group(1) @binding(1) var<storage, read_write> witness: atomic<u32>;
 @group(2) @binding(0) var<uniform> params: Params;

@@ -15,9 +15,16 @@ fn bits_of_pairs(words: vec2<u32>, kind: u32) -> vec4<u32> {
     return bits | ((halves & vec4(0x8000u)) << vec4(16u));
 }
 
-// The first of five elements whose magnitude no other exceeds, as bits.
+// Eight elements, as the bits of f32.
+struct Eight {
+    first: vec4<u32>,
+    second: vec4<u32>,
+}
+
+const SIZE: u32 = 0x7fffffffu;
+
+// Of four elements and one before them, as bits, the first whose magnitude no other exceeds.
 fn larger(first: u32, four: vec4<u32>) -> u32 {
-    const SIZE: u32 = 0x7fffffffu;
     var most = select(first, four.x, (four.x & SIZE) > (first & SIZE));
     most = select(most, four.y, (four.y & SIZE) > (most & SIZE));
     most = select(most, four.z, (four.z & SIZE) > (most & SIZE));
@@ -61,23 +68,32 @@ fn scale_of(most: u32, format: u32) -> u32 {
     return select(select(half, 0u, (half & 0x7fffu) == 0u), 0x7e00u, (half & 0x7c00u) == 0x7c00u);
 }
 
-// Four elements divided by a scale, rounded to nearest even, within what the format has.
-fn numbers(bits: vec4<u32>, scale: u32, format: u32) -> vec4<i32> {
+// The size of a scale as f32; zero for one that is no finite number.
+fn step_of(scale: u32) -> f32 {
     let size = scale & 0x7fffu;
-    if size == 0u || size >= 0x7c00u {
-        return vec4(0);
+    if size >= 0x7c00u {
+        return 0.0;
     }
-    let step = bitcast<f32>(bits_of_pairs(vec2(size, 0u), 1u).x);
-    let x = bitcast<vec4<f32>>(bits ^ vec4((scale & 0x8000u) << 16u));
+    return select(bitcast<f32>((size << 13u) + 0x38000000u), f32(size) * 5.9604644775390625e-8, size < 0x400u);
+}
+
+// Four elements divided by a step, rounded to nearest even, within what the format has. Zeros for no step.
+fn numbers(bits: vec4<u32>, step: f32, format: u32) -> vec4<i32> {
+    let is_none = step == 0.0;
+    let x = bitcast<vec4<f32>>(select(bits, vec4(0u), vec4(is_none)));
     // A device may divide inexactly, so the result is near. The rest is exact: a number of few bits times a step of
     // 11 bits, which is within a factor of two of x or zero.
-    let near = round(x / step);
+    let near = round(x * select(1.0 / step, 0.0, is_none));
+    let number = vec4<i32>(near);
     let twice = 2.0 * (x - near * step);
-    let is_odd = (vec4<i32>(near) & vec4(1)) != vec4(0);
-    let is_up = (twice > vec4(step)) | ((twice == vec4(step)) & is_odd);
-    let is_down = (twice < vec4(-step)) | ((twice == vec4(-step)) & is_odd);
-    let nearest = vec4<i32>(near) + select(vec4(0), vec4(1), is_up) - select(vec4(0), vec4(1), is_down);
-    return select(clamp(nearest, vec4(-8), vec4(7)), clamp(nearest, vec4(-127), vec4(127)), vec4(format == 3u));
+    // Half a step up or down is enough for an odd number, and too little for an even one.
+    let parity = bitcast<vec4<u32>>(number & vec4(1));
+    let most = bitcast<vec4<f32>>(vec4(bitcast<u32>(step)) - select(parity, vec4(0u), vec4(is_none)));
+    let nearest = number + vec4<i32>(twice > most) - vec4<i32>(twice < -most);
+    if format == 3u {
+        return clamp(nearest, vec4(-127), vec4(127));
+    }
+    return clamp(nearest, vec4(-8), vec4(7));
 }
 
 // Four numbers as the bytes of a word.

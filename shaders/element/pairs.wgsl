@@ -20,12 +20,12 @@ fn word_of_bits(bits: vec2<u32>, kind: u32) -> u32 {
     if kind == 1u {
         // Not pack2x16float: it leaves open how it rounds, and what becomes of what is out of range.
         let tie = (magnitude >> vec2(13u)) & vec2(1u);
-        let normal = (magnitude + vec2(0xfffu) + tie - vec2(0x38000000u)) >> vec2(13u);
+        // From 65520 on the nearest is infinity. 0xc8000fff: less the difference of the exponents' offsets, and all
+        // but a half of the last place.
+        let normal = (min(magnitude, vec2(0x47800000u)) + vec2(0xc8000fffu) + tie) >> vec2(13u);
         // Below 2^-14 the steps are those of an f32 from 0.5 on.
         let small = bitcast<vec2<u32>>(bitcast<vec2<f32>>(magnitude) + vec2(0.5)) - vec2(0x3f000000u);
         var half = select(normal, small, magnitude < vec2(0x38800000u));
-        // From 65520 on the nearest is infinity.
-        half = select(half, vec2(0x7c00u), magnitude >= vec2(0x477ff000u));
         half = select(half, vec2(0x7e00u), is_nan);
         half |= (bits >> vec2(16u)) & vec2(0x8000u);
         return half.x | (half.y << 16u);

@@ -62,7 +62,7 @@ impl Kernels {
             {
                 let unit = Unit::for_rows(row_bytes);
                 if is_converted {
-                    let converted = super::append::converted_ahead(layer, stored, layout);
+                    let converted = super::append_converted::converted_ahead(layer, stored, layout);
                     wanted.extend(converted.map(|it| (6, it)));
                 } else {
                     let plain = self.append_ahead(layer, unit, row_bytes, layout)?;

@@ -1,12 +1,9 @@
-//! `shaders/append.wgsl` and `shaders/append_converted.wgsl`: new tokens into their slots, K and V in one dispatch, as
-//! they come in or in the layer's formats.
+//! `shaders/append.wgsl`: new tokens into their slots as they come in, K and V in one dispatch.
 
 use super::params::{Strided, params};
 use super::variant::constants;
 use super::{Dispatch, Kernels, LayerShape, Unit, Variant, WORKGROUP};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::format::Format;
+use crate::error::Result;
 use crate::gpu::arena::Allocation;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
@@ -32,24 +29,7 @@ pub(super) const SOURCE: super::Source = super::Source {
     formats: &[],
 };
 
-pub(super) const CONVERTED: super::Source = super::Source {
-    label: "kvcache append converted",
-    wgsl: include_str!("../../../shaders/append_converted.wgsl"),
-    joined: &[
-        COMMON,
-        include_str!("../../../shaders/append/convert.wgsl"),
-        include_str!("../../../shaders/element/pairs.wgsl"),
-    ],
-    sides: Some(include_str!("../../../shaders/append/side.wgsl")),
-    constants: &["source_type", "key_format", "value_format", "is_bthd", "position_form"],
-    ..SOURCE
-};
-
-const COMMON: &str = include_str!("../../../shaders/append/common.wgsl");
-
-/// Elements that an invocation converts, and invocations a workgroup, as in the shader.
-const PIECE: usize = 64;
-const CONVERTERS: u64 = 64;
+pub(super) const COMMON: &str = include_str!("../../../shaders/append/common.wgsl");
 
 /// Units that a thread takes, as in the shader.
 const UNITS_PER_THREAD: u32 = 4;
@@ -86,7 +66,7 @@ pub(crate) enum Positions {
 
 impl Positions {
     /// Positions that each row visits, of `tokens` new tokens.
-    fn entries(self, tokens: u32) -> u32 {
+    pub(super) fn entries(self, tokens: u32) -> u32 {
         match self {
             Self::Run { zeros, .. } => zeros + tokens,
             Self::List { named, gap, .. } => named + gap,
@@ -95,7 +75,7 @@ impl Positions {
     }
 
     /// `first`, `zeros`, `list_at` and `list_stride` of the parameters.
-    fn words(self) -> [u32; 4] {
+    pub(super) fn words(self) -> [u32; 4] {
         match self {
             Self::Run { first, zeros } => [first, zeros, 0, 0],
             Self::List { named, at, stride, .. } => [0, named, at, stride],
@@ -104,7 +84,7 @@ impl Positions {
     }
 
     /// The pipeline constant.
-    fn form(self) -> u32 {
+    pub(super) fn form(self) -> u32 {
         match self {
             Self::Run { .. } => 0,
             Self::List { .. } => 1,
@@ -184,52 +164,10 @@ impl Kernels {
         let variant = variant(unit, view.layout(), tile, form, entries, is_scales);
         self.append.prepare_sides(variant, bindings, shape.lists.cloned(), &params, sides)
     }
-
-    /// Writes new tokens of `dtype` in the formats of the target.
-    pub(crate) fn append_converted(
-        &self,
-        bindings: wgpu::BindGroup,
-        shape: &AppendShape<'_>,
-        dtype: DType,
-    ) -> Result<Dispatch> {
-        let ([key, value], view, unit) = (shape.sources, shape.target, Unit::Word);
-        let is_packed = matches!(shape.positions, Positions::Packed { .. });
-        let batch = if is_packed { 1 } else { view.batch };
-        let entries = shape.positions.entries(super::narrow(shape.tokens)?);
-        let pieces = view.key_dim.max(view.value_dim).div_ceil(PIECE);
-        let [key_units, value_units] = [
-            view.formats[0].plane_bytes(view.key_dim)[0],
-            if value.row_bytes > 0 { view.formats[1].plane_bytes(view.value_dim)[0] } else { 0 },
-        ];
-        let [first, zeros, list_at, list_stride] = shape.positions.words();
-        let params = Params {
-            kv: view.kv_layout(),
-            key: strided(key, unit)?,
-            value: strided(value, unit)?,
-            key_units: unit.count(key_units)?,
-            value_units: unit.count(value_units)?,
-            entries,
-            tiles: super::narrow(pieces)?,
-            first,
-            zeros,
-            list_at,
-            list_stride,
-        };
-        let threads =
-            (pieces as u64 * batch as u64 * view.heads as u64).saturating_mul(u64::from(entries));
-        if threads > u64::from(u32::MAX) {
-            return Err(Error::too_many("number of invocations of an append", threads));
-        }
-        let is_bthd = key.strides[1] < key.strides[2];
-        let form = shape.positions.form();
-        let variant = converted_variant(view.layout(), dtype, view.formats, is_bthd, form);
-        let (lists, groups) = (shape.lists.cloned(), threads.div_ceil(CONVERTERS));
-        self.append_converted.prepare(variant, bindings, lists, &params, groups)
-    }
 }
 
 /// The address of a source, in units.
-fn strided(source: &Source, unit: Unit) -> Result<Strided> {
+pub(super) fn strided(source: &Source, unit: Unit) -> Result<Strided> {
     let [b, h, t] = source.strides;
     let [offset, stride_b, stride_h, stride_t] =
         [source.offset, b, h, t].map(|bytes| unit.count(bytes));
@@ -283,28 +221,6 @@ fn variant(
         ]),
         ..Variant::default()
     }
-}
-
-/// The variants that convert K and V of a layer, (B, H, T, D) or (B, T, H, D).
-pub(super) fn converted_ahead(
-    layer: &LayerShape,
-    formats: [Format; 2],
-    layout: Layout,
-) -> [Variant; 2] {
-    let form = if layout == Layout::RaggedPaged { 2 } else { 0 };
-    [false, true].map(|is_bthd| converted_variant(layout, layer.dtype, formats, is_bthd, form))
-}
-
-fn converted_variant(
-    layout: Layout,
-    dtype: DType,
-    formats: [Format; 2],
-    is_bthd: bool,
-    form: u32,
-) -> Variant {
-    let [key, value] = formats.map(Format::number);
-    let constants = constants([Format::from(dtype).number(), key, value, u32::from(is_bthd), form]);
-    Variant { unit: Unit::Word, layout: Some(as_written(layout)), constants, ..Variant::default() }
 }
 
 /// The layout of a layer that is written: a contiguous one is a ring that does not wrap yet.

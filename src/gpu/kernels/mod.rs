@@ -2,6 +2,7 @@
 
 mod ahead;
 mod append;
+mod append_converted;
 mod attention;
 mod collect;
 mod gather;
@@ -70,7 +71,7 @@ impl Kernels {
         let kernel = |source: &'static Source| Kernel::new(&uploads, source, &cache);
         Self {
             append: kernel(&append::SOURCE),
-            append_converted: kernel(&append::CONVERTED),
+            append_converted: kernel(&append_converted::CONVERTED),
             attention: kernel(&attention::SOURCE),
             attention_extras: kernel(&attention::EXTRAS),
             attention_combine: kernel(&attention::COMBINE),
@@ -110,8 +111,8 @@ pub(crate) struct Source {
     wgsl: &'static str,
     /// Texts that several kernels share, appended to `wgsl`.
     joined: &'static [&'static str],
-    /// A text that is appended for K and for V, with `key` and `value` in the place of `side`.
-    sides: Option<&'static str>,
+    /// Texts that are appended for K and for V, with `key` and `value` in the place of `side`: for vectors, for words.
+    sides: Option<[[&'static str; 2]; 2]>,
     /// For each binding of group 0, in order, whether the kernel writes it.
     writes: &'static [bool],
     /// Bytes of its parameters.
@@ -138,7 +139,7 @@ impl Source {
 #[cfg(test)]
 const SOURCES: [&Source; 8] = [
     &append::SOURCE,
-    &append::CONVERTED,
+    &append_converted::CONVERTED,
     &attention::SOURCE,
     &attention::EXTRAS,
     &attention::COMBINE,

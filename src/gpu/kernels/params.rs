@@ -43,7 +43,9 @@ pub(super) struct Strided {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{SOURCES, Source, append, attention, collect, gather, repeat_interleave};
+    use super::super::{
+        SOURCES, Source, append, append_converted, attention, collect, gather, repeat_interleave,
+    };
     use crate::layout::{KvLayout, Layout};
 
     /// Name, offset and size of each member of a struct, in bytes.
@@ -86,7 +88,7 @@ mod tests {
     fn parameters_are_laid_out_as_the_shaders_read_them() {
         let all: [(&Source, Fields); 8] = [
             (&append::SOURCE, append::Params::FIELDS),
-            (&append::CONVERTED, append::Params::FIELDS),
+            (&append_converted::CONVERTED, append::Params::FIELDS),
             (&attention::SOURCE, attention::Params::FIELDS),
             (&attention::EXTRAS, attention::Params::FIELDS),
             (&attention::COMBINE, attention::CombineParams::FIELDS),

@@ -107,9 +107,9 @@ impl Variant {
         for (side, elements) in ["key", "value"].iter().zip(self.elements.iter().flatten()) {
             text.push_str(&elements.format.side_wgsl(side, elements.by_words));
         }
-        if let Some(side) = source.sides {
-            text.push_str(&of_side(side, "key"));
-            text.push_str(&of_side(side, "value"));
+        if let Some([vectors, words]) = source.sides {
+            let texts = if self.unit == Unit::Word { words } else { vectors };
+            ["key", "value"].iter().for_each(|side| text.push_str(&of_side(&texts.concat(), side)));
         }
         if let Some(layout) = self.layout {
             text.push_str(layout.wgsl());
@@ -136,13 +136,8 @@ mod tests {
         let mut all = Vec::new();
         for source in super::super::SOURCES {
             let has_units = source.wgsl.contains("Unit");
-            let units = match (has_units, source.sides) {
-                (true, _) => &Unit::ALL[..],
-                (false, None) => &[Unit::Vector],
-                // What converts reads and writes words.
-                (false, Some(_)) => &[Unit::Word],
-            };
-            for &unit in units {
+            let has_units = has_units || source.sides.is_some();
+            for unit in Unit::ALL.into_iter().take(if has_units { 2 } else { 1 }) {
                 for layout in some_or_none(source.layouts) {
                     let both = |formats| [[4, 4], [2, 2]].map(|dims| Elements::new(formats, dims));
                     let mut elements: Vec<_> =
