@@ -39,6 +39,8 @@ mod format;
 mod gpu;
 mod host;
 mod layout;
+#[cfg(feature = "safetensors")]
+mod saved;
 mod sequence;
 mod stats;
 mod storage;
@@ -47,6 +49,8 @@ mod tensor;
 mod view;
 
 pub use attention::{Attention, AttentionOptions, BitMask};
+#[cfg(feature = "safetensors")]
+pub use cache::SaveFuture;
 pub use cache::dynamic::DynamicKVCache;
 pub use cache::encoder_decoder::{EncoderDecoderCache, Side};
 pub use cache::fixed::StaticKVCache;
@@ -56,7 +60,7 @@ pub use cache::paged::PagedKVCache;
 pub use cache::sequences::{SequenceCache, Step};
 pub use cache::{Cache, GetFuture, KVCache};
 pub use dtype::{DType, Element, UnknownDType};
-pub use error::{Error, ErrorKind, Reason, Result, SequenceError, WindowError};
+pub use error::{Error, ErrorKind, Reason, Result, SequenceError, StoringError, WindowError};
 pub use format::{Format, Formats, UnknownFormat};
 pub use gpu::kernels::{CompileScope, LayerShape};
 pub use gpu::{Gpu, HeadlessOptions};

@@ -128,6 +128,25 @@ macro_rules! implement_cache {
                 Box::pin(self.layers.get_async(layer_idx))
             }
 
+            #[cfg(feature = "safetensors")]
+            fn save(&self, layers: std::ops::Range<usize>) -> crate::error::Result<Vec<u8>> {
+                crate::saved::to_bytes(&self.layers.save(layers)?)
+            }
+
+            #[cfg(feature = "safetensors")]
+            fn save_async(&self, layers: std::ops::Range<usize>) -> crate::cache::SaveFuture<'_> {
+                Box::pin(async { crate::saved::to_bytes(&self.layers.save_async(layers).await?) })
+            }
+
+            #[cfg(feature = "safetensors")]
+            fn restore(
+                &mut self,
+                pass: &mut wgpu::ComputePass<'_>,
+                bytes: &[u8],
+            ) -> crate::error::Result<()> {
+                self.layers.restore(pass, &crate::saved::parse(bytes)?)
+            }
+
             fn get_seq_length(&self, layer_idx: usize) -> crate::error::Result<usize> {
                 self.layers.seq_length(layer_idx)
             }

@@ -448,6 +448,74 @@ pub trait KVCache: Cache {
         Box::pin(async { Err(crate::Error::NotSupported { what: "get_stored_async()" }) })
     }
 
+    /// The layers of a range that hold tokens, as a file in the format
+    /// [safetensors](https://github.com/huggingface/safetensors): for a later run, another kind of cache or another
+    /// device. `0..usize::MAX` saves all. Submits and waits, as [`get`](KVCache::get).
+    ///
+    /// Tensors `layer.3.key` and `layer.3.value` hold the tokens as they are stored, [page, H, tokens of a page, D], and
+    /// `layer.3.pages` the pages of each row, so a page that rows share is saved once. A ring is one page a row: [B, H, T,
+    /// D]. Quantized tensors have their blocks' bytes in place of D, and their scales in `layer.3.key.scales` and
+    /// `layer.3.value.scales`. `layer.3.rows` holds the first slot and the number of live tokens of each row. The metadata
+    /// says the rest: formats, elements a head, and how many tokens are gone before the live ones.
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](KVCache::get). A cache of one's own that does not have this method answers
+    /// [`Error::NotSupported`](crate::Error::NotSupported).
+    #[cfg(feature = "safetensors")]
+    fn save(&self, layers: std::ops::Range<usize>) -> Result<Vec<u8>> {
+        let _ = layers;
+        Err(crate::Error::NotSupported { what: "save()" })
+    }
+
+    /// As [`save`](KVCache::save), without blocking: as [`get_async`](KVCache::get_async).
+    #[cfg(feature = "safetensors")]
+    fn save_async(&self, layers: std::ops::Range<usize>) -> SaveFuture<'_> {
+        let _ = layers;
+        Box::pin(async { Err(crate::Error::NotSupported { what: "save_async()" }) })
+    }
+
+    /// Records the writing of saved layers into this cache, which holds nothing: it is new, or was
+    /// [reset](Cache::reset). It may be of another kind, and on another device, than the cache that was saved; it must
+    /// store in the same [formats](crate::CacheOptions::with_formats). Pages are shared by the rows that shared them,
+    /// whatever the size of a page. A layer with a window keeps what its window needs.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{Cache, CachePosition, DynamicKVCache, Gpu, KVCache, PagedKVCache};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// let mut cache = DynamicKVCache::new(&gpu);
+    /// let tokens = gpu.upload(&[0.5_f32; 3 * 4], &[1, 1, 3, 4])?;
+    /// gpu.submit_pass("prompt", |pass| {
+    ///     cache.update(pass, &tokens.view(), &tokens.view(), 0, CachePosition::Append).map(|_| ())
+    /// })?;
+    /// let bytes = cache.save(0..usize::MAX)?; // std::fs::write(path, &bytes)
+    /// let mut other = PagedKVCache::new(&gpu);
+    /// gpu.submit_pass("restore", |pass| other.restore(pass, &bytes))?;
+    /// assert_eq!(other.get(0)?, cache.get(0)?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`StoringError::BadSave`] for bytes that are damaged, foreign, or of other formats than this cache stores: everything is
+    /// checked before anything is allocated. [`Error::NotSupported`] for a cache that holds tokens, or one of one's own
+    /// that does not have this method. Those of an append, of which [`Error::LayerTooLarge`] may also be for what is
+    /// uploaded. After any of them the cache holds nothing, as before.
+    ///
+    /// [`StoringError::BadSave`]: crate::StoringError::BadSave
+    /// [`Error::NotSupported`]: crate::Error::NotSupported
+    /// [`Error::LayerTooLarge`]: crate::Error::LayerTooLarge
+    #[cfg(feature = "safetensors")]
+    fn restore(&mut self, pass: &mut wgpu::ComputePass<'_>, bytes: &[u8]) -> Result<()> {
+        let _ = (pass, bytes);
+        Err(crate::Error::NotSupported { what: "restore()" })
+    }
+
     /// Live tokens; 0 for a layer never written. If rows differ in length, those of the longest row, or more if that
     /// row was selected away: as many as [`get`](KVCache::get) returns. Of one row:
     /// [`LayerView::row_len`](crate::LayerView::row_len).
@@ -475,6 +543,13 @@ pub trait KVCache: Cache {
         Err(crate::Error::NotSupported { what: "get_next_position()" })
     }
 }
+
+/// What [`KVCache::save_async`] returns.
+#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
+pub type SaveFuture<'a> = Pin<Box<dyn Future<Output = Result<Vec<u8>>> + Send + 'a>>;
+/// What [`KVCache::save_async`] returns.
+#[cfg(all(feature = "safetensors", target_arch = "wasm32"))]
+pub type SaveFuture<'a> = Pin<Box<dyn Future<Output = Result<Vec<u8>>> + 'a>>;
 
 /// What [`KVCache::get_async`] returns, and with [`StoredTensor`] [`KVCache::get_stored_async`].
 #[cfg(not(target_arch = "wasm32"))]

@@ -389,6 +389,39 @@ impl SequenceCache {
         Box::pin(self.layers.get_async(id, layer_idx))
     }
 
+    /// A sequence as a file in the format safetensors: for a later run, another cache of sequences, or a cache of rows.
+    /// See [`KVCache::save`](crate::KVCache::save).
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    #[cfg(feature = "safetensors")]
+    pub fn save(&self, id: SequenceId) -> Result<Vec<u8>> {
+        crate::saved::to_bytes(&self.layers.save(id)?)
+    }
+
+    /// As [`save`](Self::save), without blocking.
+    #[cfg(feature = "safetensors")]
+    pub fn save_async(&self, id: SequenceId) -> crate::cache::SaveFuture<'_> {
+        Box::pin(async move { crate::saved::to_bytes(&self.layers.save_async(id).await?) })
+    }
+
+    /// Records the writing of a saved sequence, or of a saved cache of one row, and adds it under a new name. It is a
+    /// [`Step`] of its own: the step before must be finished.
+    ///
+    /// # Errors
+    ///
+    /// [`StoringError::BadSave`](crate::StoringError::BadSave) for bytes that are damaged, foreign, or of other layers or formats; [`Error::NotSupported`] if
+    /// layers have windows; those of [`plan_step`](Self::plan_step). None of them leaves a sequence behind.
+    #[cfg(feature = "safetensors")]
+    pub fn restore(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        bytes: &[u8],
+    ) -> Result<SequenceId> {
+        self.layers.restore(pass, &crate::saved::parse(bytes)?)
+    }
+
     /// Removes all sequences, forgets all prefixes and lost passes, and keeps the memory. Names of before are
     /// errors.
     pub fn reset(&mut self) {

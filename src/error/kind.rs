@@ -51,7 +51,7 @@ impl Error {
             Self::WrongRank { .. }
             | Self::ZeroExtent { .. }
             | Self::KeyValueShape { .. }
-            | Self::ValueNotInKey { .. }
+            | Self::Storing(_)
             | Self::WrongDType { .. }
             | Self::SliceType { .. }
             | Self::BatchChanged { .. }

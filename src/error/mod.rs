@@ -4,11 +4,13 @@
 mod kind;
 mod make;
 mod sequence;
+mod storing;
 mod window;
 
 pub use kind::{ErrorKind, Reason};
 use make::{byte_count, range, smaller_formats};
 pub use sequence::SequenceError;
+pub use storing::StoringError;
 pub use window::WindowError;
 
 use crate::dtype::DType;
@@ -44,19 +46,6 @@ pub enum Error {
         "key {key:?} and value {value:?} must agree in batch, heads and tokens (B, H, T); only head_dim may differ"
     )]
     KeyValueShape {
-        /// Shape of K, (B, H, T, D).
-        key: [usize; 4],
-        /// Shape of V, (B, H, T, D).
-        value: [usize; 4],
-    },
-
-    /// V of a layer that stores it as the first elements of K is not there.
-    #[error(
-        "value {value:?} of layer {layer} must be the first elements of each head of key {key:?}, in the same memory, since the cache was made to store K alone (CacheOptions::with_value_in_key); pass TensorView::with_head_dim of the key"
-    )]
-    ValueNotInKey {
-        /// The layer.
-        layer: usize,
         /// Shape of K, (B, H, T, D).
         key: [usize; 4],
         /// Shape of V, (B, H, T, D).
@@ -378,6 +367,10 @@ pub enum Error {
     /// A layer's window does not allow it.
     #[error(transparent)]
     Window(#[from] WindowError),
+
+    /// What cannot be stored as the cache was made to, or a saved cache that cannot be restored.
+    #[error(transparent)]
+    Storing(#[from] StoringError),
 
     /// A page size that is not a power of two, or is too large.
     #[error(

@@ -119,6 +119,12 @@ impl PageMap {
         self.first
     }
 
+    /// The pages of a row.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn row(&self, row: usize) -> Vec<u32> {
+        (0..self.row_pages).map(|index| self.page(row, index)).collect()
+    }
+
     /// Pages that the pool must have room for.
     pub(crate) fn pool_pages(&self) -> usize {
         self.pool.len()

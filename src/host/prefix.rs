@@ -164,7 +164,7 @@ mod tests {
         let first = insert(&mut map, &mut pool, &[1, 2, 3, 4, 5]);
         assert_eq!(map.find(&[1, 2, 3, 4, 5, 6], 2), first[..2]);
         assert_eq!(map.find(&[1, 2, 3], 2), first[..1]);
-        assert_eq!(map.find(&[1, 3, 3, 4], 2), []);
+        assert!(map.find(&[1, 3, 3, 4], 2).is_empty());
         // The same run behind another prefix is another page.
         let second = insert(&mut map, &mut pool, &[9, 9, 3, 4]);
         assert_eq!(map.find(&[9, 9, 3, 4], 2), second);

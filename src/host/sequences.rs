@@ -119,6 +119,18 @@ pub(crate) struct LiveTokens<'a> {
 }
 
 impl Sequences {
+    /// Tokens before the live ones of a sequence that are gone, and those of them that a window has let go.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn gone(&self, id: SequenceId) -> Result<[usize; 2]> {
+        self.get(id).map(|sequence| [sequence.dropped, sequence.let_go])
+    }
+
+    /// Tokens that are gone before the first one of a sequence that has none yet.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn set_dropped(&mut self, id: SequenceId, dropped: usize) -> Result<()> {
+        self.get_mut(id).map(|sequence| sequence.dropped = dropped)
+    }
+
     /// Of a cache of its own, whose layers keep all tokens.
     pub(crate) fn new(page_tokens: usize) -> Self {
         static CACHES: AtomicU64 = AtomicU64::new(0);

@@ -34,6 +34,13 @@ pub(crate) trait Arrangement: Clone + Debug + Sized {
     /// Where the table of pages and the records of rows lie that views have shown.
     fn guards(&self) -> [Option<&RegionGuard>; 2];
 
+    /// The pages in use, and those of each row among them; nothing for a ring.
+    #[cfg(feature = "safetensors")]
+    fn pages_to_save(&self, gpu: &Gpu, store: &Store) -> Result<Option<PagesToSave>> {
+        let _ = (gpu, store);
+        Ok(None)
+    }
+
     /// Pages in use, shared and free; nothing for a ring.
     fn pages(&self) -> PageCounts {
         PageCounts::default()
@@ -81,6 +88,16 @@ pub(crate) trait Arrangement: Clone + Debug + Sized {
         policy: &mut Self::Policy,
         room: (usize, Option<Window>),
     ) -> Result<Option<Staged<Self>>>;
+}
+
+/// The pages of a layer that are saved, each once.
+#[cfg(feature = "safetensors")]
+#[derive(Debug)]
+pub(crate) struct PagesToSave {
+    /// A view with a row for each page.
+    pub(crate) view: LayerView,
+    /// The pages of each row of the layer, by their rows in the view.
+    pub(crate) rows: Vec<Vec<u32>>,
 }
 
 /// A layer before a change.

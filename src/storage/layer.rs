@@ -13,6 +13,8 @@ use crate::gpu::kernels::{Dispatch, Positions};
 use crate::host::position::{self, CachePosition, WritePlan};
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::{Window, gone_after_crop};
+#[cfg(feature = "safetensors")]
+use crate::storage::arrangement::PagesToSave;
 use crate::storage::arrangement::{
     Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite,
 };
@@ -63,12 +65,27 @@ impl<L: Arrangement> Layer<L> {
         self.cropped
     }
 
+    /// What is gone before the live tokens: all that is, and the part that a window has let go.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn set_gone(&mut self, cropped: usize, let_go: usize) {
+        (self.cropped, self.let_go) = (cropped, let_go);
+    }
+
+    /// The pages in use, if there are pages.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn pages_to_save(&self, gpu: &Gpu) -> Result<Option<PagesToSave>> {
+        match self.arrangement.as_ref().zip(self.store.as_ref()) {
+            Some((arrangement, store)) => arrangement.pages_to_save(gpu, store),
+            None => Ok(None),
+        }
+    }
+
     pub(crate) fn has_window(&self) -> bool {
         self.window.is_some()
     }
 
     /// Live tokens at most, where that is fixed.
-    fn bound(&self, policy: &L::Policy) -> Option<usize> {
+    pub(super) fn bound(&self, policy: &L::Policy) -> Option<usize> {
         let whole = L::bound(policy)?;
         Some(self.window.map_or(whole, |window| window.bound(whole)))
     }

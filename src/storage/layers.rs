@@ -159,13 +159,11 @@ impl<L: Arrangement> Layers<L> {
         self.check_writable()?;
         self.check_first_batch(layer_idx, key, value)?;
         // A layer that was never written is only kept where it is written now.
+        let new = self.new_layer(layer_idx);
         let mut fresh = None;
         let layer = match self.layers.get_mut(&layer_idx) {
             Some(layer) => layer,
-            None => {
-                let window = self.windows.get(layer_idx).copied().flatten();
-                fresh.insert(Layer::new(layer_idx, self.storing, window))
-            }
+            None => fresh.insert(new),
         };
         let (mut staged, view) =
             layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
@@ -183,6 +181,48 @@ impl<L: Arrangement> Layers<L> {
         self.bytes_moved += effect.moved;
         self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
         Ok(LayerView { owner: Some(self.owner()), ..view })
+    }
+
+    fn new_layer(&self, number: usize) -> Layer<L> {
+        let window = self.windows.get(number).copied().flatten();
+        Layer::new(number, self.storing, window)
+    }
+
+    #[cfg(feature = "safetensors")]
+    pub(super) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    #[cfg(feature = "safetensors")]
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    #[cfg(feature = "safetensors")]
+    pub(super) fn storing(&self) -> Storing {
+        self.storing
+    }
+
+    /// A layer, which is there from now on, and what its kind decides.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn with_layer<T>(
+        &mut self,
+        number: usize,
+        run: impl FnOnce(&mut Layer<L>, &mut L::Policy) -> T,
+    ) -> T {
+        let new = self.new_layer(number);
+        run(self.layers.entry(number).or_insert(new), &mut self.policy)
+    }
+
+    /// Commits a change of one layer that was recorded, and counts it.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn count_one(&mut self, number: usize, staged: Staged<L>) {
+        self.note_peak(staged.allocated());
+        let Some(layer) = self.layers.get_mut(&number) else { return };
+        let Effect { dispatches, moved } = layer.commit(staged);
+        self.dispatches += dispatches;
+        self.bytes_moved += moved;
+        self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
     }
 
     /// Prepares a change of the batch, or finds that it is prepared.
@@ -358,15 +398,23 @@ impl<L: Arrangement> Layers<L> {
     fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
         let Some(view) = self.view(layer_idx)? else { return Ok(None) };
         self.gpu.handle().check_alive()?;
+        self.read_view(layer_idx, &view).map(Some)
+    }
+
+    /// Starts reading the live tokens of a view back.
+    pub(super) fn read_view(&self, layer_idx: usize, view: &LayerView) -> Result<Readback> {
         let (first, second) = if view.layout().has_table() {
             Default::default()
         } else {
             plan::live_slots(view.start(), view.len(), view.capacity())
         };
-        Readback::start(&self.gpu, layer_idx, &view, [first, second], &self.ledger).map(Some)
+        Readback::start(&self.gpu, layer_idx, view, [first, second], &self.ledger)
     }
 
-    fn finish_readback(&self, readback: &Readback) -> Result<(StoredTensor, StoredTensor)> {
+    pub(super) fn finish_readback(
+        &self,
+        readback: &Readback,
+    ) -> Result<(StoredTensor, StoredTensor)> {
         let tensors = readback.finish()?;
         self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
         Ok(tensors)
@@ -407,7 +455,7 @@ impl<L: Arrangement> Layers<L> {
         self.ledger.check_pass(pass)
     }
 
-    fn check_layer(&self, layer: usize) -> Result<()> {
+    pub(super) fn check_layer(&self, layer: usize) -> Result<()> {
         match self.num_layers {
             Some(num_layers) if layer >= num_layers => {
                 Err(Error::LayerOutOfRange { layer, num_layers })

@@ -7,7 +7,11 @@ pub(crate) mod layers;
 pub(crate) mod paging;
 pub(crate) mod pool;
 pub(crate) mod records;
+#[cfg(feature = "safetensors")]
+pub(crate) mod restore;
 pub(crate) mod ring;
+#[cfg(feature = "safetensors")]
+mod save;
 pub(crate) mod sequences;
 pub(crate) mod step;
 pub(crate) mod store;

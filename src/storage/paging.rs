@@ -8,8 +8,12 @@ use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::binding_limit;
 use crate::host::capacity::{pages_of_window, pool_pages};
 use crate::host::pages::{PageMap, Wanted};
+#[cfg(feature = "safetensors")]
+use crate::host::rows::Span;
 use crate::host::rows::{Cut, Rows};
 use crate::host::window::Window;
+#[cfg(feature = "safetensors")]
+use crate::storage::arrangement::PagesToSave;
 use crate::storage::arrangement::{
     Arrangement, LayerState, NewTokens, PageCounts, Staged, StagedWrite,
 };
@@ -17,6 +21,8 @@ use crate::storage::pool::{copy_pages, copy_pool, new_pool};
 use crate::storage::store::{Shape, Store};
 use crate::storage::table::{Table, Tables, check_table};
 use crate::view::LayerView;
+#[cfg(feature = "safetensors")]
+use crate::view::PageTable;
 
 /// What a paged cache decides about its layers, and the tables of their pages.
 #[derive(Debug)]
@@ -163,6 +169,30 @@ impl Arrangement for Paged {
             shared: map.shared() as u64,
             free: self.pool.saturating_sub(map.used()) as u64,
         }
+    }
+
+    #[cfg(feature = "safetensors")]
+    fn pages_to_save(&self, gpu: &Gpu, store: &Store) -> Result<Option<PagesToSave>> {
+        let map = &self.table.map;
+        let mut pages = Vec::new();
+        let mut numbers = std::collections::HashMap::new();
+        let rows = (0..map.batch()).map(|row| {
+            let number = |page: u32| {
+                *numbers.entry(page).or_insert_with(|| {
+                    pages.push(page);
+                    u32::try_from(pages.len() - 1).expect("fewer pages than 32 bits count")
+                })
+            };
+            map.row(row).into_iter().map(number).collect()
+        });
+        let rows = rows.collect();
+        let allocation = gpu.uploads().upload(&pages)?;
+        let view = PageTable { at: allocation.offset / 4, stride: 1, allocation };
+        let shape = Shape { batch: pages.len(), ..self.shape };
+        let one = Rows::Equal(Span { start: 0, len: map.page_tokens() });
+        let memory = [self.pool, map.page_tokens()];
+        let view = shape.view(store, &one, memory, (Some(view), None));
+        Ok(Some(PagesToSave { view, rows }))
     }
 
     fn pages_used(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! Writes K and V into a layer: new ones as they come in, and stored ones as they are.
 
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, StoringError};
 use crate::format::{Format, Formats, Plane};
 use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
@@ -92,7 +92,8 @@ impl<'a> Inputs<'a> {
         }
         if shape.is_value_in_key {
             if !value.is_prefix_of(key) {
-                return Err(Error::ValueNotInKey { layer, key: key.shape, value: value.shape });
+                let (key, value) = (key.shape, value.shape);
+                return Err(StoringError::ValueNotInKey { layer, key, value }.into());
             }
             sources[1] = Source { row_bytes: 0, ..sources[0] };
         }

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use wgpu_kvcache::{
     Attention, Cache, CacheKind, CacheLoad, CacheOptions, CachePlan, CachePosition, DType,
     DynamicKVCache, Error, Format, Formats, Gpu, KVCache, LayerShape, PagedKVCache, SequenceCache,
-    StaticKVCache, TensorView,
+    StaticKVCache, StoringError, TensorView,
 };
 
 use crate::attention::{Case, Lie, Random, attend, distance, filled_as, forms};
@@ -276,6 +276,7 @@ fn sequences_store_every_format() {
         let mut rows: Vec<(_, [Vec<f32>; 2])> = Vec::new();
         let mut seed = 100 * number as u64;
         let mut step = |cache: &mut SequenceCache,
+                        StoringError,
                         rows: &mut Vec<(wgpu_kvcache::SequenceId, [Vec<f32>; 2])>,
                         counts: &[(usize, usize)]| {
             let total: usize = counts.iter().map(|(_, count)| count).sum();
@@ -406,7 +407,10 @@ fn what_formats_cannot_store_is_refused() {
     for value in [other.view(), other.view().with_head_dim(2), odd.view().with_offset(4)] {
         let value = if value.offset() > 0 { value.with_head_dim(2) } else { value };
         let error = run(&mut cache, odd.view(), value);
-        assert!(matches!(error, Error::ValueNotInKey { layer: 0, .. }), "{error}");
+        assert!(
+            matches!(error, Error::Storing(StoringError::ValueNotInKey { layer: 0, .. })),
+            "{error}"
+        );
         assert!(error.to_string().contains("with_head_dim"), "{error}");
     }
     // One side as it comes in: then all of it comes in as one type.

@@ -36,6 +36,8 @@ mod refused_views;
 mod reserve;
 mod rig;
 mod room;
+#[cfg(feature = "safetensors")]
+mod saved;
 mod sequence_attention;
 mod sequence_refusals;
 mod sequences;

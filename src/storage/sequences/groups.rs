@@ -22,10 +22,10 @@ use crate::view::LayerView;
 pub(crate) struct SequenceGroups {
     limits: SequenceLimits,
     /// Layers without a window first, if there are any.
-    groups: Vec<SequenceLayers>,
+    pub(super) groups: Vec<SequenceLayers>,
     /// Group and place of each layer.
     places: Vec<(usize, usize)>,
-    has_windows: bool,
+    pub(super) has_windows: bool,
 }
 
 /// A planned step: one for each group.
@@ -253,7 +253,7 @@ impl SequenceGroups {
         }
     }
 
-    fn place(&self, layer: usize) -> Result<(usize, usize)> {
+    pub(super) fn place(&self, layer: usize) -> Result<(usize, usize)> {
         let num_layers = self.places.len();
         self.places.get(layer).copied().ok_or(Error::LayerOutOfRange { layer, num_layers })
     }

@@ -5,6 +5,8 @@ mod checks;
 pub(crate) mod groups;
 mod keep;
 mod pools;
+#[cfg(feature = "safetensors")]
+mod save;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
