@@ -169,9 +169,7 @@ pub enum Error {
     },
 
     /// A buffer without the usage `STORAGE`.
-    #[error(
-        "the buffer of {what} lacks the usage STORAGE; create it with wgpu::BufferUsages::STORAGE"
-    )]
+    #[error("the buffer of {what} lacks the usage STORAGE; create it with BufferUsages::STORAGE")]
     MissingUsage {
         /// Which tensor.
         what: &'static str,
@@ -279,9 +277,7 @@ pub enum Error {
     NoIndices,
 
     /// A repeat count of zero.
-    #[error(
-        "repeats is 0; it must be at least 1 (1 changes nothing), or call reset() to drop all rows"
-    )]
+    #[error("repeats is 0; use at least 1 (which changes nothing), or reset() to drop all rows")]
     ZeroRepeats,
 
     /// A layer index that is not below the cache's number of layers.

@@ -276,7 +276,6 @@ fn sequences_store_every_format() {
         let mut rows: Vec<(_, [Vec<f32>; 2])> = Vec::new();
         let mut seed = 100 * number as u64;
         let mut step = |cache: &mut SequenceCache,
-                        StoringError,
                         rows: &mut Vec<(wgpu_kvcache::SequenceId, [Vec<f32>; 2])>,
                         counts: &[(usize, usize)]| {
             let total: usize = counts.iter().map(|(_, count)| count).sum();
