@@ -8,7 +8,6 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::call::Call;
 use crate::gpu::ledger::Ledger;
-use crate::gpu::readback::Readback;
 use crate::host::batch::{BatchChange, OwnedChange, changed_batch};
 use crate::host::plan;
 use crate::host::position::CachePosition;
@@ -18,7 +17,6 @@ use crate::stats::Stats;
 use crate::storage::arrangement::{Arrangement, PageCounts, Staged};
 use crate::storage::layer::{Effect, Layer};
 use crate::storage::write::Storing;
-use crate::stored::StoredTensor;
 use crate::tensor::TensorView;
 use crate::view::{LayerView, Owner};
 
@@ -31,12 +29,12 @@ pub(crate) struct Layers<L: Arrangement> {
     num_layers: Option<usize>,
     /// The window of each layer, the first layer's first; layers past the last one keep all.
     windows: Vec<Option<Window>>,
-    storing: Storing,
+    pub(super) storing: Storing,
     /// A roll-back past what a window has kept, since the last reset.
     past_window: Option<Error>,
     /// By index. A layer stands here once an update has named it.
     pub(super) layers: BTreeMap<usize, Layer<L>>,
-    ledger: Ledger,
+    pub(super) ledger: Ledger,
     pub(super) prepared: Option<Prepared<L>>,
     /// Whether the batch has been changed since the last reset: layers not written then took no part.
     is_batch_changed: bool,
@@ -44,7 +42,7 @@ pub(crate) struct Layers<L: Arrangement> {
     bytes_moved: u64,
     peak_bytes_allocated: u64,
     peak_pages_used: u64,
-    bytes_read_back: AtomicU64,
+    pub(super) bytes_read_back: AtomicU64,
 }
 
 /// A change of the batch that is ready, and what it was prepared for.
@@ -186,21 +184,6 @@ impl<L: Arrangement> Layers<L> {
     fn new_layer(&self, number: usize) -> Layer<L> {
         let window = self.windows.get(number).copied().flatten();
         Layer::new(number, self.storing, window)
-    }
-
-    #[cfg(feature = "safetensors")]
-    pub(super) fn gpu(&self) -> &Gpu {
-        &self.gpu
-    }
-
-    #[cfg(feature = "safetensors")]
-    pub(super) fn ledger(&self) -> &Ledger {
-        &self.ledger
-    }
-
-    #[cfg(feature = "safetensors")]
-    pub(super) fn storing(&self) -> Storing {
-        self.storing
     }
 
     /// A layer, which is there from now on, and what its kind decides.
@@ -347,42 +330,6 @@ impl<L: Arrangement> Layers<L> {
         Ok(self.shown(layer_idx)?.map_or(0, |layer| layer.cropped() + layer.len()))
     }
 
-    #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
-        loop {
-            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
-            readback.wait(&self.gpu)?;
-            if readback.wait_for_calls(&self.ledger)? {
-                return self.finish_readback(&readback).map(Some);
-            }
-        }
-    }
-
-    /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
-    #[cfg(target_arch = "wasm32")]
-    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
-        match self.view(layer_idx)? {
-            None => Ok(None),
-            Some(_) => Err(Error::Readback {
-                layer: layer_idx,
-                reason: "get() cannot wait in a browser; await get_async()".into(),
-            }),
-        }
-    }
-
-    pub(crate) async fn get_async(
-        &self,
-        layer_idx: usize,
-    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
-        loop {
-            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
-            readback.arrive(&self.gpu).await?;
-            if readback.settle(&self.gpu, &self.ledger).await? {
-                return self.finish_readback(&readback).map(Some);
-            }
-        }
-    }
-
     /// Leaves the tables that views have shown to whoever reads them.
     fn abandon(&self) {
         let tables = self.layers.values().filter(|layer| layer.abandon()).count();
@@ -393,31 +340,6 @@ impl<L: Arrangement> Layers<L> {
 
     fn owner(&self) -> Owner {
         Owner { device: Arc::clone(self.gpu.handle()), ledger: self.ledger.clone() }
-    }
-
-    fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
-        let Some(view) = self.view(layer_idx)? else { return Ok(None) };
-        self.gpu.handle().check_alive()?;
-        self.read_view(layer_idx, &view).map(Some)
-    }
-
-    /// Starts reading the live tokens of a view back.
-    pub(super) fn read_view(&self, layer_idx: usize, view: &LayerView) -> Result<Readback> {
-        let (first, second) = if view.layout().has_table() {
-            Default::default()
-        } else {
-            plan::live_slots(view.start(), view.len(), view.capacity())
-        };
-        Readback::start(&self.gpu, layer_idx, view, [first, second], &self.ledger)
-    }
-
-    pub(super) fn finish_readback(
-        &self,
-        readback: &Readback,
-    ) -> Result<(StoredTensor, StoredTensor)> {
-        let tensors = readback.finish()?;
-        self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
-        Ok(tensors)
     }
 
     pub(crate) fn stats(&self) -> Stats {

@@ -6,6 +6,7 @@ pub(crate) mod layer;
 pub(crate) mod layers;
 pub(crate) mod paging;
 pub(crate) mod pool;
+mod read;
 pub(crate) mod records;
 #[cfg(feature = "safetensors")]
 pub(crate) mod restore;

@@ -30,7 +30,7 @@ impl<L: Arrangement> Layers<L> {
         }
         for (number, layer) in saved {
             self.check_layer(*number)?;
-            shape_of(layer, *number, self.storing())?;
+            shape_of(layer, *number, self.storing)?;
         }
         let restored =
             saved.iter().try_for_each(|(at, saved)| self.restore_layer(pass, *at, saved));
@@ -46,8 +46,8 @@ impl<L: Arrangement> Layers<L> {
         number: usize,
         saved: &SavedLayer,
     ) -> Result<()> {
-        let shape = shape_of(saved, number, self.storing())?;
-        let gpu = self.gpu().clone();
+        let shape = shape_of(saved, number, self.storing)?;
+        let gpu = self.gpu.clone();
         let first = self.with_layer(number, |layer, policy| {
             let bound = layer.bound(policy).unwrap_or(usize::MAX);
             layer.first_kept(saved, bound)
@@ -80,7 +80,7 @@ impl<L: Arrangement> Layers<L> {
         let Some(mut staged) = staged else { return Ok(()) };
         let mut call = Call::default();
         self.layers[&number].hand_over(&mut staged, &mut call);
-        call.record(pass, self.ledger())?;
+        call.record(pass, &self.ledger)?;
         self.count_one(number, staged);
         Ok(())
     }

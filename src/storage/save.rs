@@ -25,8 +25,8 @@ impl<L: Arrangement> Layers<L> {
         for number in self.written(layers) {
             loop {
                 let Some(outline) = self.start_save(number)? else { break };
-                outline.readback.wait(self.gpu())?;
-                if outline.readback.wait_for_calls(self.ledger())? {
+                outline.readback.wait(&self.gpu)?;
+                if outline.readback.wait_for_calls(&self.ledger)? {
                     saved.push((number, self.finish_save(outline)?));
                     break;
                 }
@@ -52,8 +52,8 @@ impl<L: Arrangement> Layers<L> {
         for number in self.written(layers) {
             loop {
                 let Some(outline) = self.start_save(number)? else { break };
-                outline.readback.arrive(self.gpu()).await?;
-                if outline.readback.settle(self.gpu(), self.ledger()).await? {
+                outline.readback.arrive(&self.gpu).await?;
+                if outline.readback.settle(&self.gpu, &self.ledger).await? {
                     saved.push((number, self.finish_save(outline)?));
                     break;
                 }
@@ -70,7 +70,7 @@ impl<L: Arrangement> Layers<L> {
 
     fn start_save(&self, number: usize) -> Result<Option<Outline>> {
         let Some(view) = self.view(number)? else { return Ok(None) };
-        let gpu = self.gpu();
+        let gpu = &self.gpu;
         gpu.handle().check_alive()?;
         let layer = &self.layers[&number];
         let (pages, start) = match layer.pages_to_save(gpu)? {

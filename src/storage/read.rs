@@ -1,0 +1,76 @@
+//! Reads layers back to the host.
+
+use std::sync::atomic::Ordering;
+
+#[cfg(target_arch = "wasm32")]
+use crate::error::Error;
+use crate::error::Result;
+use crate::gpu::readback::Readback;
+use crate::host::plan;
+use crate::storage::arrangement::Arrangement;
+use crate::storage::layers::Layers;
+use crate::stored::StoredTensor;
+use crate::view::LayerView;
+
+impl<L: Arrangement> Layers<L> {
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
+        loop {
+            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+            readback.wait(&self.gpu)?;
+            if readback.wait_for_calls(&self.ledger)? {
+                return self.finish_readback(&readback).map(Some);
+            }
+        }
+    }
+
+    /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
+    #[cfg(target_arch = "wasm32")]
+    pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
+        match self.view(layer_idx)? {
+            None => Ok(None),
+            Some(_) => Err(Error::Readback {
+                layer: layer_idx,
+                reason: "get() cannot wait in a browser; await get_async()".into(),
+            }),
+        }
+    }
+
+    pub(crate) async fn get_async(
+        &self,
+        layer_idx: usize,
+    ) -> Result<Option<(StoredTensor, StoredTensor)>> {
+        loop {
+            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
+            readback.arrive(&self.gpu).await?;
+            if readback.settle(&self.gpu, &self.ledger).await? {
+                return self.finish_readback(&readback).map(Some);
+            }
+        }
+    }
+
+    fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
+        let Some(view) = self.view(layer_idx)? else { return Ok(None) };
+        self.gpu.handle().check_alive()?;
+        self.read_view(layer_idx, &view).map(Some)
+    }
+
+    /// Starts reading the live tokens of a view back.
+    pub(super) fn read_view(&self, layer_idx: usize, view: &LayerView) -> Result<Readback> {
+        let (first, second) = if view.layout().has_table() {
+            Default::default()
+        } else {
+            plan::live_slots(view.start(), view.len(), view.capacity())
+        };
+        Readback::start(&self.gpu, layer_idx, view, [first, second], &self.ledger)
+    }
+
+    pub(super) fn finish_readback(
+        &self,
+        readback: &Readback,
+    ) -> Result<(StoredTensor, StoredTensor)> {
+        let tensors = readback.finish()?;
+        self.bytes_read_back.fetch_add(readback.bytes(), Ordering::Relaxed);
+        Ok(tensors)
+    }
+}
