@@ -5,10 +5,10 @@ use std::str::FromStr;
 
 use half::{bf16, f16};
 
-/// The type of one element of K or V.
+/// The type of one element of K or V as it comes in, or is read back.
 ///
-/// The cache moves bits, never numbers, so every value is read back exactly as it was written: NaN payloads, infinities
-/// and negative zero included.
+/// A cache that is given no [`Format`](crate::Format) moves bits, never numbers, so every value is read back exactly as it
+/// was written: NaN payloads, infinities and negative zero included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DType {

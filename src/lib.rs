@@ -29,7 +29,9 @@
 //!   engines that serve several requests at a time.
 //! - Inputs are [`TensorView`]s: a buffer, an offset and strides. Attention reads a [`LayerView`]. It is this crate's
 //!   [`Attention`], or an engine's own shader, joined with a [`Layout`]'s text.
-//! - f32, f16 and bf16 are moved as bits ([`DType`]). WebGPU's default limits and no optional feature are enough.
+//! - f32, f16 and bf16 come in ([`DType`]) and are stored as they are, bits untouched, or in a [`Format`] of 32, 16, 8 or
+//!   4 bits. WebGPU's default limits and no optional feature are enough.
+//! - With the feature `safetensors`, caches are saved to bytes, and restored into any kind.
 
 mod attention;
 mod cache;

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use serde::Deserialize;
 use wgpu_kvcache::{
-    CacheOptions, CachePosition, DynamicKVCache, Element, Error, Gpu, KVCache, PagedKVCache,
-    StaticKVCache,
+    CacheOptions, CachePosition, DynamicKVCache, Element, Error, Format, Formats, Gpu, KVCache,
+    PagedKVCache, StaticKVCache,
 };
 
-use crate::gpu;
 use crate::rig::{read_back, same_bits};
+use crate::{gpu, kernels_run};
 
 #[derive(Deserialize)]
 struct Trace {
@@ -166,16 +166,17 @@ fn step<E: Number>(
 }
 
 /// The cache that a trace was recorded on, then paged ones with the same bounds.
-fn caches(gpu: &Gpu, trace: &Trace, name: &str) -> Vec<Box<dyn KVCache>> {
+fn caches(gpu: &Gpu, trace: &Trace, name: &str, formats: Formats) -> Vec<Box<dyn KVCache>> {
     let bound = trace.cache.max_cache_len;
+    let stored = CacheOptions::default().with_formats(formats);
     let recorded: Box<dyn KVCache> = match (trace.cache.kind.as_str(), trace.cache.max_cache_len) {
-        ("dynamic", None) => Box::new(DynamicKVCache::new(gpu)),
+        ("dynamic", None) => {
+            Box::new(DynamicKVCache::with_options(gpu, stored).expect("its options"))
+        }
         ("static", Some(bound)) => Box::new(
             StaticKVCache::with_options(
                 gpu,
-                CacheOptions::default()
-                    .with_max_cache_len(bound)
-                    .with_num_layers(trace.cache.num_layers),
+                stored.with_max_cache_len(bound).with_num_layers(trace.cache.num_layers),
             )
             .expect("both options"),
         ),
@@ -183,7 +184,7 @@ fn caches(gpu: &Gpu, trace: &Trace, name: &str) -> Vec<Box<dyn KVCache>> {
     };
     let paged = [1, 4, 16].map(|page_tokens| {
         let num_layers = bound.map(|_| trace.cache.num_layers);
-        let options = CacheOptions::default()
+        let options = stored
             .with_page_tokens(page_tokens)
             .with_max_cache_len(bound)
             .with_num_layers(num_layers);
@@ -194,10 +195,48 @@ fn caches(gpu: &Gpu, trace: &Trace, name: &str) -> Vec<Box<dyn KVCache>> {
 }
 
 fn replay<E: Number>(gpu: &Gpu, trace: &Trace, name: &str) {
-    for (kind, mut cache) in caches(gpu, trace, name).into_iter().enumerate() {
+    for (kind, mut cache) in caches(gpu, trace, name, Formats::default()).into_iter().enumerate() {
         for (number, Step { op, error }) in trace.steps.iter().enumerate() {
             let context = format!("{name}, {}, cache {kind}, step {number}", E::DTYPE);
             let result = step::<E>(gpu, cache.as_mut(), op, &context);
+            assert_eq!(result.is_err(), *error, "{context}: answered {result:?}");
+        }
+    }
+}
+
+/// Replays a trace with f32 tensors that are stored in `format`. What is read back is near what was recorded: as near as
+/// the format has numbers, and zero where a whole head is.
+fn replay_stored(gpu: &Gpu, trace: &Trace, name: &str, format: Format) {
+    // Numbers of up to 125: exact in 8 bits and more, half a step of 125 / 127 away, or a whole step of 125 / 8, since 7 is
+    // the highest number of q4_0.
+    let bound = match format {
+        Format::Q8_0 => 0.5,
+        Format::Q4_0 => 15.7,
+        _ => 0.0,
+    };
+    let near = |got: &[f32], expected: &[f32], context: &str| {
+        for (got, expected) in
+            got.chunks(trace.cache.head_dim).zip(expected.chunks(trace.cache.head_dim))
+        {
+            let is_zero = expected.iter().all(|x| *x == 0.0);
+            let bound = if is_zero { 0.0 } else { bound };
+            let mut pairs = got.iter().zip(expected);
+            assert!(pairs.all(|(a, b)| (a - b).abs() <= bound), "{context}: {got:?}, {expected:?}");
+        }
+    };
+    for (kind, mut cache) in caches(gpu, trace, name, format.into()).into_iter().enumerate() {
+        for (number, Step { op, error }) in trace.steps.iter().enumerate() {
+            let context = format!("{name}, {format}, cache {kind}, step {number}");
+            if let Op::Get { layer, expect: Some(expect) } = op {
+                let (key, value) = cache.get(*layer).unwrap().expect("the trace has tokens");
+                assert_eq!([key.shape(), value.shape()], [expect.shape; 2], "{context}");
+                if kernels_run() {
+                    near(&key.to_f32(), &expect.key, &context);
+                    near(&value.to_f32(), &expect.value, &context);
+                }
+                continue;
+            }
+            let result = step::<f32>(gpu, cache.as_mut(), op, &context);
             assert_eq!(result.is_err(), *error, "{context}: answered {result:?}");
         }
     }
@@ -222,7 +261,11 @@ fn replay_folder(folder: &Path) -> usize {
         if trace.cache.head_dim.is_multiple_of(2) {
             replay::<f16>(&gpu, &trace, &name);
             replay::<bf16>(&gpu, &trace, &name);
+            replay_stored(&gpu, &trace, &name, Format::F16);
+            replay_stored(&gpu, &trace, &name, Format::BF16);
         }
+        replay_stored(&gpu, &trace, &name, Format::Q8_0);
+        replay_stored(&gpu, &trace, &name, Format::Q4_0);
     }
     assert!(!files.is_empty(), "{} holds no *.json to replay", folder.display());
     files.len()
