@@ -1,11 +1,11 @@
-// Rotary position: turns the heads of a fused projection, writes K and V in the cache's type.
+// Rotary position: turns the heads of a fused projection, and writes Q, K and V apart.
 
 @group(0) @binding(0) var<storage, read> positions: array<u32>;         // [rows]: the position of each token
 @group(0) @binding(1) var<storage, read> turns: array<vec2<f32>>;       // [positions, PAIRS] of (cos, sin)
 @group(0) @binding(2) var<storage, read> projected: array<f32>;         // [rows, HEADS + 2 * KV_HEADS, 2 * PAIRS]
 @group(0) @binding(3) var<storage, read_write> query: array<vec2<f32>>; // [rows, HEADS, PAIRS] of pairs
-@group(0) @binding(4) var<storage, read_write> key: array<u32>;         // [rows, KV_HEADS, 2 * PAIRS] of DTYPE
-@group(0) @binding(5) var<storage, read_write> value: array<u32>;       // as key
+@group(0) @binding(4) var<storage, read_write> key: array<vec2<f32>>;   // [rows, KV_HEADS, PAIRS] of pairs
+@group(0) @binding(5) var<storage, read_write> value: array<vec2<f32>>; // as key
 
 override HEADS: u32;
 override KV_HEADS: u32;
@@ -13,7 +13,6 @@ override PAIRS: u32;     // half the elements of a head
 // A pair is elements i and PAIRS + i of a head, as in GPT-NeoX; otherwise neighbours. Pairs are written as neighbours
 // in both cases: scores do not depend on the order of elements if it is the same in queries and keys.
 override HALVES: bool = false;
-override DTYPE: u32 = 0; // of the cache: 0 is f32, 1 is f16, 2 is bf16
 
 @compute @workgroup_size(64)
 fn main(
@@ -41,32 +40,8 @@ fn main(
     if i < queries {
         query[row * queries + i] = turned;
     } else if i < queries + keys {
-        let at = row * keys + i - queries;
-        if DTYPE == 0u {
-            key[2u * at] = bitcast<u32>(turned.x);
-            key[2u * at + 1u] = bitcast<u32>(turned.y);
-        } else {
-            key[at] = pack(turned);
-        }
+        key[row * keys + i - queries] = turned;
     } else {
-        let at = row * keys + i - queries - keys;
-        if DTYPE == 0u {
-            value[2u * at] = bitcast<u32>(pair.x);
-            value[2u * at + 1u] = bitcast<u32>(pair.y);
-        } else {
-            value[at] = pack(pair);
-        }
+        value[row * keys + i - queries - keys] = pair;
     }
-}
-
-// Two numbers of a 16-bit type in one word, the first in the low half.
-fn pack(pair: vec2<f32>) -> u32 {
-    if DTYPE == 1u {
-        return pack2x16float(pair);
-    }
-    // bf16 is the upper half of an f32: add just under half of the last place that stays, and one
-    // more where that place is odd, so that ties go to even.
-    let bits = bitcast<vec2<u32>>(pair);
-    let rounded = (bits + 0x7fffu + ((bits >> vec2<u32>(16u)) & vec2<u32>(1u))) >> vec2<u32>(16u);
-    return rounded.x | (rounded.y << 16u);
 }

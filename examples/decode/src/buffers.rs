@@ -46,7 +46,7 @@ pub(crate) struct Buffers {
     pub(crate) projected: wgpu::Buffer,
     /// Queries after the rotary embedding: `[rows, heads, head_dim]`.
     pub(crate) query: wgpu::Buffer,
-    /// New keys: `[rows, kv_heads, head_dim]` in the cache's type.
+    /// New keys: `[rows, kv_heads, head_dim]`. The cache converts them to its format as it writes them.
     pub(crate) key: wgpu::Buffer,
     /// New values, as the keys.
     pub(crate) value: wgpu::Buffer,
@@ -87,8 +87,6 @@ impl Buffers {
         let floats =
             |label, rows: usize, elements: usize| buffer(gpu, label, 4 * rows * elements, storage);
         let texels = |label, rows: usize, elements| texture(gpu, label, rows, elements);
-        let cached =
-            |label| buffer(gpu, label, rows * kv_heads * head_dim * options.dtype.size(), storage);
         let written = wgpu::BufferUsages::COPY_DST;
         let read = storage | wgpu::BufferUsages::COPY_SRC;
         let turns = |base, divisors: Option<&[f32]>| -> Result<wgpu::Buffer> {
@@ -115,8 +113,8 @@ impl Buffers {
             normed: texels("normed", rows, width)?,
             projected: floats("projected", rows, (heads + 2 * kv_heads) * head_dim)?,
             query: floats("query", rows, heads * head_dim)?,
-            key: cached("new keys")?,
-            value: cached("new values")?,
+            key: floats("new keys", rows, kv_heads * head_dim)?,
+            value: floats("new values", rows, kv_heads * head_dim)?,
             mixed: floats("mixed", rows, heads * head_dim)?,
             mixed_texels: texels("mixed", rows, heads * head_dim)?,
             branch: floats("branch", rows, width)?,
@@ -143,14 +141,13 @@ impl Buffers {
     pub(crate) fn new_keys_and_values(
         &self,
         config: &Config,
-        dtype: DType,
         batch: usize,
         count: usize,
     ) -> Result<(TensorView<'_>, TensorView<'_>)> {
         let shape = [batch, count, config.kv_heads, config.head_dim];
         Ok((
-            TensorView::bthd(&self.key, dtype, &shape)?,
-            TensorView::bthd(&self.value, dtype, &shape)?,
+            TensorView::bthd(&self.key, DType::F32, &shape)?,
+            TensorView::bthd(&self.value, DType::F32, &shape)?,
         ))
     }
 

@@ -7,10 +7,12 @@
 //!
 //! 1. Before the layers, beam search moves the batch rows of the cache (`batch_repeat_interleave` or
 //!    `reorder_cache`), and a step of sequences is planned (`plan_step`), which allocates its pages.
-//! 2. In each layer the projection leaves K and V in a buffer, and `update` copies them behind the
-//!    tokens that the layer holds. It returns a view of where the layer's tokens lie now.
-//! 3. `Attention::record` attends to that view in place, whatever kind of cache returned it: the
-//!    engine never asks how the tokens lie. A layer with a sliding window passes its size along.
+//! 2. In each layer the projection leaves K and V in f32 buffers, and `update` writes them behind the
+//!    tokens that the layer holds, in the formats of [`Options::formats`]. It returns a view of where
+//!    the layer's tokens lie now.
+//! 3. `Attention::record` attends to that view in place, whatever kind of cache returned it and
+//!    whatever its formats: the engine never asks how the tokens lie. A layer with a sliding window
+//!    passes its size along.
 //!
 //! The model's own kernels do not ask either: the host writes the position of each token, and the row of each
 //! last token whose logits are wanted.
@@ -37,8 +39,8 @@ use step::{Ending, Inputs, Target};
 /// The limits of an engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// The type in which K and V are cached.
-    pub dtype: DType,
+    /// The formats in which [a cache](Engine::cache_options) stores K and V; f32 where none is given.
+    pub formats: Formats,
     /// The longest sequence, in tokens.
     pub max_tokens: usize,
     /// The most batch rows, or sequences in one step.
@@ -99,7 +101,7 @@ impl Engine {
             options.max_tokens > 0 && options.max_batch > 0,
             "max_tokens and max_batch must be at least 1"
         );
-        let kernels = Kernels::new(gpu, model, options.dtype)?;
+        let kernels = Kernels::new(gpu, model)?;
         let buffers = Buffers::new(gpu, model, options)?;
         let groups = Groups::new(gpu, model, &kernels, &buffers)?;
         Ok(Self {
@@ -119,15 +121,17 @@ impl Engine {
         &self.model.config
     }
 
-    /// Options of a cache for this model, in which a layer with a window keeps only what its queries see.
+    /// Options of a cache for this model: it stores K and V in the engine's formats, and a layer with a window keeps
+    /// only what its queries see.
     pub fn cache_options(&self) -> CacheOptions<'_> {
-        CacheOptions::default().with_windows(&self.windows)
+        CacheOptions::default().with_windows(&self.windows).with_formats(self.options.formats)
     }
 
-    /// The shapes of the model's layers, for a cache that is made with them.
+    /// The shapes of the model's layers, for a cache that is made with them. Their type is that of the K and V that
+    /// a step computes, whatever format the cache stores them in.
     pub fn layer_shapes(&self) -> Vec<LayerShape> {
         let Config { layers, kv_heads: heads, head_dim, .. } = self.model.config;
-        let dtype = self.options.dtype;
+        let dtype = DType::F32;
         vec![LayerShape { dtype, heads, key_dim: head_dim, value_dim: head_dim }; layers]
     }
 
@@ -142,7 +146,7 @@ impl Engine {
     }
 
     /// Compiles ahead, so that the first prompt does not wait for it: the kernels of caches whose views have
-    /// `layout`, and of attention. The model's own kernels are compiled since [`Self::new`], and run once in every
+    /// `layout`, and of attention, for the engine's formats. The model's own kernels are compiled since [`Self::new`], and run once in every
     /// shape here, because some drivers finish compiling a pipeline when it first runs.
     ///
     /// # Errors
@@ -154,16 +158,11 @@ impl Engine {
         // A layer that keeps a window in a ring comes to lie over the end of it.
         let may_wrap = window.is_some() && layout == Layout::Contiguous;
         let layouts = if may_wrap { &[layout, Layout::Wrapped] } else { &[layout][..] };
-        self.gpu.compile(&layers, Formats::default(), layouts, CompileScope::CachesAndAttention)?;
+        let formats = self.options.formats;
+        self.gpu.compile(&layers, formats, layouts, CompileScope::CachesAndAttention)?;
         if window.is_some() {
             let options = AttentionOptions::default().with_window(window);
-            self.attention.compile(
-                &layers,
-                Formats::default(),
-                layouts,
-                [DType::F32; 2],
-                options,
-            )?;
+            self.attention.compile(&layers, formats, layouts, [DType::F32; 2], options)?;
         }
         for rows in [8, 3, 1] {
             if rows <= self.buffers.max_rows {

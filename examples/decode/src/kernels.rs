@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
-use wgpu_kvcache::{DType, Gpu, wgpu};
+use wgpu_kvcache::{Gpu, wgpu};
 
 use crate::config::{Activation, Config, RopePairs};
 use crate::format::Format;
@@ -216,7 +216,7 @@ pub(crate) struct Kernels {
     pub(crate) post_norm: Kernel,
     /// RMS norm of each query and key head.
     pub(crate) head_norm: Kernel,
-    /// The rotary embedding, and the conversion of K and V to the cache's type.
+    /// The rotary embedding. It parts the projection into queries, keys and values.
     pub(crate) rope: Kernel,
     /// Copies the output of attention to a texture for the matrix product.
     pub(crate) to_texture: Kernel,
@@ -227,12 +227,12 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles the pipelines for a model and a cache of `dtype`.
+    /// Compiles the pipelines for a model.
     ///
     /// # Errors
     ///
     /// If a dimension is too large for a shader.
-    pub(crate) fn new(gpu: &Gpu, model: &Model, dtype: DType) -> Result<Self> {
+    pub(crate) fn new(gpu: &Gpu, model: &Model) -> Result<Self> {
         let config: &Config = &model.config;
         let size = |n: usize| -> Result<f64> { Ok(f64::from(u32::try_from(n)?)) };
         let width = ("WIDTH", size(config.width)?);
@@ -241,15 +241,6 @@ impl Kernels {
         let vocabulary = ("VOCABULARY", size(config.vocabulary)?);
         let epsilon = ("EPSILON", config.epsilon);
         let flag = |name, is_set: bool| (name, f64::from(u8::from(is_set)));
-        let dtype = (
-            "DTYPE",
-            match dtype {
-                DType::F32 => 0.0,
-                DType::F16 => 1.0,
-                DType::BF16 => 2.0,
-                other => anyhow::bail!("the engine does not store K and V as {other}"),
-            },
-        );
         let norm = normalising(include_str!("../shaders/rms_norm.wgsl"));
         let norm_binds = [Read, Read, Read, Store];
         Ok(Self {
@@ -288,7 +279,6 @@ impl Kernels {
                     kv_heads,
                     ("PAIRS", size(config.head_dim / 2)?),
                     flag("HALVES", config.rope_pairs == RopePairs::Halves),
-                    dtype,
                 ],
             ),
             to_texture: kernel(

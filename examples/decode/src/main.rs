@@ -19,7 +19,8 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use wgpu_kvcache::{
-    DType, DynamicKVCache, Gpu, KVCache, Layout, PagedKVCache, SequenceCache, StaticKVCache, Stats,
+    DynamicKVCache, Format, Formats, Gpu, KVCache, Layout, PagedKVCache, SequenceCache,
+    StaticKVCache, Stats,
 };
 
 use decode_engine::{
@@ -66,9 +67,17 @@ struct Arguments {
     /// Kind of cache [default: dynamic]. With several prompts, --prompts or --system it is always paged.
     #[arg(long, value_enum)]
     cache: Option<CacheKind>,
-    /// Type in which K and V are cached: f32, f16 or bf16.
-    #[arg(long, default_value_t = DType::F32)]
-    dtype: DType,
+    /// Format in which the cache stores K and V: f32, f16, bf16, q8_0 or q4_0. The model computes K and V in f32, and
+    /// the cache converts them as it writes them. q8_0 and q4_0 store 32 elements of a head as integers of 8 or 4 bits
+    /// with one scale.
+    #[arg(long, value_name = "FORMAT", default_value_t = Format::F32)]
+    dtype: Format,
+    /// Format in which the cache stores K, if not that of --dtype.
+    #[arg(long, value_name = "FORMAT")]
+    key_format: Option<Format>,
+    /// Format in which the cache stores V, if not that of --dtype.
+    #[arg(long, value_name = "FORMAT")]
+    value_format: Option<Format>,
     /// Never choose the end token, so that --max-new-tokens tokens are generated.
     #[arg(long)]
     ignore_eos: bool,
@@ -133,6 +142,13 @@ impl Arguments {
         if self.has_sequences() { format!("prompt {number}") } else { "the prompt".to_owned() }
     }
 
+    /// A side's own flag goes before that of both.
+    fn formats(&self) -> Formats {
+        let [key, value] =
+            [self.key_format, self.value_format].map(|format| format.or(Some(self.dtype)));
+        Formats { key, value }
+    }
+
     fn settings(&self, tokenizer: &Tokenizer) -> Settings {
         let end_of_turn = tokenizer.end_of_turn.filter(|_| self.chat);
         Settings {
@@ -171,7 +187,7 @@ struct Report {
     tokens_per_second: Option<f64>,
     /// In steps that only prefill.
     prompt_tokens_per_second: Option<f64>,
-    /// Bytes that the cache has allocated.
+    /// Bytes that the cache has allocated for K and V, in their formats, scales included.
     cache_bytes: u64,
     /// Share of a decode step that the cache's own dispatches take.
     cache_share: Option<f64>,
@@ -223,7 +239,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         arguments.beams
     };
     let max_tokens = work.max_tokens;
-    let options = Options { dtype: arguments.dtype, max_tokens, max_batch };
+    let options = Options { formats: arguments.formats(), max_tokens, max_batch };
     let mut engine = Engine::new(&gpu, &model, options)?;
     let report = if arguments.has_sequences() {
         serve_all(arguments, &gpu, &mut engine, &tokenizer, work)?

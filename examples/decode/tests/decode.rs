@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::Deserialize;
-use wgpu_kvcache::{DType, DynamicKVCache, Gpu, HeadlessOptions, SequenceCache, wgpu};
+use wgpu_kvcache::{DynamicKVCache, Format, Gpu, HeadlessOptions, SequenceCache, wgpu};
 
 use decode_engine::{
     Engine, Event, Generation, GgufFile, Known, Model, Options, Request, Settings, beam_search,
@@ -51,9 +51,9 @@ fn loaded() -> MutexGuard<'static, Loaded> {
 }
 
 /// Decodes a prompt of the reference, and checks what is streamed.
-fn decoded(loaded: &Loaded, case: &Case, kind: Kind, dtype: DType) -> Vec<u32> {
+fn decoded(loaded: &Loaded, case: &Case, kind: Kind, format: Format) -> Vec<u32> {
     let room = case.prompt_ids.len() + case.greedy.len();
-    let mut engine = loaded.engine(dtype, room, 1);
+    let mut engine = loaded.engine(format, room, 1);
     let mut cache = loaded.cache(&engine, kind, room);
     let settings = loaded.settings(case.greedy.len());
     let mut streamed = Vec::new();
@@ -84,7 +84,7 @@ fn a_matrix_beyond_one_texture_is_bound_in_parts() {
     assert!(model.embedding.parts() > 2, "{} parts", model.embedding.parts());
     let case = &reference()[0];
     let room = case.prompt_ids.len() + 8;
-    let options = Options { dtype: DType::F32, max_tokens: room, max_batch: 1 };
+    let options = Options { formats: Format::F32.into(), max_tokens: room, max_batch: 1 };
     let mut engine = Engine::new(&gpu, &model, options).expect("an engine");
     let mut cache = DynamicKVCache::new(&gpu);
     let settings = Settings { max_new_tokens: 8, end: None, ignore_end: true };
@@ -114,7 +114,7 @@ fn greedy_ids_with_an_f32_cache() {
     let loaded = loaded();
     for case in reference() {
         for kind in [Kind::Dynamic, Kind::Static] {
-            let ids = decoded(&loaded, &case, kind, DType::F32);
+            let ids = decoded(&loaded, &case, kind, Format::F32);
             assert_eq!(ids, case.greedy, "{kind:?}, {}", case.prompt);
         }
     }
@@ -125,7 +125,7 @@ fn greedy_ids_with_an_f16_cache_where_the_margin_allows() {
     let loaded = loaded();
     let mut compared = 0;
     for case in reference().iter().filter(|case| case.greedy_min_margin > 0.05) {
-        let ids = decoded(&loaded, case, Kind::Dynamic, DType::F16);
+        let ids = decoded(&loaded, case, Kind::Dynamic, Format::F16);
         assert_eq!(ids, case.greedy, "{}", case.prompt);
         compared += 1;
     }
@@ -137,7 +137,7 @@ fn a_bf16_cache_goes_through_the_whole_engine() {
     let loaded = loaded();
     // 8 bits of mantissa are too few to promise the reference's ids; the first token has margin enough.
     let case = &reference()[0];
-    let ids = decoded(&loaded, case, Kind::Static, DType::BF16);
+    let ids = decoded(&loaded, case, Kind::Static, Format::BF16);
     assert_eq!(ids.len(), case.greedy.len());
     assert_eq!(ids[0], case.greedy[0]);
 }
@@ -147,7 +147,7 @@ fn greedy_ids_with_a_paged_cache() {
     let loaded = loaded();
     // The longest text crosses into the most pages.
     let case = reference().into_iter().max_by_key(|case| case.greedy.len()).expect("a case");
-    let ids = decoded(&loaded, &case, Kind::Paged, DType::F32);
+    let ids = decoded(&loaded, &case, Kind::Paged, Format::F32);
     assert_eq!(ids, case.greedy, "{}", case.prompt);
 }
 
@@ -158,7 +158,7 @@ fn the_best_of_four_beams_and_its_score() {
     for (number, case) in reference().into_iter().enumerate() {
         let tokens = case.beams[0].len();
         let room = case.prompt_ids.len() + tokens;
-        let mut engine = loaded.engine(DType::F32, room, 4);
+        let mut engine = loaded.engine(Format::F32, room, 4);
         // One kind moves its rows, the other shares and copies pages; the third differs from the first in
         // its bound alone, so one case is enough for it.
         let kinds = if number == 0 { &kinds[..] } else { &kinds[..2] };
@@ -223,7 +223,7 @@ fn all_prompts_in_one_run_get_the_ids_that_each_gets_alone() {
     let long = long_text();
     let new = 4;
     requests.insert(2, Request { ids: long.clone(), max_new_tokens: Some(new) });
-    let mut engine = loaded.engine(DType::F32, 310, 3);
+    let mut engine = loaded.engine(Format::F32, 310, 3);
     let mut alone = loaded.cache(&engine, Kind::Dynamic, 0);
     let long = greedy(&mut engine, alone.as_mut(), &long, loaded.settings(new), &mut |_| Ok(()));
     let mut due: Vec<Vec<u32>> = order.iter().map(|&i| cases[i].greedy.clone()).collect();
@@ -261,7 +261,7 @@ fn prompts_that_begin_alike_share_pages() {
     let requests: Vec<Request> = own.map(|ids| Request { ids, max_new_tokens: None }).collect();
     assert_eq!((shared.len(), requests.len()), (300, 8));
 
-    let mut engine = loaded.engine(DType::F32, 330, 8);
+    let mut engine = loaded.engine(Format::F32, 330, 8);
     let mut cache = sequences(&engine, &loaded.gpu);
     let settings = loaded.settings(NEW);
     let served =
@@ -388,6 +388,38 @@ fn several_prompts_from_the_command_line() {
     assert!(report["cache_share"].as_f64().is_some_and(|share| share < 1.0));
 }
 
+/// The cache takes the bytes of the formats that the arguments ask for: each with those of one token of one head of 64
+/// elements, K and V.
+#[test]
+fn formats_from_the_command_line() {
+    let cases = reference();
+    let case = &cases[0];
+    let fixed = ["--max-new-tokens", "3", "--cache", "static"];
+    let runs: [(&[&str], u64); 4] = [
+        (&[], 256 + 256),
+        (&["--dtype", "f16", "--value-format", "q4_0"], 128 + 36),
+        (&["--key-format", "q8_0"], 68 + 256),
+        (&["--dtype", "q4_0", "--key-format", "q8_0", "--value-format", "f32"], 68 + 256),
+    ];
+    for (arguments, token_bytes) in runs {
+        let report = report(&case.prompt, &[&fixed[..], arguments].concat());
+        // 30 layers, 3 heads, a prompt of 5 and 3 new tokens.
+        assert_eq!(report["cache_bytes"], 30 * 3 * 8 * token_bytes, "{arguments:?}");
+        assert_eq!(report["ids"][0], case.greedy[0], "{arguments:?}");
+    }
+
+    // Sequences take the formats, too.
+    let quantized = ["--dtype", "q8_0", "--max-new-tokens", "4"];
+    let several = ["--prompt", cases[2].prompt.as_str()];
+    let report = report(&case.prompt, &[&quantized[..], &several].concat());
+    // A page of each of two prompts, in pools that begin with room for 64 tokens.
+    assert_eq!(report["peak_pages"], 2);
+    assert_eq!(report["cache_bytes"], 30 * 3 * 64 * (68 + 68));
+    for (sequence, case) in [0, 2].map(|i| &cases[i]).into_iter().enumerate() {
+        assert_eq!(report["sequences"][sequence]["ids"], serde_json::json!(case.greedy[..4]));
+    }
+}
+
 /// Each refusal: the arguments behind `--prompt x`, the exit code, and words of the message.
 #[test]
 fn bad_input_gets_an_error_of_its_own() {
@@ -411,7 +443,7 @@ fn bad_input_gets_an_error_of_its_own() {
     let other = write("other.gguf", &other);
     drop(whole);
 
-    let cases: [(&[&str], i32, &[&str]); 10] = [
+    let cases: [(&[&str], i32, &[&str]); 12] = [
         (&["--model", &cut], 1, &["cut short"]),
         (&["--model", &stub], 1, &["cut short"]),
         (&["--model", &text], 1, &["GGUF"]),
@@ -420,6 +452,8 @@ fn bad_input_gets_an_error_of_its_own() {
         (&["--model", &cut, "--frobnicate"], 2, &["--frobnicate", "--help"]),
         (&["--model", &cut, "--cache", "elastic"], 2, &["elastic", "dynamic", "static", "paged"]),
         (&["--model", &cut, "--dtype", "f64"], 2, &["f64", "bf16"]),
+        (&["--model", &cut, "--key-format", "q5_0"], 2, &["--key-format", "unknown format 'q5_0'"]),
+        (&["--model", &cut, "--value-format", "Q8"], 2, &["--value-format", "unknown format 'Q8'"]),
         (&["--model", &cut, "--beams", "0"], 2, &["--beams"]),
         (&["--model", &cut, "--max-new-tokens", "-3"], 2, &["-3"]),
     ];
@@ -493,6 +527,8 @@ fn bad_input_gets_an_error_of_its_own() {
         "--beams",
         "--cache",
         "--dtype",
+        "--key-format",
+        "--value-format",
     ] {
         assert!(help.contains(option), "--help does not name {option}");
     }

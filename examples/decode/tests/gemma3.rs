@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use decode_engine::{Engine, Generation, Known, Request, Rows, beam_search, greedy, serve};
 use rig::{Kind, Loaded, model_path};
 use serde::Deserialize;
-use wgpu_kvcache::{DType, DynamicKVCache, KVCache, SequenceCache};
+use wgpu_kvcache::{DynamicKVCache, Format, KVCache, SequenceCache};
 
 #[derive(Deserialize)]
 struct Reference {
@@ -143,7 +143,7 @@ fn greedy_ids_of_every_case_in_a_dynamic_cache() {
     let loaded = loaded();
     let cases = reference();
     let room = cases.iter().map(Case::tokens).max().expect("a case");
-    let mut engine = loaded.engine(DType::F32, room, 1);
+    let mut engine = loaded.engine(Format::F32, room, 1);
     for case in cases {
         check(&loaded, &mut engine, &case, Kind::Dynamic);
     }
@@ -154,7 +154,7 @@ fn greedy_ids_in_a_static_and_a_paged_cache() {
     let loaded = loaded();
     let cases = reference();
     let room = cases.iter().map(Case::tokens).max().expect("a case");
-    let mut engine = loaded.engine(DType::F32, room, 1);
+    let mut engine = loaded.engine(Format::F32, room, 1);
     let mut long: Vec<&Case> = cases.iter().filter(|case| case.is_long()).collect();
     for kind in [Kind::Static, Kind::Paged] {
         let short = cases.iter().filter(|case| case.prompt_ids.len() < 100);
@@ -172,7 +172,7 @@ fn greedy_ids_in_sequences() {
     let long = cases.iter().position(Case::is_long).expect("a long case");
     cases.remove(long);
     let room = cases.iter().map(Case::tokens).max().expect("a case");
-    let mut engine = loaded.engine(DType::F32, room, 3);
+    let mut engine = loaded.engine(Format::F32, room, 3);
     let mut cache = sequences(&loaded, &engine);
     let requests = cases.iter().map(|case| Request {
         ids: case.prompt_ids.clone(),
@@ -199,7 +199,7 @@ fn a_shared_prefix_longer_than_the_window() {
     let cases = reference();
     let long = cases.iter().find(|case| case.is_long()).expect("a long case");
     let (shared, rest) = long.prompt_ids.split_at(SHARED);
-    let mut engine = loaded.engine(DType::F32, long.tokens(), 2);
+    let mut engine = loaded.engine(Format::F32, long.tokens(), 2);
     let mut cache = sequences(&loaded, &engine);
     let request = Request { ids: rest.to_vec(), max_new_tokens: Some(8) };
     let requests = vec![request; 2];
@@ -221,7 +221,7 @@ fn beams_beyond_the_window() {
     let long = cases.iter().find(|case| case.is_long()).expect("a long case");
     // A little more than the window.
     let prompt = &long.prompt_ids[..530];
-    let mut engine = loaded.engine(DType::F32, prompt.len() + NEW, BEAMS);
+    let mut engine = loaded.engine(Format::F32, prompt.len() + NEW, BEAMS);
     let all: Box<dyn KVCache> = Box::new(DynamicKVCache::new(&loaded.gpu));
     let windowed = [Kind::Dynamic, Kind::Paged].map(|kind| loaded.cache(&engine, kind, 0));
     let mut first: Option<Generation> = None;
@@ -247,7 +247,7 @@ fn beams_beyond_the_window() {
 fn the_best_logits_after_a_prompt() {
     let loaded = loaded();
     for case in reference().iter().filter(|case| case.prompt_ids.len() < 100) {
-        let mut engine = loaded.engine(DType::F32, case.prompt_ids.len(), 1);
+        let mut engine = loaded.engine(Format::F32, case.prompt_ids.len(), 1);
         let mut cache = loaded.cache(&engine, Kind::Dynamic, 0);
         let logits = engine.logits(cache.as_mut(), &case.prompt_ids, 1, Rows::Keep).unwrap();
         for (&id, due) in case.top5_ids.iter().zip(&case.top5_logits) {

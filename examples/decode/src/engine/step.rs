@@ -83,7 +83,7 @@ impl Engine {
         ending: Ending,
     ) -> Result<()> {
         self.write(inputs)?;
-        let Self { model, options, kernels, buffers, groups, windows, attention, .. } = self;
+        let Self { model, kernels, buffers, groups, windows, attention, .. } = self;
         let Config { width, heads, kv_heads, head_dim, feed_forward, .. } = model.config;
         let new = size(inputs.tokens.len())?;
         let width = size(width)?;
@@ -94,8 +94,7 @@ impl Engine {
         let batch = target.batch();
         let count = inputs.tokens.len() / batch;
         let (query, mixed) = buffers.query_and_mixed(&model.config, batch, count)?;
-        let (key, value) =
-            buffers.new_keys_and_values(&model.config, options.dtype, batch, count)?;
+        let (key, value) = buffers.new_keys_and_values(&model.config, batch, count)?;
 
         kernels.embed.dispatch(pass, &groups.embed, width, new);
         for (layer, bound) in groups.layers.iter().enumerate() {

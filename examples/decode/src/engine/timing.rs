@@ -81,6 +81,6 @@ impl Engine {
         batch: usize,
         count: usize,
     ) -> Result<(TensorView<'_>, TensorView<'_>)> {
-        self.buffers.new_keys_and_values(&self.model.config, self.options.dtype, batch, count)
+        self.buffers.new_keys_and_values(&self.model.config, batch, count)
     }
 }

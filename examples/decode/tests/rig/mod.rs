@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use decode_engine::{Engine, GgufFile, Known, Model, Options, Settings, Tokenizer};
-use wgpu_kvcache::{DType, DynamicKVCache, Gpu, KVCache, PagedKVCache, StaticKVCache};
+use wgpu_kvcache::{DynamicKVCache, Formats, Gpu, KVCache, PagedKVCache, StaticKVCache};
 
 /// Where a model is: at the path in `variable`, or where `setup.sh` puts it. A missing model is a failure that says how
 /// to get it.
@@ -67,8 +67,13 @@ impl Loaded {
         }
     }
 
-    pub(crate) fn engine(&self, dtype: DType, max_tokens: usize, max_batch: usize) -> Engine {
-        let options = Options { dtype, max_tokens, max_batch };
+    pub(crate) fn engine(
+        &self,
+        formats: impl Into<Formats>,
+        max_tokens: usize,
+        max_batch: usize,
+    ) -> Engine {
+        let options = Options { formats: formats.into(), max_tokens, max_batch };
         Engine::new(&self.gpu, &self.model, options).expect("an engine")
     }
 
