@@ -10,7 +10,7 @@
 mod progress;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -67,10 +67,12 @@ struct Arguments {
     /// Kind of cache [default: dynamic]. With several prompts, --prompts or --system it is always paged.
     #[arg(long, value_enum)]
     cache: Option<CacheKind>,
-    /// Format in which the cache stores K and V: f32, f16, bf16, q8_0 or q4_0. The model computes K and V in f32, and
-    /// the cache converts them as it writes them. q8_0 and q4_0 store 32 elements of a head as integers of 8 or 4 bits
-    /// with one scale.
-    #[arg(long, value_name = "FORMAT", default_value_t = Format::F32)]
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        default_value_t = Format::F32,
+        help = "Format in which the cache stores K and V: f32, f16, bf16, q8_0 or q4_0. The model computes K and V in f32, and the cache converts them as it writes them. q8_0 and q4_0 store 32 elements of a head as integers of 8 or 4 bits with one scale"
+    )]
     dtype: Format,
     /// Format in which the cache stores K, if not that of --dtype.
     #[arg(long, value_name = "FORMAT")]
@@ -78,6 +80,13 @@ struct Arguments {
     /// Format in which the cache stores V, if not that of --dtype.
     #[arg(long, value_name = "FORMAT")]
     value_format: Option<Format>,
+    /// Write the cache to FILE after the prompt, in the format safetensors. For one prompt only.
+    #[arg(long, value_name = "FILE", conflicts_with = "load")]
+    save: Option<PathBuf>,
+    /// Take the cache from FILE, which --save wrote after the same prompt, instead of prefilling the prompt. The model and
+    /// the formats must be those of then; the kind of cache may be another one. For one prompt only.
+    #[arg(long, value_name = "FILE")]
+    load: Option<PathBuf>,
     /// Never choose the end token, so that --max-new-tokens tokens are generated.
     #[arg(long)]
     ignore_eos: bool,
@@ -109,6 +118,10 @@ impl Arguments {
                 self.beams == 1,
                 "--beams {}: a beam search takes one --prompt, without --prompts and --system",
                 self.beams
+            );
+            ensure!(
+                self.save.is_none() && self.load.is_none(),
+                "--save and --load take one --prompt, without --prompts and --system"
             );
             ensure!(
                 matches!(self.cache, None | Some(CacheKind::Paged)),
@@ -147,6 +160,19 @@ impl Arguments {
         let [key, value] =
             [self.key_format, self.value_format].map(|format| format.or(Some(self.dtype)));
         Formats { key, value }
+    }
+
+    /// The bytes of `--load`. Refuses files that cannot be read, and a `--save` into no folder.
+    fn saved(&self) -> Result<Option<Vec<u8>>> {
+        let folder = self.save.as_deref().and_then(Path::parent);
+        if let Some(folder) = folder.filter(|folder| !folder.as_os_str().is_empty()) {
+            ensure!(folder.is_dir(), "--save: there is no folder {}", folder.display());
+        }
+        let read = |path: &PathBuf| {
+            let bytes = std::fs::read(path);
+            bytes.with_context(|| format!("cannot read the saved cache {}", path.display()))
+        };
+        self.load.as_ref().map(read).transpose()
     }
 
     fn settings(&self, tokenizer: &Tokenizer) -> Settings {
@@ -225,6 +251,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     // What can be refused without the weights is refused before they are read.
     let texts = arguments.texts()?;
+    let saved = arguments.saved()?;
     let mut file = GgufFile::open(&Known::resolve(&arguments.model)?)?;
     let config = Config::from_gguf(&file)?;
     let chat = arguments.chat.then(|| ChatTemplate::from_gguf(&file)).transpose()?;
@@ -244,7 +271,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let report = if arguments.has_sequences() {
         serve_all(arguments, &gpu, &mut engine, &tokenizer, work)?
     } else {
-        generate_one(arguments, &gpu, &mut engine, &tokenizer, work)?
+        generate_one(arguments, &gpu, &mut engine, &tokenizer, (work, saved))?
     };
     if arguments.json {
         writeln!(io::stdout(), "{}", serde_json::to_string(&report)?)?;
@@ -306,7 +333,7 @@ fn generate_one(
     gpu: &Gpu,
     engine: &mut Engine,
     tokenizer: &Tokenizer,
-    work: Work,
+    (work, saved): (Work, Option<Vec<u8>>),
 ) -> Result<Report> {
     let options = engine.cache_options();
     let (mut cache, layout): (Box<dyn KVCache>, _) = match arguments
@@ -325,6 +352,7 @@ fn generate_one(
     };
     engine.warm_up(layout)?;
     let prompt = &work.own[0];
+    let prompt = prefilled(arguments, gpu, engine, cache.as_mut(), prompt, saved.as_deref())?;
     let generation = generate(arguments, engine, cache.as_mut(), tokenizer, prompt)?;
     let rates = [
         per_second(generation.step_times.len(), generation.step_times.iter().sum()),
@@ -336,6 +364,41 @@ fn generate_one(
     let sequences = work.into_sequences(tokenizer, vec![ids])?;
     let beams = (generation.beams, generation.scores);
     Ok(Report::new(gpu, sequences, beams, rates, share, stats))
+}
+
+/// The part of the prompt that is still to be prefilled: its last token, if a saved cache holds the others, or one is
+/// saved now.
+fn prefilled<'a>(
+    arguments: &Arguments,
+    gpu: &Gpu,
+    engine: &mut Engine,
+    cache: &mut dyn KVCache,
+    prompt: &'a [u32],
+    saved: Option<&[u8]>,
+) -> Result<&'a [u32]> {
+    match (saved, &arguments.save) {
+        (None, None) => return Ok(prompt),
+        (Some(bytes), _) => {
+            gpu.submit_pass("restore", |pass| cache.restore(pass, bytes)).context("--load")?;
+            for layer in 0..engine.config().layers {
+                let tokens = cache.get_next_position(layer)?;
+                ensure!(
+                    tokens == prompt.len(),
+                    "--load: the saved cache holds {tokens} tokens in layer {layer}, and the prompt has {}; give the prompt after which it was saved",
+                    prompt.len()
+                );
+            }
+        }
+        (None, Some(path)) => {
+            engine.next_tokens(cache, prompt, 1, None)?;
+            let bytes = cache.save(0..usize::MAX)?;
+            std::fs::write(path, bytes)
+                .with_context(|| format!("cannot write the cache to {}", path.display()))?;
+        }
+    }
+    // The last token comes again, so that a token is chosen after it.
+    cache.drop_latest(1)?;
+    Ok(&prompt[prompt.len() - 1..])
 }
 
 /// Several prompts, or prompts with a shared prefix, as sequences of one cache.
