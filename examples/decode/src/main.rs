@@ -67,10 +67,12 @@ struct Arguments {
     /// Kind of cache [default: dynamic]. With several prompts, --prompts or --system it is always paged.
     #[arg(long, value_enum)]
     cache: Option<CacheKind>,
-    /// Format in which the cache stores K and V: f32, f16, bf16, q8_0 or q4_0. The model computes K and V in f32, and
-    /// the cache converts them as it writes them. q8_0 and q4_0 store 32 elements of a head as integers of 8 or 4 bits
-    /// with one scale.
-    #[arg(long, value_name = "FORMAT", default_value_t = Format::F32)]
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        default_value_t = Format::F32,
+        help = "Format in which the cache stores K and V: f32, f16, bf16, q8_0 or q4_0. The model computes K and V in f32, and the cache converts them as it writes them. q8_0 and q4_0 store 32 elements of a head as integers of 8 or 4 bits with one scale"
+    )]
     dtype: Format,
     /// Format in which the cache stores K, if not that of --dtype.
     #[arg(long, value_name = "FORMAT")]
