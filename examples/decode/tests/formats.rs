@@ -1,7 +1,7 @@
 //! What quantized K and V change in the answers of a real model, against a cache in f32.
 //!
-//! `SmolLM2` is fed the tokens of `reference/smollm2.json` one by one, whatever it would have chosen itself, so that
-//! caches of different formats are compared over the same texts. The tests need the model, which
+//! `SmolLM2` is fed each prompt of `reference/smollm2.json` and then the reference's ids one by one, whatever it would
+//! have chosen itself, so that caches of different formats are compared over the same texts. The tests need the model, which
 //! `examples/decode/setup.sh` gets. Its place may be given in the variable `KV_MODEL`.
 //!
 //! This prints how far each format is from f32, over all prompts:
