@@ -5,6 +5,7 @@
 # Usage: examples/decode/run.sh [prompt] [flags of the decode example, e.g. --beams 4]
 #   examples/decode/run.sh "A prompt" --model gemma3          (smollm2 without --model, or the path of a GGUF file)
 #   examples/decode/run.sh "A question" --chat                (as a message of a chat)
+#   examples/decode/run.sh "A prompt" --key-format q8_0 --value-format q4_0    (K in 8 bits, V in 4; --dtype sets both)
 # Several prompts, served together:
 #   examples/decode/run.sh "One prompt" --prompt "Another one" --system "What both begin with"
 #   examples/decode/run.sh --prompts FILE --max-sequences 4    (a prompt a line)
