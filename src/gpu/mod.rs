@@ -7,6 +7,7 @@ pub(crate) mod device;
 pub(crate) mod kernels;
 pub(crate) mod ledger;
 pub(crate) mod own_buffers;
+pub(crate) mod read;
 pub(crate) mod readback;
 pub(crate) mod uploads;
 pub(crate) mod witness;

@@ -135,7 +135,7 @@ impl Readback {
 
     /// Blocks until the bytes have arrived.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn wait(&self, gpu: &Gpu) -> Result<()> {
+    pub(super) fn wait(&self, gpu: &Gpu) -> Result<()> {
         let deadline = Instant::now() + TIMEOUT;
         gpu.device()
             .poll(wgpu::PollType::Wait {
@@ -158,7 +158,7 @@ impl Readback {
     /// Waits briefly for the callbacks of earlier calls, which another thread may be about to run. Returns whether
     /// the bytes are those that were recorded; if not, the caller must read them again.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn wait_for_calls(&self, ledger: &Ledger) -> Result<bool> {
+    pub(super) fn wait_for_calls(&self, ledger: &Ledger) -> Result<bool> {
         let deadline = Instant::now() + CALLBACK_TIMEOUT;
         loop {
             match ledger.verdict(self.before, self.ran()?)? {
@@ -173,7 +173,7 @@ impl Readback {
     }
 
     /// Completes when the bytes have arrived.
-    pub(crate) async fn arrive(&self, gpu: &Gpu) -> Result<()> {
+    pub(super) async fn arrive(&self, gpu: &Gpu) -> Result<()> {
         poll_fn(|context| {
             if let Err(error) = self.poll_and_schedule(gpu, context) {
                 return Poll::Ready(Err(error));
@@ -184,7 +184,7 @@ impl Readback {
     }
 
     /// As `wait_for_calls`, without blocking.
-    pub(crate) async fn settle(&self, gpu: &Gpu, ledger: &Ledger) -> Result<bool> {
+    pub(super) async fn settle(&self, gpu: &Gpu, ledger: &Ledger) -> Result<bool> {
         let ran = self.ran()?;
         #[cfg(not(target_arch = "wasm32"))]
         let deadline = Instant::now() + CALLBACK_TIMEOUT;

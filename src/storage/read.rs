@@ -5,6 +5,9 @@ use std::sync::atomic::Ordering;
 #[cfg(target_arch = "wasm32")]
 use crate::error::Error;
 use crate::error::Result;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::gpu::read::read;
+use crate::gpu::read::read_async;
 use crate::gpu::readback::Readback;
 use crate::host::plan;
 use crate::storage::arrangement::Arrangement;
@@ -15,13 +18,8 @@ use crate::view::LayerView;
 impl<L: Arrangement> Layers<L> {
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
-        loop {
-            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
-            readback.wait(&self.gpu)?;
-            if readback.wait_for_calls(&self.ledger)? {
-                return self.finish_readback(&readback).map(Some);
-            }
-        }
+        let read = read(&self.gpu, &self.ledger, || self.start_readback(layer_idx))?;
+        read.map(|(readback, ())| self.finish_readback(&readback)).transpose()
     }
 
     /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
@@ -40,19 +38,15 @@ impl<L: Arrangement> Layers<L> {
         &self,
         layer_idx: usize,
     ) -> Result<Option<(StoredTensor, StoredTensor)>> {
-        loop {
-            let Some(readback) = self.start_readback(layer_idx)? else { return Ok(None) };
-            readback.arrive(&self.gpu).await?;
-            if readback.settle(&self.gpu, &self.ledger).await? {
-                return self.finish_readback(&readback).map(Some);
-            }
-        }
+        let start = || self.start_readback(layer_idx);
+        let read = read_async(&self.gpu, &self.ledger, start).await?;
+        read.map(|(readback, ())| self.finish_readback(&readback)).transpose()
     }
 
-    fn start_readback(&self, layer_idx: usize) -> Result<Option<Readback>> {
+    fn start_readback(&self, layer_idx: usize) -> Result<Option<(Readback, ())>> {
         let Some(view) = self.view(layer_idx)? else { return Ok(None) };
         self.gpu.handle().check_alive()?;
-        self.read_view(layer_idx, &view).map(Some)
+        self.read_view(layer_idx, &view).map(|readback| Some((readback, ())))
     }
 
     /// Starts reading the live tokens of a view back.

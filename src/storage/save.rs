@@ -3,6 +3,9 @@
 use std::ops::Range;
 
 use crate::error::Result;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::gpu::read::read;
+use crate::gpu::read::read_async;
 use crate::gpu::readback::Readback;
 use crate::saved::{SavedLayer, SavedLayers};
 use crate::storage::arrangement::Arrangement;
@@ -11,26 +14,15 @@ use crate::storage::layers::Layers;
 use crate::stored::StoredTensor;
 use crate::view::LayerView;
 
-/// A layer on its way to a file, without its tokens.
-struct Outline {
-    readback: Readback,
-    layer: SavedLayer,
-}
-
 impl<L: Arrangement> Layers<L> {
     /// The tokens of the layers of a range that hold some.
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn save(&self, layers: Range<usize>) -> Result<SavedLayers> {
         let mut saved = Vec::new();
         for number in self.written(layers) {
-            loop {
-                let Some(outline) = self.start_save(number)? else { break };
-                outline.readback.wait(&self.gpu)?;
-                if outline.readback.wait_for_calls(&self.ledger)? {
-                    saved.push((number, self.finish_save(outline)?));
-                    break;
-                }
-            }
+            let read = read(&self.gpu, &self.ledger, || self.start_save(number))?;
+            let layer = read.map(|(readback, outline)| self.finish_save(&readback, outline));
+            saved.extend(layer.transpose()?.map(|layer| (number, layer)));
         }
         Ok(saved)
     }
@@ -50,14 +42,10 @@ impl<L: Arrangement> Layers<L> {
     pub(crate) async fn save_async(&self, layers: Range<usize>) -> Result<SavedLayers> {
         let mut saved = Vec::new();
         for number in self.written(layers) {
-            loop {
-                let Some(outline) = self.start_save(number)? else { break };
-                outline.readback.arrive(&self.gpu).await?;
-                if outline.readback.settle(&self.gpu, &self.ledger).await? {
-                    saved.push((number, self.finish_save(outline)?));
-                    break;
-                }
-            }
+            let start = || self.start_save(number);
+            let read = read_async(&self.gpu, &self.ledger, start).await?;
+            let layer = read.map(|(readback, outline)| self.finish_save(&readback, outline));
+            saved.extend(layer.transpose()?.map(|layer| (number, layer)));
         }
         Ok(saved)
     }
@@ -68,7 +56,8 @@ impl<L: Arrangement> Layers<L> {
         held.map(|(&number, _)| number).filter(|number| layers.contains(number)).collect()
     }
 
-    fn start_save(&self, number: usize) -> Result<Option<Outline>> {
+    /// Starts reading a layer, with what it is but its tokens.
+    fn start_save(&self, number: usize) -> Result<Option<(Readback, SavedLayer)>> {
         let Some(view) = self.view(number)? else { return Ok(None) };
         let gpu = &self.gpu;
         gpu.handle().check_alive()?;
@@ -80,13 +69,11 @@ impl<L: Arrangement> Layers<L> {
             None => (None, view.clone()),
         };
         let readback = self.read_view(number, &start)?;
-        let outline = layer.outline(&view, pages, start.len());
-        Ok(Some(Outline { readback, layer: outline }))
+        Ok(Some((readback, layer.outline(&view, pages, start.len()))))
     }
 
-    fn finish_save(&self, outline: Outline) -> Result<SavedLayer> {
-        let Outline { readback, mut layer } = outline;
-        let (key, value) = self.finish_readback(&readback)?;
+    fn finish_save(&self, readback: &Readback, mut layer: SavedLayer) -> Result<SavedLayer> {
+        let (key, value) = self.finish_readback(readback)?;
         layer.fill(key, value);
         Ok(layer)
     }

@@ -19,6 +19,9 @@ use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::{LayerShape, Positions};
 use crate::gpu::ledger::Ledger;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::gpu::read::read;
+use crate::gpu::read::read_async;
 use crate::gpu::readback::Readback;
 use crate::host::rows::{Rows, Span};
 use crate::host::sequences::{Sequences, StagedStep, StepLimits};
@@ -252,13 +255,8 @@ impl SequenceLayers {
         id: SequenceId,
         layer: usize,
     ) -> Result<Option<(StoredTensor, StoredTensor)>> {
-        loop {
-            let Some(readback) = self.start_readback(id, layer)? else { return Ok(None) };
-            readback.wait(&self.gpu)?;
-            if readback.wait_for_calls(&self.ledger)? {
-                return self.finish_readback(&readback).map(Some);
-            }
-        }
+        let read = read(&self.gpu, &self.ledger, || self.start_readback(id, layer))?;
+        read.map(|(readback, ())| self.finish_readback(&readback)).transpose()
     }
 
     /// A browser runs nothing else while a call waits, so that no bytes would ever arrive.
@@ -280,16 +278,12 @@ impl SequenceLayers {
         id: SequenceId,
         layer: usize,
     ) -> Result<Option<(StoredTensor, StoredTensor)>> {
-        loop {
-            let Some(readback) = self.start_readback(id, layer)? else { return Ok(None) };
-            readback.arrive(&self.gpu).await?;
-            if readback.settle(&self.gpu, &self.ledger).await? {
-                return self.finish_readback(&readback).map(Some);
-            }
-        }
+        let start = || self.start_readback(id, layer);
+        let read = read_async(&self.gpu, &self.ledger, start).await?;
+        read.map(|(readback, ())| self.finish_readback(&readback)).transpose()
     }
 
-    fn start_readback(&self, id: SequenceId, layer: usize) -> Result<Option<Readback>> {
+    fn start_readback(&self, id: SequenceId, layer: usize) -> Result<Option<(Readback, ())>> {
         let live = self.sequences()?.live(id)?;
         if self.latest.as_ref().is_some_and(|latest| latest.before.iter().any(|it| it.0 == id)) {
             self.check_updated(layer)?;
@@ -299,8 +293,9 @@ impl SequenceLayers {
         let records = RowLists::new([(live.start, live.len, live.pages)].into_iter());
         let allocation = self.gpu.uploads().upload(&records.words)?;
         let view = self.shaped_view(layer, (store, self.pool), &records.spans, allocation, None);
-        Readback::start(&self.gpu, self.numbers[layer], &view, Default::default(), &self.ledger)
-            .map(Some)
+        let (gpu, number) = (&self.gpu, self.numbers[layer]);
+        Readback::start(gpu, number, &view, Default::default(), &self.ledger)
+            .map(|readback| Some((readback, ())))
     }
 
     fn finish_readback(&self, readback: &Readback) -> Result<(StoredTensor, StoredTensor)> {

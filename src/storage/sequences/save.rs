@@ -5,6 +5,9 @@ use super::groups::SequenceGroups;
 use crate::error::{Error, Result, StoringError};
 use crate::gpu::call::Call;
 use crate::gpu::kernels::Positions;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::gpu::read::read;
+use crate::gpu::read::read_async;
 use crate::gpu::readback::Readback;
 use crate::saved::{SavedLayer, SavedLayers};
 use crate::sequence::SequenceId;
@@ -20,14 +23,9 @@ impl SequenceGroups {
         for number in 0..self.layer_count() {
             let (group, at) = self.place(number)?;
             let group = &self.groups[group];
-            loop {
-                let Some(readback) = group.start_readback(id, at)? else { break };
-                readback.wait(&group.gpu)?;
-                if readback.wait_for_calls(&group.ledger)? {
-                    saved.push((number, group.finish_save(id, at, &readback)?));
-                    break;
-                }
-            }
+            let read = read(&group.gpu, &group.ledger, || group.start_readback(id, at))?;
+            let layer = read.map(|(readback, ())| group.finish_save(id, at, &readback));
+            saved.extend(layer.transpose()?.map(|layer| (number, layer)));
         }
         Ok(saved)
     }
@@ -47,14 +45,10 @@ impl SequenceGroups {
         for number in 0..self.layer_count() {
             let (group, at) = self.place(number)?;
             let group = &self.groups[group];
-            loop {
-                let Some(readback) = group.start_readback(id, at)? else { break };
-                readback.arrive(&group.gpu).await?;
-                if readback.settle(&group.gpu, &group.ledger).await? {
-                    saved.push((number, group.finish_save(id, at, &readback)?));
-                    break;
-                }
-            }
+            let start = || group.start_readback(id, at);
+            let read = read_async(&group.gpu, &group.ledger, start).await?;
+            let layer = read.map(|(readback, ())| group.finish_save(id, at, &readback));
+            saved.extend(layer.transpose()?.map(|layer| (number, layer)));
         }
         Ok(saved)
     }
