@@ -167,10 +167,11 @@ impl Format {
         } else {
             include_str!("../shaders/element/vectors.wgsl")
         };
+        let runs = include_str!("../shaders/element/runs.wgsl");
         let text = match self {
-            Self::F32 => [include_str!("../shaders/element/f32.wgsl"), by].concat(),
-            Self::F16 => [include_str!("../shaders/element/f16.wgsl"), by].concat(),
-            Self::BF16 => [include_str!("../shaders/element/bf16.wgsl"), by].concat(),
+            Self::F32 => [include_str!("../shaders/element/f32.wgsl"), by, runs].concat(),
+            Self::F16 => [include_str!("../shaders/element/f16.wgsl"), by, runs].concat(),
+            Self::BF16 => [include_str!("../shaders/element/bf16.wgsl"), by, runs].concat(),
             Self::Q8_0 => include_str!("../shaders/element/q8_0.wgsl").to_owned(),
             Self::Q4_0 => include_str!("../shaders/element/q4_0.wgsl").to_owned(),
         };

@@ -1,5 +1,6 @@
 //! Saved caches: the tokens of layers as a file in the format safetensors. Nothing here knows wgpu.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -47,16 +48,19 @@ pub(crate) struct Stretch {
 /// Layers by number.
 pub(crate) type SavedLayers = Vec<(usize, SavedLayer)>;
 
+/// Name, type, shape and bytes.
+type NamedTensor<'a> = (String, Dtype, Vec<usize>, Cow<'a, [u8]>);
+
 /// A file of these layers.
 pub(crate) fn to_bytes(layers: &[(usize, SavedLayer)]) -> Result<Vec<u8>> {
     let mut about = HashMap::from([
         ("format".to_owned(), NAME.to_owned()),
         ("version".to_owned(), VERSION.to_owned()),
     ]);
-    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut tensors: Vec<NamedTensor<'_>> = Vec::new();
     for (number, layer) in layers {
         about.insert(format!("layer.{number}"), layer.about());
-        let words = |words: Vec<u32>| bytemuck::cast_slice::<u32, u8>(&words).to_vec();
+        let words = |words: Vec<u32>| bytemuck::cast_slice::<u32, u8>(&words).to_vec().into();
         let (batch, row_pages) = (layer.pages.len(), layer.pages.first().map_or(0, Vec::len));
         let pages = layer.pages.concat();
         let count = pages.iter().max().map_or(0, |&last| last as usize + 1);
@@ -76,11 +80,11 @@ pub(crate) fn to_bytes(layers: &[(usize, SavedLayer)]) -> Result<Vec<u8>> {
             let format = layer.formats[at];
             let (dtype, row) = element_type(format, layer.dims[at]);
             let shape = |row| vec![count, layer.heads, layer.page_tokens, row];
-            tensors.push((format!("layer.{number}.{side}"), dtype, shape(row), elements.clone()));
+            tensors.push((format!("layer.{number}.{side}"), dtype, shape(row), elements.into()));
             if format.is_quantized() {
                 let row = format.blocks(layer.dims[at]).next_multiple_of(2);
                 let name = format!("layer.{number}.{side}.scales");
-                tensors.push((name, Dtype::F16, shape(row), scales.clone()));
+                tensors.push((name, Dtype::F16, shape(row), scales.into()));
             }
         }
     }

@@ -163,9 +163,7 @@ impl<'a> TensorView<'a> {
         if self.strides[3] != 1 && d > 1 {
             return Err(Error::InnerStride { what, stride: self.strides[3] });
         }
-        if self.dtype.size() == 2 && d % 2 != 0 {
-            return Err(Error::OddHeadDim { what, dtype: self.dtype, head_dim: d });
-        }
+        check_whole_words(what, d, self.dtype)?;
         let needed = self.end().ok_or_else(|| {
             let Self { offset, shape, strides, .. } = self;
             let asked = format!("{shape:?} with strides {strides:?} from byte {offset}");
@@ -249,6 +247,14 @@ impl Source {
         let [b, h, t] = self.strides;
         [self.offset, b, h, t, self.row_bytes].iter().all(|bytes| bytes % 16 == 0)
     }
+}
+
+/// Refuses heads that are not whole 32-bit words.
+pub(crate) fn check_whole_words(what: &'static str, head_dim: usize, dtype: DType) -> Result<()> {
+    if dtype.size() == 2 && !head_dim.is_multiple_of(2) {
+        return Err(Error::OddHeadDim { what, dtype, head_dim });
+    }
+    Ok(())
 }
 
 /// Checks a shape given as a slice: rank 4, no extent of zero.
@@ -337,13 +343,7 @@ impl HostTensor {
         if expected != data.len() {
             return Err(Error::SliceLength { shape: shape.to_vec(), expected, got: data.len() });
         }
-        if E::DTYPE.size() < 4 && four[3] % 2 != 0 {
-            return Err(Error::OddHeadDim {
-                what: "host data",
-                dtype: E::DTYPE,
-                head_dim: four[3],
-            });
-        }
+        check_whole_words("host data", four[3], E::DTYPE)?;
         Ok(Self::new(E::DTYPE, four, bytemuck::pod_collect_to_vec(data)))
     }
 

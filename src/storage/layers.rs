@@ -157,27 +157,17 @@ impl<L: Arrangement> Layers<L> {
         self.check_writable()?;
         self.check_first_batch(layer_idx, key, value)?;
         // A layer that was never written is only kept where it is written now.
-        let new = self.new_layer(layer_idx);
-        let mut fresh = None;
-        let layer = match self.layers.get_mut(&layer_idx) {
-            Some(layer) => layer,
-            None => fresh.insert(new),
-        };
+        let is_new = !self.layers.contains_key(&layer_idx);
+        let mut fresh = is_new.then(|| self.new_layer(layer_idx));
+        let held = self.layers.get_mut(&layer_idx);
+        let layer = held.or(fresh.as_mut()).expect("a layer that is held or new");
         let (mut staged, view) =
             layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
         let mut call = Call::default();
         layer.hand_over(&mut staged, &mut call);
         call.record(pass, &self.ledger)?;
         self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));
-        let allocated = staged.allocated();
-        if allocated > 0 {
-            self.note_peak(allocated);
-        }
-        let layer = self.layers.get_mut(&layer_idx).expect("the layer was staged just now");
-        let effect = layer.commit(staged);
-        self.dispatches += effect.dispatches;
-        self.bytes_moved += effect.moved;
-        self.peak_pages_used = self.peak_pages_used.max(layer.pages_used());
+        self.commit_one(layer_idx, staged);
         Ok(LayerView { owner: Some(self.owner()), ..view })
     }
 
@@ -198,10 +188,12 @@ impl<L: Arrangement> Layers<L> {
     }
 
     /// Commits a change of one layer that was recorded, and counts it.
-    #[cfg(feature = "safetensors")]
-    pub(super) fn count_one(&mut self, number: usize, staged: Staged<L>) {
-        self.note_peak(staged.allocated());
-        let Some(layer) = self.layers.get_mut(&number) else { return };
+    pub(super) fn commit_one(&mut self, number: usize, staged: Staged<L>) {
+        let allocated = staged.allocated();
+        if allocated > 0 {
+            self.note_peak(allocated);
+        }
+        let layer = self.layers.get_mut(&number).expect("the layer was staged just now");
         let Effect { dispatches, moved } = layer.commit(staged);
         self.dispatches += dispatches;
         self.bytes_moved += moved;

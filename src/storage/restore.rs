@@ -13,7 +13,7 @@ use crate::storage::arrangement::{Arrangement, LayerState, NewTokens, Staged};
 use crate::storage::layer::Layer;
 use crate::storage::layers::Layers;
 use crate::storage::store::{Shape, Store};
-use crate::storage::write::{Storing, Target, check_whole_words, write_stored};
+use crate::storage::write::{Storing, Target, check_stored, write_stored};
 
 impl<L: Arrangement> Layers<L> {
     /// Records the writing of saved layers into a cache that holds nothing. If that fails, it holds nothing.
@@ -57,13 +57,13 @@ impl<L: Arrangement> Layers<L> {
                 let staged = self.with_layer(number, |layer, policy| {
                     layer.stage_batch(&gpu, policy, &stretch.parents)
                 })?;
-                self.commit_one(pass, number, staged)?;
+                self.record_one(pass, number, staged)?;
             }
             if !stretch.tokens.is_empty() {
                 let staged = self.with_layer(number, |layer, policy| {
                     layer.stage_stretch(&gpu, policy, shape, saved, stretch)
                 })?;
-                self.commit_one(pass, number, Some(staged))?;
+                self.record_one(pass, number, Some(staged))?;
             }
         }
         self.with_layer(number, |layer, policy| layer.finish_restore(policy, saved, first));
@@ -71,7 +71,7 @@ impl<L: Arrangement> Layers<L> {
     }
 
     /// Makes a change of one layer happen.
-    fn commit_one(
+    fn record_one(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
         number: usize,
@@ -81,7 +81,7 @@ impl<L: Arrangement> Layers<L> {
         let mut call = Call::default();
         self.layers[&number].hand_over(&mut staged, &mut call);
         call.record(pass, &self.ledger)?;
-        self.count_one(number, staged);
+        self.commit_one(number, staged);
         Ok(())
     }
 }
@@ -172,7 +172,7 @@ pub(super) fn shape_of(saved: &SavedLayer, number: usize, storing: Storing) -> R
     let sides = if is_value_in_key { 1 } else { 2 };
     for (at, side) in ["key", "value"].into_iter().enumerate().take(sides) {
         let format = formats[at];
-        check_whole_words(side, saved.dims[at], format)?;
+        check_stored(side, saved.dims[at], format)?;
         // A format that is not asked for is that of what comes in, which is not quantized.
         let is_right = made[at].map_or(!format.is_quantized(), |made| made == format);
         if !is_right {

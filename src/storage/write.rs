@@ -8,7 +8,7 @@ use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::Purpose;
 use crate::gpu::kernels::{AppendShape, Dispatch, Positions};
 use crate::storage::store::{Shape, Store};
-use crate::tensor::{Source, TensorView};
+use crate::tensor::{Source, TensorView, check_whole_words};
 use crate::view::LayerView;
 
 /// How a cache stores what comes in.
@@ -83,7 +83,7 @@ impl<'a> Inputs<'a> {
             ("key", key, shape.key_dim, shape.formats[0]),
             ("value", value, shape.value_dim, shape.formats[1]),
         ] {
-            check_whole_words(what, dim, format)?;
+            check_stored(what, dim, format)?;
             view.check_device(what, gpu.handle())?;
             // New tokens must not be read from the layer's own memory.
             if store.is_some_and(|store| store.buffers().contains(&view.buffer)) {
@@ -154,12 +154,7 @@ pub(super) fn write_stored(
     dispatches.collect()
 }
 
-/// Refuses tokens that are not whole words.
-pub(crate) fn check_whole_words(what: &'static str, dim: usize, format: Format) -> Result<()> {
-    match format.dtype() {
-        Some(dtype) if dtype.size() == 2 && !dim.is_multiple_of(2) => {
-            Err(Error::OddHeadDim { what, dtype, head_dim: dim })
-        }
-        _ => Ok(()),
-    }
+/// Refuses tokens that are stored as heads which are not whole words.
+pub(crate) fn check_stored(what: &'static str, dim: usize, format: Format) -> Result<()> {
+    format.dtype().map_or(Ok(()), |dtype| check_whole_words(what, dim, dtype))
 }

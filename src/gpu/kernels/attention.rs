@@ -7,7 +7,7 @@ use super::params::{Strided, params};
 use super::rules::{Has, Rules};
 use super::spread::{MOST_DIM, Spread};
 use super::variant::{CONSTANTS, constants};
-use super::{Dispatch, Elements, Kernels, LayerShape, Unit, Variant};
+use super::{Dispatch, Elements, Kernels, LayerShape, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::format::{Format, Formats};
@@ -127,7 +127,7 @@ impl Spread {
     /// The pipeline constants.
     fn constants(self, masking: Masking, key_dim: u32, form: Form) -> [u32; CONSTANTS] {
         let has_rest = 16 * self.fours * self.slices > key_dim;
-        let [query, output] = form.types.map(type_number);
+        let [query, output] = form.types.map(|dtype| Format::from(dtype).number());
         let Has { mask, bits, slopes, sinks, starts } = form.has;
         constants([
             self.threads,
@@ -160,15 +160,6 @@ struct Form {
     has_window: bool,
     has_cap: bool,
     has: Has,
-}
-
-/// A type's number in the shaders.
-fn type_number(dtype: DType) -> u32 {
-    match dtype {
-        DType::F32 => 0,
-        DType::F16 => 1,
-        DType::BF16 => 2,
-    }
 }
 
 /// What attention reads and writes, and how it is split.
@@ -272,10 +263,10 @@ impl Kernels {
         let strides = [view.key_strides()[2], view.value_strides()[2]];
         let masking = masking(shape.is_cpu, rules.differ(shape.tokens));
         let variant = Variant {
-            unit: Unit::default(),
             layout: Some(view.layout()),
             elements: Some(Elements::new(view.formats, strides)),
             constants: spread.constants(masking, params.kv.key_dim, form),
+            ..Variant::default()
         };
         let (tiles, rows, splits) = match shape.items {
             Some(items) => (items.count as usize, view.heads, 1),
@@ -328,7 +319,7 @@ impl Kernels {
 
 /// The form of the kernel that combines splits.
 pub(super) fn combine_variant(is_packed: bool, output: DType) -> Variant {
-    let constants = constants([is_packed.into(), type_number(output)]);
+    let constants = constants([is_packed.into(), Format::from(output).number()]);
     Variant { constants, ..Variant::default() }
 }
 
@@ -376,10 +367,10 @@ impl Kernels {
                 has: rules.has,
             };
             Variant {
-                unit: Unit::default(),
                 layout: Some(layout),
                 elements: Some(Elements::new(formats, dims)),
                 constants: spread.constants(masking(is_cpu, rules.differ(tokens)), key_dim, form),
+                ..Variant::default()
             }
         });
         variants.into()

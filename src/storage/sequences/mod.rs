@@ -29,9 +29,9 @@ use crate::sequence::SequenceId;
 use crate::stats::Stats;
 use crate::storage::step::{RowLists, StepBlock, StepData};
 use crate::storage::store::{Shape, Store};
-use crate::storage::write::{Inputs, Storing, Target, check_whole_words};
+use crate::storage::write::{Inputs, Storing, Target, check_stored};
 use crate::stored::StoredTensor;
-use crate::tensor::TensorView;
+use crate::tensor::{TensorView, check_whole_words};
 use crate::view::{LayerView, Owner, PageTable, RowTable, StepWork};
 
 /// What a cache of sequences is made for.
@@ -390,8 +390,8 @@ pub(crate) fn shape_of(layer: &LayerShape, storing: Storing) -> Result<Shape> {
     }
     let shape = storing.shape([1, heads], [key_dim, value_dim], dtype);
     for (at, (what, dim)) in [("key", key_dim), ("value", value_dim)].into_iter().enumerate() {
-        check_whole_words(what, dim, dtype.into())?;
-        check_whole_words(what, dim, shape.formats[at])?;
+        check_whole_words(what, dim, dtype)?;
+        check_stored(what, dim, shape.formats[at])?;
     }
     Ok(shape)
 }
