@@ -187,9 +187,9 @@ impl Ring {
         shape: Shape,
         new_len: usize,
     ) -> Result<Staged<Self>> {
-        let empty = |capacity| Self {
+        let empty = |capacity, most_rows| Self {
             shape,
-            most_rows: shape.batch,
+            most_rows,
             capacity,
             rows: Rows::default(),
             records: Records::default(),
@@ -198,18 +198,21 @@ impl Ring {
             let fits = shape.tokens_in(shape.batch, store.bytes());
             let (needed, capacity) = match growth {
                 Growth::Static { tokens } => (tokens, tokens),
-                // Of a window no more than it needs, though there be more.
+                // Of a window no more than it needs, though there be more. And no longer rows than before: memory for
+                // many rows is not memory for one long one, whose length every row of a later batch would get.
                 Growth::Dynamic { tokens, most } => {
-                    (new_len.max(tokens.min(most)), fits.min(most.max(new_len)))
+                    let needed = new_len.max(tokens.min(most));
+                    (needed, fits.min(most.max(new_len)).min(needed.max(store.capacity)))
                 }
             };
             if fits >= needed {
-                return Ok(Staged::unmoved(empty(capacity)));
+                let rows = shape.rows_in(capacity, store.bytes()).max(shape.batch);
+                return Ok(Staged::unmoved(empty(capacity, rows)));
             }
         }
         let capacity = capacity_for(gpu, layer, shape, growth, 0, new_len)?;
-        let store = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
-        Ok(Staged { store: Some(store), ..Staged::unmoved(empty(capacity)) })
+        let store = ring_store(gpu, layer, shape, capacity)?;
+        Ok(Staged { store: Some(store), ..Staged::unmoved(empty(capacity, shape.batch)) })
     }
 
     /// Stages a copy of the live tokens into new memory, straightened, row `i` from row `map[i]`.
@@ -222,7 +225,7 @@ impl Ring {
         capacity: usize,
         map: &[u32],
     ) -> Result<Staged<Self>> {
-        let new = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
+        let new = ring_store(gpu, layer, shape, capacity)?;
         let mut dispatches: Vec<Dispatch> = Vec::new();
         let len = self.rows.len();
         // A dispatch for each start that rows have.
@@ -278,6 +281,13 @@ impl Ring {
             }
         }
     }
+}
+
+/// New memory for rows of `capacity` tokens.
+fn ring_store(gpu: &Gpu, layer: usize, shape: Shape, capacity: usize) -> Result<Store> {
+    let mut store = Store::new(gpu, layer, shape.bytes(shape.batch, capacity)?)?;
+    store.capacity = capacity;
+    Ok(store)
 }
 
 /// The capacity of new memory for `needed` tokens where there is room for `capacity` now.

@@ -119,6 +119,12 @@ impl Shape {
         }
     }
 
+    /// Batch rows of `capacity` tokens that fit buffers of `bytes` bytes each.
+    pub(crate) fn rows_in(&self, capacity: usize, bytes: [u64; 2]) -> usize {
+        // A row of so many tokens, or so many rows of one token: the bytes are the same.
+        self.tokens_in(capacity, bytes)
+    }
+
     /// Tokens of `rows` batch rows that fit buffers of `bytes` bytes each.
     pub(crate) fn tokens_in(&self, rows: usize, bytes: [u64; 2]) -> usize {
         let tokens = |bytes: u64, row: u64| {
@@ -140,6 +146,8 @@ pub(crate) struct Store {
     /// K and V. If V is not stored, what stands in its place where kernels bind both.
     memory: Arc<Memory>,
     bytes: [u64; 2],
+    /// Tokens a row that the memory of a ring was made for.
+    pub(crate) capacity: usize,
     /// Bind groups that name the buffers and an engine's own; they go with the memory.
     pub(crate) bind_groups: Arc<BindGroups>,
     gather: OnceLock<wgpu::BindGroup>,
@@ -151,7 +159,8 @@ impl Store {
         let memory = Memory::new(gpu.handle(), layer, [bytes[0], bytes[1].max(UNUSED_BYTES)])?;
         let own = memory.buffers().each_ref().map(|buffer| gpu.handle().own_buffers.add(buffer));
         let (bind_groups, gather) = (Arc::default(), OnceLock::new());
-        Ok(Self { memory: Arc::new(memory), bytes, bind_groups, gather, _own: own })
+        let memory = Arc::new(memory);
+        Ok(Self { memory, bytes, capacity: 0, bind_groups, gather, _own: own })
     }
 
     /// Bytes of K and of V.

@@ -1,8 +1,9 @@
 // Runs the conformance tests in headless Chromium.
 //
-// usage: node run.mjs FOLDER [--histories N] [FILTER ...]
+// usage: node run.mjs FOLDER [--histories N] [--skip TEXT] [FILTER ...]
 //
-// FOLDER holds the page, the module and the traces. A test runs if its name contains one of the filters.
+// FOLDER holds the page, the module and the traces. A test runs if its name contains one of the filters, and none of
+// the texts to skip.
 
 import { createServer } from "node:http";
 import { readFile } from "node:fs/promises";
@@ -12,9 +13,11 @@ import { chromium } from "playwright-core";
 const [folder, ...rest] = process.argv.slice(2);
 let histories;
 const filters = [];
+const skipped = [];
 while (rest.length > 0) {
   const word = rest.shift();
   if (word === "--histories") histories = rest.shift();
+  else if (word === "--skip") skipped.push(rest.shift());
   else filters.push(word);
 }
 
@@ -57,7 +60,8 @@ async function open() {
 let page = await open();
 const names = await page.evaluate(() => globalThis.names);
 const numbers = names.map((_, number) => number).filter(
-  (number) => filters.length === 0 || filters.some((filter) => names[number].includes(filter)),
+  (number) => (filters.length === 0 || filters.some((filter) => names[number].includes(filter)))
+    && !skipped.some((text) => names[number].includes(text)),
 );
 console.log(`running ${numbers.length} of ${names.length} tests in Chromium ${browser.version()}`);
 const failures = [];

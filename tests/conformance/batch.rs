@@ -146,6 +146,28 @@ fn rows_repeated_in_a_row() {
     }
 }
 
+/// What a reset has left for many rows is not one long row, whose length every row of the next batch would get.
+#[test]
+fn memory_that_a_reset_has_left_does_not_multiply() {
+    for (kind, mut rig) in rigs() {
+        let mut after_first = 0;
+        for round in 0..12 {
+            rig.reset();
+            filled(&mut rig, 1, false);
+            rig.repeat_interleave(8);
+            rig.check(kind);
+            let bytes = rig.cache.stats().bytes_allocated;
+            if round == 0 {
+                after_first = bytes;
+            }
+            assert!(
+                bytes <= 2 * after_first,
+                "{kind}, round {round}: {after_first} became {bytes}"
+            );
+        }
+    }
+}
+
 #[test]
 fn layers_with_no_live_token_follow_the_batch() {
     for (kind, mut rig) in rigs() {
