@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::cache::dynamic::DynamicKVCache;
-use crate::cache::{Cache, KVCache};
+use crate::cache::{Cache, GetFuture, KVCache};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::host::batch::BatchChange;
@@ -180,6 +180,11 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// As there.
     pub fn get(&self, layer_idx: usize, side: Side) -> Result<Option<(HostTensor, HostTensor)>> {
         self.side(side).get(layer_idx)
+    }
+
+    /// [`KVCache::get_async`] of one of the sides: as [`get`](Self::get), without blocking.
+    pub fn get_async(&self, layer_idx: usize, side: Side) -> GetFuture<'_> {
+        self.side(side).get_async(layer_idx)
     }
 
     /// [`KVCache::get_seq_length`] of one of the sides.

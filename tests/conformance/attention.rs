@@ -8,6 +8,7 @@ use wgpu_kvcache::{
 
 use crate::rig::{plain_gpu, read_buffer};
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 pub(crate) const BOUND: f64 = 1e-5;
 
@@ -27,8 +28,12 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
     }
 
+    pub(crate) fn word(&mut self) -> u32 {
+        u32::try_from(self.next() >> 16).expect("32 of 48 bits")
+    }
+
     pub(crate) fn below(&mut self, end: usize) -> usize {
-        usize::try_from(self.next()).expect("48 bits") % end
+        usize::try_from(self.next() % end as u64).expect("less than a usize")
     }
 
     /// About normal, with a deviation of about `size`.
@@ -374,7 +379,7 @@ pub(crate) fn attend(
         attention.record(pass, &query.view(), &view, &output.view(), options)
     })
     .unwrap_or_else(|error| panic!("{case:?}: {error}"));
-    let (key, value) = cache.get(0).expect("it is submitted").expect("it was written");
+    let (key, value) = cache.read(0).expect("it is submitted").expect("it was written");
     if !kernels_run() {
         return None;
     }

@@ -13,6 +13,7 @@ use crate::attention::{
 };
 use crate::rig::{buffer, plain_gpu};
 use crate::{cases, gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 /// Below this an entry of a mask hides the token.
 const HIDDEN: f32 = -1.0e38;
@@ -72,7 +73,7 @@ impl Asked {
                 let columns = [len, 1 + random.below(len), len + 40][random.below(3)];
                 let rows = [[1, batch][random.below(2)], [1, heads][random.below(2)]];
                 let count = rows[0] * rows[1] * tokens * columns.div_ceil(32);
-                let word = |_| u32::try_from(random.below(1 << 32)).expect("32 bits");
+                let word = |_| random.word();
                 self.bits =
                     Some(([rows[0], rows[1], tokens, columns], (0..count).map(word).collect()));
             }
@@ -269,7 +270,7 @@ fn check(
     let q = rounded(types[0], &random.floats(case.shapes()[0].iter().product(), 1.0));
     let cache = filled(gpu, case, &k, &v);
     let got = attend(gpu, attention, (case, asked), types, &q, cache.as_ref());
-    let (held_k, held_v) = cache.get(0).expect("it is submitted").expect("it was written");
+    let (held_k, held_v) = cache.read(0).expect("it is submitted").expect("it was written");
     if let Some(got) = &got {
         assert!(got.iter().all(|x| x.is_finite()), "{case:?}, {asked:?}: not finite");
         let expected = reference(case, asked, &q, &held_k.to_f32(), &held_v.to_f32());

@@ -9,6 +9,7 @@ use wgpu_kvcache::{
 use crate::attention::{Case, Form, Lie, Placed, Random, filled, lies_and_dtypes};
 use crate::rig::{buffer, plain_gpu, read_buffer, same_bits};
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 const HEADS: usize = 2;
 const GROUP: usize = 3;
@@ -253,7 +254,7 @@ fn an_output_in_a_buffer_of_any_cache() {
             other.update(pass, &content, &content, 3, CachePosition::Append).map(|_| ())
         })
         .expect("it fits");
-        let before = other.get(3).expect("it is submitted");
+        let before = other.read(3).expect("it is submitted");
         let view = other.view(3).expect("it exists").expect("it was written");
         let mut buffers = vec![view.key().clone(), view.value().clone()];
         buffers.extend(view.page_table().cloned());
@@ -262,7 +263,7 @@ fn an_output_in_a_buffer_of_any_cache() {
             let error = refused(&gpu, &query.view(), cache.as_ref(), &output, Default::default());
             assert!(matches!(error, Error::OutputIsRead { .. }), "{error:?}");
         }
-        assert!(!kernels_run() || before == other.get(3).expect("it is submitted"));
+        assert!(!kernels_run() || before == other.read(3).expect("it is submitted"));
         // What a dropped cache has left is its owner's.
         drop(other);
         let output = TensorView::new(&buffers[0], DType::F32, &shape).expect("a shape");

@@ -6,6 +6,7 @@ use wgpu_kvcache::{Attention, AttentionOptions, BitMask, DType, Error, Gpu, KVCa
 use crate::attention::{BOUND, Case, Form, Lie, Placed, Random, attend, distance, filled, upload};
 use crate::rig::buffer;
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 const LIES: [Lie; 3] = [Lie::Contiguous, Lie::Wrapped, Lie::Paged(4)];
 
@@ -168,7 +169,7 @@ fn an_output_that_is_read() {
     for lie in LIES {
         let case = case(lie, DType::F32, 8, 6);
         let cache = layer(&gpu, &case);
-        let before = cache.get(0).expect("it is submitted");
+        let before = cache.read(0).expect("it is submitted");
         let view = cache.view(0).expect("it exists").expect("it was written");
         let query = untouched(&gpu, case.shapes()[0]);
         let from = query.view();
@@ -188,7 +189,7 @@ fn an_output_that_is_read() {
             }
         }
         assert!(query.read(&gpu).iter().all(|&x| x == -7.0), "{lie:?}");
-        let after = cache.get(0).expect("it is submitted");
+        let after = cache.read(0).expect("it is submitted");
         assert!(!kernels_run() || before == after, "{lie:?}: written all the same");
         serves(&gpu, &mut attention, &case, cache.as_ref());
     }

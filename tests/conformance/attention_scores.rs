@@ -10,6 +10,7 @@ use crate::attention::{
     BOUND, Case, Lie, Random, attend, distance, filled, forms, lies_and_dtypes,
 };
 use crate::gpu;
+use crate::wait::ReadLayer;
 
 /// What a score of 1 is in products of q and K.
 const ONE: i32 = 4;
@@ -114,7 +115,7 @@ fn check(
     }
     let cache = filled(&gpu, case, &k, &v);
     let Some((got, expected)) = attend(&gpu, attention, case, &q, cache.as_ref()) else { return };
-    let (stored, _) = cache.get(0).expect("it is submitted").expect("it was written");
+    let (stored, _) = cache.read(0).expect("it is submitted").expect("it was written");
     assert!(stored.to_f32() == k, "{case:?}: K is not exact");
     for (row, (got, expected)) in got.chunks(value_dim).zip(expected.chunks(value_dim)).enumerate()
     {

@@ -7,6 +7,7 @@ use crate::attention::{
 };
 use crate::rig::plain_gpu;
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 /// Attention of `q` over a cache, row-major (B, Hq, Tq, D of V). Nothing where no kernel runs.
 fn attend(
@@ -206,7 +207,7 @@ fn a_key_of_minus_infinity_weighs_nothing() {
             let Some(got) = attend(&gpu, &mut attention, &case, &q, cache.as_ref()) else {
                 continue;
             };
-            let (_, stored) = cache.get(0).expect("it is submitted").expect("it was written");
+            let (_, stored) = cache.read(0).expect("it is submitted").expect("it was written");
             for row in 0..heads * 2 * tokens {
                 let (head, token) = (row / tokens / 2, row % tokens);
                 let seen: Vec<usize> =

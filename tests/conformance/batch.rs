@@ -6,6 +6,7 @@ use wgpu_kvcache::{BatchChange, CacheOptions, CachePosition, DType, DynamicKVCac
 use crate::gpu;
 use crate::model::{Block, Model};
 use crate::rig::{Rig, upload};
+use crate::wait::ReadLayer;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -85,10 +86,10 @@ fn large_selections() {
 fn a_long_walk() {
     for (kind, mut rig) in rigs() {
         filled(&mut rig, 4, true);
-        let mut state = 5_usize;
+        let mut state = 5_u64;
         let mut next = |below: usize| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (state >> 33) % below
+            usize::try_from(state >> 33).expect("31 bits") % below
         };
         for step in 0..200 {
             let batch = rig.model.batch(0);
@@ -129,7 +130,7 @@ fn rows_repeated_in_a_row() {
                     rig.repeat_interleave(repeats);
                     let context = format!("{kind}, {batch} rows, {repeats} times");
                     rig.check(&context);
-                    assert_eq!(rig.cache.get(3), Ok(None));
+                    assert_eq!(rig.cache.read(3), Ok(None));
                     // Into memory that is there already: shrink, then repeat again.
                     rig.select(&[0]);
                     rig.repeat_interleave(repeats);

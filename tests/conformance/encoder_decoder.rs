@@ -9,6 +9,7 @@ use wgpu_kvcache::{
 use crate::gpu;
 use crate::model::{Block, Model};
 use crate::rig::{compare, plain_gpu, read_back, upload, with_read_back};
+use crate::wait::ReadSide;
 
 /// Self-attention side, cross-attention side.
 const SIDES: [Side; 2] = [Side::SelfAttention, Side::CrossAttention];
@@ -62,7 +63,7 @@ impl<S: KVCache, C: KVCache> Pair<S, C> {
                 let right = expected.as_ref().map(|(key, value)| (key.shape, value.shape));
                 assert_eq!(shapes, right, "{context}");
                 // Of the pair's statistics, so that a read of one side does not count for the other.
-                let get = || self.cache.get(layer, side);
+                let get = || self.cache.read(layer, side);
                 let got = read_back(|| self.cache.stats(), get, &context).expect("submitted");
                 compare(got, expected, &context);
             }
@@ -212,8 +213,8 @@ fn sides_of_different_kinds() {
     pair.update(Side::CrossAttention, 0, [2, 1, 6, 2]);
     pair.update(Side::SelfAttention, 0, [2, 1, 60, 2]);
     pair.check("dynamic and static");
-    assert!(matches!(pair.cache.get(2, Side::CrossAttention), Err(Error::LayerOutOfRange { .. })));
-    assert_eq!(pair.cache.get(2, Side::SelfAttention), Ok(None));
+    assert!(matches!(pair.cache.read(2, Side::CrossAttention), Err(Error::LayerOutOfRange { .. })));
+    assert_eq!(pair.cache.read(2, Side::SelfAttention), Ok(None));
     pair.cache.self_attention_cache_mut().crop(2);
     pair.models[0].crop(2);
     pair.cache.cross_attention_cache_mut().crop(3);

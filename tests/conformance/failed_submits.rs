@@ -15,6 +15,7 @@ use wgpu_kvcache::{
 use crate::model::Block;
 use crate::rig::{Rig, buffer, plain_gpu, upload};
 use crate::{kernels_run, open};
+use crate::wait::{ReadLayer, ReadSide, wait};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -111,17 +112,17 @@ fn assert_noticed(rig: &mut Rig, calls: u64, context: &str) {
     if !kernels_run() {
         // All that is promised without a driver: no panic, no hang.
         for _ in 0..2 {
-            let _ = rig.cache.get(0);
+            let _ = rig.cache.read(0);
         }
         return rig.reset();
     }
     let due = Error::PassDropped { calls };
-    assert_eq!(rig.cache.get(0).err(), Some(due.clone()), "{context}");
+    assert_eq!(rig.cache.read(0).err(), Some(due.clone()), "{context}");
     let gpu = rig.gpu.clone();
     let token = upload(&gpu, DType::F32, &Block::noise([2, 2, 1, 4], 4, 7));
     for _ in 0..2 {
-        assert_eq!(rig.cache.get(0).err(), Some(due.clone()), "{context}");
-        let read = pollster::block_on(rig.cache.get_async(0));
+        assert_eq!(rig.cache.read(0).err(), Some(due.clone()), "{context}");
+        let read = wait(rig.cache.get_async(0));
         assert_eq!(read.err(), Some(due.clone()), "{context}");
         assert_eq!(rig.cache.view(0).err(), Some(due.clone()), "{context}");
         assert_eq!(rig.cache.get_seq_length(0), Err(due.clone()), "{context}");
@@ -156,7 +157,7 @@ fn a_submit_that_fails_is_noticed() {
                         is_scoped.then(|| gpu.device().push_error_scope(ErrorFilter::Validation));
                     fail(&mut rig, call, way);
                     if let Some(scope) = scope {
-                        assert!(pollster::block_on(scope.pop()).is_some(), "{context}");
+                        assert!(wait(scope.pop()).is_some(), "{context}");
                     }
                     if kind == 2 && call != Call::Append {
                         // A change of the batch in pages is made on the host alone: nothing was lost.
@@ -216,7 +217,7 @@ fn a_submit_that_fails_before_one_that_is_still_due() {
             )
             .map(|_| ())
             .expect("nothing is known yet");
-        assert!(rig.cache.get(0).is_err(), "neither ran");
+        assert!(rig.cache.read(0).is_err(), "neither ran");
         gpu.queue().submit([encoder.finish()]);
         assert_noticed(&mut rig, 1, "one of two");
     }
@@ -241,7 +242,7 @@ fn many_caches_do_not_mix_up_what_ran() {
     step(&mut caches[300..]);
     for turn in 0..3 {
         for (i, cache) in caches.iter().enumerate().step_by(97) {
-            let (key, _) = cache.get(0).expect("submitted").expect("written");
+            let (key, _) = cache.read(0).expect("submitted").expect("written");
             let due = if turn == 0 { 1 + usize::from(i >= 300) } else { turn };
             assert_eq!(key.shape()[2], due, "cache {i}, turn {turn}");
         }
@@ -306,7 +307,7 @@ fn the_encoder_memory_is_not_there_after_its_pass_was_lost() {
             mistake(&gpu, &mut encoder);
             gpu.queue().submit([encoder.finish()]);
             assert_eq!(
-                pair.get(0, Side::CrossAttention).err(),
+                pair.read(0, Side::CrossAttention).err(),
                 Some(Error::PassDropped { calls: 1 })
             );
         }
@@ -314,7 +315,7 @@ fn the_encoder_memory_is_not_there_after_its_pass_was_lost() {
         assert!(!pair.is_updated(0), "dropped: {is_dropped}");
         assert_eq!(pair.view(0, Side::CrossAttention).err(), Some(due.clone()));
         assert_eq!(pair.get_seq_length(0, Side::CrossAttention), Err(due.clone()));
-        assert_eq!(pair.get(0, Side::CrossAttention).err(), Some(due));
+        assert_eq!(pair.read(0, Side::CrossAttention).err(), Some(due));
         wgpu_kvcache::Cache::reset(&mut pair);
         assert!(!pair.is_updated(0));
         gpu.submit_pass("memory", |pass| {
@@ -324,7 +325,7 @@ fn the_encoder_memory_is_not_there_after_its_pass_was_lost() {
         .expect("a valid update");
         assert!(pair.is_updated(0));
         assert_eq!(
-            pair.get(0, Side::CrossAttention).expect("submitted").expect("written").0.shape(),
+            pair.read(0, Side::CrossAttention).expect("submitted").expect("written").0.shape(),
             [1, 2, 6, 4]
         );
     }
@@ -382,7 +383,7 @@ fn reads_beside_a_thread_that_submits() {
                     gpu.queue().submit([encoder.finish()]);
                     gpu.device().poll(PollType::Poll).expect("a live device");
                 });
-                match rig.cache.get(0) {
+                match rig.cache.read(0) {
                     Ok(_) => rig.check("read"),
                     Err(error) => assert!(matches!(error, Error::NotSubmitted { .. }), "{error}"),
                 }

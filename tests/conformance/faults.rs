@@ -10,6 +10,7 @@ use wgpu_kvcache::{
 
 use crate::open;
 use crate::rig::{buffer, same_bits};
+use crate::wait::{ReadLayer, wait};
 
 /// Far more than any call here takes, and far less than a hang.
 const BOUND: Duration = Duration::from_secs(20);
@@ -49,10 +50,10 @@ fn a_device_destroyed_between_two_calls() {
         for layer in 0..2 {
             one_token(&gpu, cache.as_mut(), layer).expect("a live device");
         }
-        assert!(cache.get(0).expect("a live device").is_some());
+        assert!(cache.read(0).expect("a live device").is_some());
         gpu.device().destroy();
         let start = Instant::now();
-        let error = cache.get(0).expect_err("a destroyed device reads nothing back");
+        let error = cache.read(0).expect_err("a destroyed device reads nothing back");
         assert!(matches!(error, Error::DeviceLost), "{error:?}");
         assert!(start.elapsed() < BOUND);
         // What is recorded goes nowhere; that it was lost is said when it is asked for.
@@ -61,7 +62,7 @@ fn a_device_destroyed_between_two_calls() {
         let _ = gpu.submit_pass("select", |pass| cache.reorder_cache(pass, &[1, 0]));
         let _ = gpu.submit_pass("repeat", |pass| cache.batch_repeat_interleave(pass, 3));
         for layer in [0, 1, 3] {
-            match cache.get(layer) {
+            match cache.read(layer) {
                 Ok(None) => assert_eq!(cache.get_seq_length(layer), Ok(0)),
                 Ok(Some(_)) => panic!("layer {layer} was read back from a destroyed device"),
                 Err(error) => assert!(!error.to_string().is_empty()),
@@ -143,8 +144,8 @@ fn a_destroyed_device_takes_no_work() {
                         refused.push(cache.batch_repeat_interleave(pass, 2));
                         refused.push(cache.prepare_batch(BatchChange::Repeat(2)));
                     });
-                    refused.push(cache.get(0).map(|_| ()));
-                    refused.push(pollster::block_on(cache.get_async(0)).map(|_| ()));
+                    refused.push(cache.read(0).map(|_| ()));
+                    refused.push(wait(cache.get_async(0)).map(|_| ()));
                     for (call, refused) in refused.into_iter().enumerate() {
                         let error = refused.expect_err(&format!("{context}, call {call}"));
                         let text = error.to_string();
@@ -171,9 +172,9 @@ fn a_device_destroyed_before_a_submit() {
     gpu.device().destroy();
     let scope = gpu.device().push_error_scope(wgpu::ErrorFilter::Validation);
     gpu.queue().submit([encoder.finish()]);
-    let _ = pollster::block_on(scope.pop());
+    let _ = wait(scope.pop());
     let start = Instant::now();
-    assert!(cache.get(0).is_err());
+    assert!(cache.read(0).is_err());
     assert!(start.elapsed() < BOUND);
 }
 
@@ -190,7 +191,7 @@ fn a_device_destroyed_while_it_is_read() {
                 gpu.device().destroy();
             });
             // Right or an error, and an error in the end.
-            while let Ok(read) = cache.get(0) {
+            while let Ok(read) = cache.read(0) {
                 let (key, _) = read.expect("layer 0 was written");
                 assert!(key.bytes().iter().all(|&byte| byte == 0));
                 assert!(start.elapsed() < BOUND, "reads go on for {delay} µs");
@@ -266,7 +267,7 @@ fn assert_right_or_error(
 fn assert_lost(gpu: &Gpu, cache: &mut dyn KVCache, context: &str) {
     let start = Instant::now();
     for _ in 0..2 {
-        for read in [cache.get(0), pollster::block_on(cache.get_async(0))] {
+        for read in [cache.read(0), wait(cache.get_async(0))] {
             let error = read.map(|_| ()).expect_err(context);
             let is_due = matches!(
                 error,
@@ -311,7 +312,7 @@ fn a_device_destroyed_between_a_gather_and_its_submit() {
                     encoder.finish()
                 };
                 gpu.queue().submit([commands]);
-                let _ = pollster::block_on(scope.pop());
+                let _ = wait(scope.pop());
                 assert_lost(&gpu, cache.as_mut(), &context);
             }
         }
@@ -336,7 +337,7 @@ fn a_device_destroyed_while_a_gather_runs() {
                     gpu.device().destroy();
                 });
                 let read =
-                    if is_async { pollster::block_on(cache.get_async(0)) } else { cache.get(0) };
+                    if is_async { wait(cache.get_async(0)) } else { cache.read(0) };
                 assert_right_or_error(read, gather);
             });
             assert!(start.elapsed() < BOUND, "{}, {delay} µs: {:?}", gather.0, start.elapsed());

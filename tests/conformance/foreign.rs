@@ -12,6 +12,7 @@ use wgpu_kvcache::{
 use crate::kernels_run;
 use crate::model::Block;
 use crate::rig::{Rig, buffer, plain_gpu, upload};
+use crate::wait::wait;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -26,9 +27,9 @@ fn siblings() -> [Gpu; 2] {
     [0, 1].map(|_| {
         // A noop adapter makes one device, so each has its own.
         let adapter =
-            pollster::block_on(instance.request_adapter(&RequestAdapterOptions::default()))
+            wait(instance.request_adapter(&RequestAdapterOptions::default()))
                 .expect("an adapter");
-        let device = pollster::block_on(adapter.request_device(&DeviceDescriptor::default()));
+        let device = wait(adapter.request_device(&DeviceDescriptor::default()));
         let (device, queue) = device.expect("a device of WebGPU's limits");
         Gpu::new(device, queue).unwrap_or_else(|error| panic!("{error}"))
     })
@@ -47,7 +48,7 @@ fn destroyed(gpu: &Gpu) -> Buffer {
 fn refused(gpu: &Gpu) -> Buffer {
     let scope = gpu.device().push_error_scope(ErrorFilter::Validation);
     let buffer = buffer(gpu, gpu.device().limits().max_buffer_size + 4, BufferUsages::STORAGE);
-    assert!(pollster::block_on(scope.pop()).is_some(), "wgpu makes no such buffer");
+    assert!(wait(scope.pop()).is_some(), "wgpu makes no such buffer");
     buffer
 }
 

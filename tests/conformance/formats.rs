@@ -13,6 +13,7 @@ use crate::model::{Block, Model};
 use crate::plain_formats::{floats, quantized, stored, with_one_nan};
 use crate::rig::{Rig, Storing, compare_blocks, same_bits, upload};
 use crate::{gpu, kernels_run};
+use crate::wait::{ReadLayer, ReadSequence};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -42,7 +43,7 @@ fn all_elements_of_16_bits_are_converted_as_plain_numbers_are() {
     let all = Block { shape, element: 2, bytes: bytemuck::pod_collect_to_vec(&all) };
     for dtype in [DType::F16, DType::BF16] {
         for &format in Format::ALL {
-            let (key, value) = filled(&gpu, format, dtype, &all).get(0).unwrap().expect("written");
+            let (key, value) = filled(&gpu, format, dtype, &all).read(0).unwrap().expect("written");
             let expected = with_one_nan(format, stored(format, dtype, &all));
             for tensor in [key, value] {
                 assert_eq!(tensor.dtype(), format.read_dtype());
@@ -72,7 +73,7 @@ fn f32_is_rounded_to_nearest_even() {
     all.resize(all.len().next_multiple_of(64), 0.0);
     let all = block([1, 1, all.len() / 64, 64], &all);
     for format in [Format::F16, Format::BF16] {
-        let (key, _) = filled(&gpu, format, DType::F32, &all).get(0).unwrap().expect("written");
+        let (key, _) = filled(&gpu, format, DType::F32, &all).read(0).unwrap().expect("written");
         let expected = with_one_nan(format, stored(format, DType::F32, &all));
         let got = with_one_nan(format, Block::of(&key));
         assert!(same_bits(&got.bytes, &expected.bytes), "{format}");
@@ -95,7 +96,7 @@ fn blocks_equal_those_of_a_plain_quantizer_bit_for_bit() {
             let values = Block::numbers([1, 3, 200, dim], dtype, number as u64 + 1);
             for format in [Format::Q8_0, Format::Q4_0] {
                 let cache = filled(&gpu, format, dtype, &values);
-                let (key, value) = cache.get_stored(0).unwrap().expect("it was written");
+                let (key, value) = cache.read_stored(0).unwrap().expect("it was written");
                 assert_eq!((key.format(), key.shape()), (format, values.shape));
                 assert!(same_bits(key.elements(), value.elements()));
                 let blocks = dim.div_ceil(32);
@@ -138,7 +139,7 @@ fn what_cannot_be_quantized_reads_as_nan() {
         values[40] = bad;
         let values = block([1, 1, 2, 64], &values);
         for format in [Format::Q8_0, Format::Q4_0] {
-            let (key, _) = filled(&gpu, format, DType::F32, &values).get(0).unwrap().expect("it");
+            let (key, _) = filled(&gpu, format, DType::F32, &values).read(0).unwrap().expect("it");
             if kernels_run() {
                 for (i, x) in key.to_f32().into_iter().enumerate() {
                     assert_eq!(x.is_nan(), (32..64).contains(&i), "{format}, {bad}: {x} at {i}");
@@ -246,7 +247,7 @@ fn a_shader_of_ones_own_reads_every_format() {
             let view = rig.cache.view(0).unwrap().expect("it was written");
             let reader = Reader::of_elements(&gpu, &view);
             gpu.submit_pass("elements", |pass| reader.record(pass));
-            let (k, v) = rig.cache.get(0).unwrap().expect("it was written");
+            let (k, v) = rig.cache.read(0).unwrap().expect("it was written");
             for (got, tensor) in reader.read().iter().zip([k, v]) {
                 let block =
                     |values: Vec<f32>| with_one_nan(Format::F32, block(tensor.shape(), &values));
@@ -322,7 +323,7 @@ fn sequences_store_every_format() {
             all.extend(&tail[..row]);
         }
         for (id, expected) in &rows {
-            let (k, v) = cache.get(*id, 0).unwrap().expect("tokens");
+            let (k, v) = cache.read(*id, 0).unwrap().expect("tokens");
             for (tensor, (dim, right)) in [k, v].iter().zip([48, 34].into_iter().zip(expected)) {
                 let tokens = tensor.shape()[2];
                 assert_eq!(right.len(), tokens * 2 * dim);
@@ -351,9 +352,9 @@ fn kept_tokens_are_moved_as_they_are_stored() {
                 Rig::in_pages_storing(&gpu, 4, None, Model::dynamic(), storing),
             ] {
                 rig.update(0, [2, 2, 9, 66], 34, APPEND);
-                let (key, value) = rig.cache.get_stored(0).unwrap().expect("written");
+                let (key, value) = rig.cache.read_stored(0).unwrap().expect("written");
                 gpu.submit_pass("keep", |pass| rig.cache.keep_latest(pass, 4, &[3, 1])).expect("4");
-                let (k, v) = rig.cache.get_stored(0).unwrap().expect("written");
+                let (k, v) = rig.cache.read_stored(0).unwrap().expect("written");
                 let order = [0, 1, 2, 3, 4, 8, 6];
                 for (before, after) in [(key, k), (value, v)] {
                     let row = before.elements().len() / (2 * 2 * 9);

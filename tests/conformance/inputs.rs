@@ -2,7 +2,6 @@
 //! than a binding. What `get` gives back is compared bit for bit with plain vectors, on a
 //! device with all that the adapter offers and on one with WebGPU's default limits and no feature.
 
-use std::sync::OnceLock;
 
 use wgpu_kvcache::wgpu::{Buffer, BufferUsages};
 use wgpu_kvcache::{
@@ -13,13 +12,13 @@ use wgpu_kvcache::{
 use crate::gpu;
 use crate::model::{Block, Model};
 use crate::rig::{Rig, buffer, compare, plain_gpu, upload};
+use crate::wait::ReadLayer;
 
 pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// Parameters travel in two ways, by what the device has; both must come out right.
 pub(crate) fn devices() -> [(&'static str, Gpu); 2] {
-    static PLAIN: OnceLock<Gpu> = OnceLock::new();
-    [("full device", gpu()), ("plain device", PLAIN.get_or_init(|| plain_gpu(|_| {})).clone())]
+    [("full device", gpu()), ("plain device", shared!(Gpu, || plain_gpu(|_| {})))]
 }
 
 /// A buffer that holds `bytes`.
@@ -82,7 +81,7 @@ fn from_one_pool(elements: usize, key: Piece, value: Piece) {
                 let (k, v) = (key.block(&pool, dtype), value.block(&pool, dtype));
                 model.update(0, &k, &v, CachePosition::Append).expect("shapes that agree");
             }
-            compare(cache.get(0).expect("what was submitted"), model.get(0), &context);
+            compare(cache.read(0).expect("what was submitted"), model.get(0), &context);
         }
     }
 }
@@ -114,7 +113,7 @@ fn tokens_before_heads() {
                 })
                 .unwrap_or_else(|error| panic!("{context}: {error}"));
                 let [k, v] = [0, 1].map(|i| lying(dims[i]).block(&pools[i], dtype));
-                compare(cache.get(0).expect("what was submitted"), Some((k, v)), &context);
+                compare(cache.read(0).expect("what was submitted"), Some((k, v)), &context);
             }
         }
     }
@@ -274,7 +273,7 @@ fn a_pool_larger_than_a_binding() {
             .unwrap_or_else(|error| panic!("{dtype}, {key:?}, {value:?}: {error}"));
             let expected = Some((key.block(&pool, dtype), value.block(&pool, dtype)));
             compare(
-                cache.get(0).expect("submitted"),
+                cache.read(0).expect("submitted"),
                 expected,
                 &format!("{dtype}, {key:?}, {value:?}"),
             );

@@ -11,6 +11,7 @@ use crate::gpu;
 use crate::kernels_run;
 use crate::model::Block;
 use crate::rig::{plain_gpu, same_bits, upload};
+use crate::wait::{ReadLayer, ReadSequence};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -36,7 +37,7 @@ fn tokens(
     size: usize,
 ) -> Vec<Vec<Vec<u8>>> {
     let _ = gpu;
-    let (key, _) = cache.get(layer).expect("submitted").expect("it was written");
+    let (key, _) = cache.read(layer).expect("submitted").expect("it was written");
     let [batch, heads, len, _] = key.shape();
     let rows = key.bytes().chunks(len * dim * size).take(batch * heads);
     rows.map(|row| row.chunks(dim * size).map(<[u8]>::to_vec).collect()).collect()
@@ -199,7 +200,7 @@ fn what_cannot_be_kept_is_refused_and_changes_nothing() {
         append(cache.as_mut(), 0);
         append(cache.as_mut(), 0);
         append(cache.as_mut(), 1);
-        let held = [0, 1].map(|layer| cache.get(layer).expect("submitted"));
+        let held = [0, 1].map(|layer| cache.read(layer).expect("submitted"));
         let keep = |cache: &mut dyn KVCache, count: usize, keep: &[u32]| {
             gpu.submit_pass("keep", |pass| cache.keep_latest(pass, count, keep))
         };
@@ -223,7 +224,7 @@ fn what_cannot_be_kept_is_refused_and_changes_nothing() {
             ),
             "{error}"
         );
-        let after = [0, 1].map(|layer| cache.get(layer).expect("submitted"));
+        let after = [0, 1].map(|layer| cache.read(layer).expect("submitted"));
         assert!(!kernels_run() || held == after, "kind {kind}: changed all the same");
         cache.truncate_rows(&[13, 14]).expect("two rows");
         let error = keep(cache.as_mut(), 2, &[0]).expect_err("ragged");
@@ -275,7 +276,7 @@ fn of_a_sequence_those_that_are_named_stay() {
         };
         let held = |cache: &SequenceCache, id: SequenceId| -> Vec<Vec<Vec<u8>>> {
             let rows = dims.into_iter().enumerate().flat_map(|(layer, dim)| {
-                let (key, _) = cache.get(id, layer).expect("submitted").expect("it has tokens");
+                let (key, _) = cache.read(id, layer).expect("submitted").expect("it has tokens");
                 let width = dim * dtype.size();
                 let rows = key.bytes().chunks(key.shape()[2] * width);
                 let tokens = rows.map(|row| row.chunks(width).map(<[u8]>::to_vec).collect());
@@ -346,7 +347,7 @@ fn kept_tokens_of_a_fork_may_need_a_larger_pool() {
         assert_eq!((cache.stats().pages_used, cache.stats().pages_free), (16, 0));
         let child = cache.fork(parent, 64).expect("all of it");
         let held = |cache: &SequenceCache, id: SequenceId, layer: usize| {
-            let (key, _) = cache.get(id, layer).expect("submitted").expect("it has tokens");
+            let (key, _) = cache.read(id, layer).expect("submitted").expect("it has tokens");
             let rows = key.bytes().chunks(key.shape()[2] * 16).map(<[u8]>::to_vec);
             rows.collect::<Vec<_>>()
         };

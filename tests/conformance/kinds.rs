@@ -9,6 +9,7 @@ use wgpu_kvcache::{
 use crate::gpu;
 use crate::model::Model;
 use crate::rig::{Rig, but_pages, compare, read_back};
+use crate::wait::{ReadLayer, wait};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -194,7 +195,7 @@ fn a_reset_cache_is_new_but_for_its_memory() {
         rig.reset();
         for layer in 0..4 {
             assert_eq!(rig.cache.get_seq_length(layer), Ok(0));
-            assert_eq!(rig.cache.get(layer), Ok(None));
+            assert_eq!(rig.cache.read(layer), Ok(None));
             assert!(rig.cache.view(layer).unwrap().is_none());
         }
         rig.select_nothing(kind);
@@ -295,8 +296,8 @@ fn far_positions_grow_a_dynamic_cache() {
     rig.update(4, [1, 3, 1, 6], 2, CachePosition::At(2));
     rig.update(usize::MAX, [1, 1, 3, 2], 4, APPEND);
     rig.check("layers 9 and 4, and the last one");
-    assert_eq!((rig.cache.get_seq_length(7), rig.cache.get(7)), (Ok(0), Ok(None)));
-    assert_eq!(rig.cache.get(1000), Ok(None));
+    assert_eq!((rig.cache.get_seq_length(7), rig.cache.read(7)), (Ok(0), Ok(None)));
+    assert_eq!(rig.cache.read(1000), Ok(None));
     assert_eq!(rig.cache.get_max_cache_shape(), None);
 }
 
@@ -320,7 +321,7 @@ fn a_static_cache_is_filled_to_its_bound_and_wraps() {
     }
     assert!(wrapped > 3, "the live tokens wrapped {wrapped} times");
     assert_eq!(buffers(rig.cache.as_ref(), 1), first);
-    assert_eq!(rig.cache.get(0), Ok(None));
+    assert_eq!(rig.cache.read(0), Ok(None));
 }
 
 #[test]
@@ -343,10 +344,10 @@ fn caches_behind_one_trait() -> Result<(), Error> {
     for (cache, model) in caches {
         let mut rig = Rig::new(&gpu, cache, model);
         rig.update(0, [2, 2, 3, 4], 6, APPEND);
-        let get = || pollster::block_on(rig.cache.get_async(0));
+        let get = || wait(rig.cache.get_async(0));
         let got = read_back(|| rig.cache.stats(), get, "get_async")?;
         compare(got, rig.model.get(0), "get_async");
-        assert_eq!(rig.cache.get(0), pollster::block_on(rig.cache.get_async(0)));
+        assert_eq!(rig.cache.read(0), wait(rig.cache.get_async(0)));
         let other: &mut dyn Cache = &mut DynamicKVCache::new(&gpu);
         other.reset();
         assert_eq!(other.get_max_cache_shape(), None);

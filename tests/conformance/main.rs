@@ -1,5 +1,30 @@
 //! Everything that runs on a GPU and needs no model, in one binary, so that the kernels are compiled
 //! once.
+//!
+//! The same tests run in a browser: see `../browser.sh`. There the compiler hands them to a runner of this crate.
+#![cfg_attr(target_arch = "wasm32", feature(custom_test_frameworks, test))]
+#![cfg_attr(target_arch = "wasm32", test_runner(crate::browser::collect))]
+
+#[cfg(target_arch = "wasm32")]
+extern crate test;
+
+/// A value that is made when it is first used, and shared by all tests: of a thread in a browser, where nothing of wgpu's
+/// leaves its thread.
+macro_rules! shared {
+    ($type:ty, $make:expr) => {{
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            static SHARED: std::sync::OnceLock<$type> = std::sync::OnceLock::new();
+            SHARED.get_or_init($make).clone()
+        }
+        #[cfg(target_arch = "wasm32")]
+        {
+            use std::cell::OnceCell;
+            std::thread_local! { static SHARED: OnceCell<$type> = const { OnceCell::new() } }
+            SHARED.with(|shared| shared.get_or_init($make).clone())
+        }
+    }};
+}
 
 mod attention;
 mod attention_long;
@@ -9,9 +34,14 @@ mod attention_refusals;
 mod attention_scores;
 mod attention_unseen;
 mod batch;
+#[cfg(target_arch = "wasm32")]
+mod browser;
 mod encoder_decoder;
+#[cfg(not(target_arch = "wasm32"))]
 mod failed_submits;
+#[cfg(not(target_arch = "wasm32"))]
 mod faults;
+#[cfg(not(target_arch = "wasm32"))]
 mod foreign;
 mod formats;
 mod histories;
@@ -19,6 +49,7 @@ mod inputs;
 mod keep;
 mod kinds;
 mod layouts;
+#[cfg(not(target_arch = "wasm32"))]
 mod limits;
 mod messages;
 mod model;
@@ -29,28 +60,35 @@ mod plain_formats;
 mod plans;
 mod ragged;
 mod ragged_attention;
+#[cfg(not(target_arch = "wasm32"))]
 mod readbacks;
 mod refusals;
+#[cfg(not(target_arch = "wasm32"))]
 mod refused_calls;
 mod refused_views;
 mod reserve;
 mod rig;
 mod room;
-#[cfg(feature = "safetensors")]
+#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
 mod saved;
 mod sequence_attention;
 mod sequence_refusals;
 mod sequences;
 mod shapes;
 mod surface;
+#[cfg(not(target_arch = "wasm32"))]
 mod tables;
+#[cfg(not(target_arch = "wasm32"))]
 mod threads;
 mod traces;
+mod wait;
 mod windows;
 
 use std::sync::OnceLock;
 
-use wgpu_kvcache::wgpu::{Device, DeviceDescriptor, Features, Limits};
+#[cfg(not(target_arch = "wasm32"))]
+use wgpu_kvcache::wgpu::{Device, DeviceDescriptor};
+use wgpu_kvcache::wgpu::{Features, Limits};
 use wgpu_kvcache::{Error, Gpu, HeadlessOptions};
 
 /// What `KV_DEVICE` asks of the adapter, or in its place.
@@ -91,6 +129,13 @@ fn open(features: Features, limits: Option<Limits>) -> Gpu {
     try_open(features, limits).unwrap_or_else(|error| panic!("{error}"))
 }
 
+#[cfg(target_arch = "wasm32")]
+fn try_open(features: Features, limits: Option<Limits>) -> Result<Gpu, Error> {
+    let options = HeadlessOptions::default().with_features(features).with_limits(limits);
+    wait::wait(Gpu::headless_async(&options))
+}
+
+#[cfg(not(target_arch = "wasm32"))]
 fn try_open(features: Features, limits: Option<Limits>) -> Result<Gpu, Error> {
     if kernels_run() {
         Gpu::headless_with(&HeadlessOptions::default().with_features(features).with_limits(limits))
@@ -118,17 +163,19 @@ fn try_open(features: Features, limits: Option<Limits>) -> Result<Gpu, Error> {
 /// everything holds that the host knows (lengths, views, refusals, statistics, read-backs of the right
 /// shape), and only what the tensors contain is not compared: see `rig::same_bits`.
 fn gpu() -> Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
     let (features, limits) = match wanted() {
         Wanted::Best | Wanted::Noop => (Features::IMMEDIATES, None),
         Wanted::Immediates => (Features::IMMEDIATES, Some(Limits::default())),
         Wanted::Baseline => (Features::empty(), Some(Limits::default())),
     };
-    GPU.get_or_init(|| open(features, limits)).clone()
+    shared!(Gpu, || open(features, limits))
 }
 
 /// How many random histories to run: `usual`, or what `KV_HISTORIES` says.
 pub(crate) fn histories(usual: u32) -> u32 {
+    #[cfg(target_arch = "wasm32")]
+    return browser::histories().unwrap_or(usual);
+    #[cfg(not(target_arch = "wasm32"))]
     std::env::var("KV_HISTORIES").map_or(usual, |count| {
         count.parse().unwrap_or_else(|_| panic!("KV_HISTORIES is no number: {count}"))
     })

@@ -7,6 +7,7 @@ use wgpu_kvcache::{
 use crate::model::Block;
 use crate::rig::{Rig, plain_gpu, upload};
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -83,7 +84,7 @@ fn a_pass_that_is_not_the_latest_is_refused() {
         })
         .expect("a new pass");
         assert_eq!(rig.cache.get_seq_length(0), Ok(10));
-        assert!(rig.cache.get(0).is_ok());
+        assert!(rig.cache.read(0).is_ok());
     }
 }
 

@@ -7,6 +7,7 @@ use wgpu_kvcache::{BatchChange, Cache, CachePosition, DType, Error, KVCache, Ten
 use crate::gpu;
 use crate::model::Block;
 use crate::rig::{Rig, but_pages, upload};
+use crate::wait::{ReadLayer, wait};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -35,8 +36,8 @@ fn append(cache: &mut dyn KVCache, pass: &mut ComputePass<'_>, new: &Tensor) -> 
 
 fn assert_not_submitted(rig: &Rig, calls: u64, when: &str) {
     let due = Some(Error::NotSubmitted { calls });
-    assert_eq!(rig.cache.get(0).err(), due, "{when}");
-    assert_eq!(pollster::block_on(rig.cache.get_async(0)).err(), due, "{when}");
+    assert_eq!(rig.cache.read(0).err(), due, "{when}");
+    assert_eq!(wait(rig.cache.get_async(0)).err(), due, "{when}");
     let text = due.map(|error| error.to_string()).unwrap_or_default();
     assert!(text.contains(&format!("{calls} calls")) && text.contains("submit"), "{text}");
 }
@@ -61,7 +62,7 @@ fn what_is_recorded_is_read_back_once_it_is_submitted() {
             .reorder_cache(&mut encoder.begin_compute_pass(&Default::default()), &[1, 0])
             .expect("a valid order");
         let commands = encoder.finish();
-        assert!(matches!(rig.cache.get(0), Err(Error::NotSubmitted { .. })), "after finish");
+        assert!(matches!(rig.cache.read(0), Err(Error::NotSubmitted { .. })), "after finish");
         let stats = rig.cache.stats();
         rig.gpu.queue().submit([commands]);
         for _ in 0..2 {
@@ -120,9 +121,9 @@ fn a_dropped_pass_is_noticed_until_reset() {
                     }
                 });
                 for layer in 0..2 {
-                    let error = rig.cache.get(layer).expect_err("the pass was dropped");
+                    let error = rig.cache.read(layer).expect_err("the pass was dropped");
                     assert!(matches!(error, Error::PassDropped { .. }), "{way}: {error:?}");
-                    let error = pollster::block_on(rig.cache.get_async(layer));
+                    let error = wait(rig.cache.get_async(layer));
                     assert!(matches!(error, Err(Error::PassDropped { .. })), "{way}: {error:?}");
                 }
                 assert_eq!(but_pages(rig.cache.stats()), but_pages(stats), "way {way}");
@@ -130,7 +131,7 @@ fn a_dropped_pass_is_noticed_until_reset() {
                 rig.cache.truncate(2);
             }
             rig.reset();
-            assert_eq!(rig.cache.get(0), Ok(None));
+            assert_eq!(rig.cache.read(0), Ok(None));
             rig.update(0, [3, 1, 9, 6], 4, CachePosition::PerToken(&[8, 0, 1, 2, 3, 4, 5, 6, 11]));
             rig.select(&[2, 0, 1, 1]);
             rig.update(1, [4, 1, 2, 2], 2, APPEND);
@@ -193,7 +194,7 @@ fn a_dropped_pass_is_the_loss_of_one_cache() {
     lose(&mut lost, 0);
     other.update(0, [2, 2, 2, 4], 4, APPEND);
     other.check("the other cache");
-    let error = lost.cache.get(1).expect_err("the pass was dropped");
+    let error = lost.cache.read(1).expect_err("the pass was dropped");
     assert_eq!(error, Error::PassDropped { calls: 1 });
     drop(lost);
     other.select(&[1, 0]);

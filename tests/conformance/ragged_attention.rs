@@ -7,6 +7,7 @@ use wgpu_kvcache::{
 
 use crate::attention::{BOUND, DTYPES, Random, distance, read, upload};
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
@@ -139,7 +140,7 @@ fn check(
     let (batch, dim) = (case.lens.len(), case.dim);
     let view = cache.view(0).expect("it exists").expect("it was written");
     let lens: Vec<usize> = (0..batch).map(|row| view.row_len(row).expect("a row")).collect();
-    let (key, value) = cache.get(0).expect("it is submitted").expect("it was written");
+    let (key, value) = cache.read(0).expect("it is submitted").expect("it was written");
     let (k, v) = (key.to_f32(), value.to_f32());
     assert!(!kernels_run() || k.iter().chain(&v).all(|x| x.is_finite()), "{case:?}: dead tokens");
     for (group, tokens, is_causal) in [(1, 1, true), (3, 1, false), (2, 3, true), (1, 2, false)] {

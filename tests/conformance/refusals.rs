@@ -10,6 +10,7 @@ use wgpu_kvcache::{
 use crate::gpu;
 use crate::model::Block;
 use crate::rig::{Rig, upload, with_read_back};
+use crate::wait::ReadLayer;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const BOUND: usize = 12;
@@ -189,7 +190,7 @@ pub(crate) fn never_taken(
                 let result = cache.update(pass, &key, &value, layer, position).map(|_| ());
                 assert_eq!(cache.stats(), Stats::default(), "{name}");
                 assert_eq!(cache.get_seq_length(layer), Ok(0), "{name}");
-                assert_eq!(cache.get(layer), Ok(None), "{name}");
+                assert_eq!(cache.read(layer), Ok(None), "{name}");
                 assert!(matches!(cache.view(layer), Ok(None)), "{name}");
                 result
             };

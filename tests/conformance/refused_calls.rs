@@ -9,6 +9,7 @@ use crate::gpu;
 use crate::model::Block;
 use crate::refusals::{BOUNDED, Due, GROWING, all, refused, update_refused};
 use crate::rig::{Rig, upload};
+use crate::wait::{ReadLayer, wait};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -276,17 +277,17 @@ fn layers_past_a_static_count() {
             &words,
         );
         refused(make, &name, |cache, _| cache.view(layer).map(|_| ()), due, &words);
-        refused(make, &name, |cache, _| cache.get(layer).map(|_| ()), due, &words);
+        refused(make, &name, |cache, _| cache.read(layer).map(|_| ()), due, &words);
         refused(make, &name, |cache, _| cache.get_seq_length(layer).map(|_| ()), due, &words);
         let get_async = |cache: &mut dyn KVCache, _: &mut ComputePass<'_>| {
-            pollster::block_on(cache.get_async(layer)).map(|_| ())
+            wait(cache.get_async(layer)).map(|_| ())
         };
         refused(make, &name, get_async, due, &words);
     }
     // A cache that grows has no last layer: those never written are empty.
     for rig in GROWING.map(|make| make()) {
         for layer in [3, 1000, usize::MAX] {
-            assert_eq!(rig.cache.get(layer), Ok(None));
+            assert_eq!(rig.cache.read(layer), Ok(None));
             assert_eq!(rig.cache.get_seq_length(layer), Ok(0));
             assert!(matches!(rig.cache.view(layer), Ok(None)));
         }

@@ -12,6 +12,7 @@ use wgpu_kvcache::{
 use crate::model::{Block, Model};
 use crate::plain_formats::{stored, with_one_nan};
 use crate::{kernels_run, open};
+use crate::wait::ReadLayer;
 
 /// A device of WebGPU's default limits and no optional feature, after `change` to the limits.
 pub(crate) fn plain_gpu(change: impl FnOnce(&mut Limits)) -> Gpu {
@@ -419,7 +420,7 @@ impl Rig {
             let formats = [view.key_format(), view.value_format()];
             let got = read_stored(
                 || self.cache.stats(),
-                || self.cache.get_stored(layer),
+                || self.cache.read_stored(layer),
                 view.is_value_in_key(),
                 &context,
             );

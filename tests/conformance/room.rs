@@ -10,6 +10,7 @@ use wgpu_kvcache::{
 use crate::model::Model;
 use crate::refusals::{Due, refused};
 use crate::rig::{Rig, buffer, plain_gpu};
+use crate::wait::ReadLayer;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 /// Bytes of a binding and of a buffer.
@@ -82,7 +83,7 @@ fn at_the_first_update() {
             let result = update(&gpu, &mut cache, (batch, dim), asked, APPEND);
             assert_eq!(fitting(result, asked), right);
             assert_eq!(cache.stats(), Default::default());
-            assert_eq!((cache.get_seq_length(0), cache.get(0)), (Ok(0), Ok(None)));
+            assert_eq!((cache.get_seq_length(0), cache.read(0)), (Ok(0), Ok(None)));
             let last = CachePosition::At(u32::try_from(asked - 1).expect("small"));
             let result = update(&gpu, &mut cache, (batch, dim), 1, last);
             assert_eq!(fitting(result, asked), right);
@@ -90,7 +91,7 @@ fn at_the_first_update() {
             assert_eq!(result, Ok(right));
             let result = update(&gpu, &mut cache, (batch, dim), 1, APPEND);
             assert_eq!(fitting(result, right + 1), right);
-            let (key, _) = cache.get(0).expect("submitted").expect("written");
+            let (key, _) = cache.read(0).expect("submitted").expect("written");
             assert_eq!(key.shape(), [batch, HEADS, right, dim]);
         }
     }
@@ -220,7 +221,7 @@ fn static_caches() {
         let result = update(&gpu, &mut cache, (1, DIM), 1, APPEND);
         assert_eq!(fitting(result, bound), FITS);
         assert_eq!(cache.stats(), Default::default());
-        assert_eq!((cache.get_seq_length(0), cache.get(0)), (Ok(0), Ok(None)));
+        assert_eq!((cache.get_seq_length(0), cache.read(0)), (Ok(0), Ok(None)));
     }
     let mut rig = Rig::new(
         &gpu,

@@ -11,6 +11,7 @@ use crate::attention::{
 };
 use crate::rig::{buffer, plain_gpu, read_buffer};
 use crate::{gpu, kernels_run};
+use crate::wait::ReadSequence;
 
 /// Sequences in one step, and the shape of their heads.
 #[derive(Clone, Debug)]
@@ -132,7 +133,7 @@ fn check(
         let rows = |values: &[f32], row: usize| values[own.start * row..own.end * row].to_vec();
         let (own_q, own_out) =
             (rows(&q, heads * group * dim), rows(&got, heads * group * value_dim));
-        let (k, v) = cache.get(id, 0).expect("it is submitted").expect("it has tokens");
+        let (k, v) = cache.read(id, 0).expect("it is submitted").expect("it has tokens");
         if !kernels_run() {
             continue;
         }

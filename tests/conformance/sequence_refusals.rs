@@ -6,6 +6,7 @@ use wgpu_kvcache::{
 };
 
 use crate::{gpu, kernels_run};
+use crate::wait::ReadSequence;
 
 const LAYER: LayerShape = LayerShape { dtype: DType::F32, heads: 2, key_dim: 4, value_dim: 4 };
 
@@ -49,7 +50,7 @@ fn step(
 /// Everything that can be asked of a cache.
 fn state(cache: &SequenceCache, ids: &[SequenceId]) -> (Vec<Vec<u8>>, String) {
     let tensors = ids.iter().flat_map(|&id| {
-        let (key, value) = cache.get(id, 0).expect("it is submitted").expect("it has tokens");
+        let (key, value) = cache.read(id, 0).expect("it is submitted").expect("it has tokens");
         [key, value].map(|it| bytemuck::cast_slice(it.as_slice::<f32>().expect("f32")).to_vec())
     });
     let tensors = tensors.collect();
@@ -107,7 +108,7 @@ fn names_that_are_not_there_and_forks_past_the_end() {
     assert_eq!(cache.fork(gone, 0).map(|_| ()), unknown);
     assert_eq!(cache.len(gone).map(|_| ()), unknown);
     assert_eq!(cache.next_position(gone).map(|_| ()), unknown);
-    assert_eq!(cache.get(gone, 0).map(|_| ()), unknown);
+    assert_eq!(cache.read(gone, 0).map(|_| ()), unknown);
     let before = state(&cache, &[a, b]);
     assert_eq!(
         cache.fork(a, 6),
@@ -122,7 +123,7 @@ fn names_that_are_not_there_and_forks_past_the_end() {
         Error::Sequence(SequenceError::PrefixTokens { id: b, tokens: 1, len: 2, dropped: 1 });
     assert_eq!(cache.remember_prefix(b, &[1]), Err(expected));
     assert_eq!(
-        cache.get(a, 2).map(|_| ()),
+        cache.read(a, 2).map(|_| ()),
         Err(Error::LayerOutOfRange { layer: 2, num_layers: 2 })
     );
 }
@@ -186,9 +187,9 @@ fn steps_of_before_and_of_other_caches_and_steps_that_are_not_finished() {
     // What is not in all layers yet is not handed on.
     assert_eq!(cache.fork(a, 7).map(|_| ()), Err(unfinished.clone()));
     assert_eq!(cache.remember_prefix(a, &[0; 7]), Err(unfinished.clone()));
-    assert_eq!(cache.get(a, 1).map(|_| ()), Err(unfinished.clone()));
+    assert_eq!(cache.read(a, 1).map(|_| ()), Err(unfinished.clone()));
     assert_eq!(cache.view(&planned, 1).map(|_| ()), Err(unfinished));
-    assert!(cache.get(b, 1).is_ok(), "another sequence");
+    assert!(cache.read(b, 1).is_ok(), "another sequence");
     let fork = cache.fork(a, 6).expect("tokens of before");
     cache.remove(fork).expect("it is there");
     cache.cancel_step().expect("nothing was lost");
@@ -212,7 +213,7 @@ fn a_step_that_is_dropped_with_its_pass_is_an_error_until_a_reset() {
     let lost = |error: Error| matches!(error, Error::PassDropped { .. });
     assert!(lost(cache.len(a).expect_err("lost")));
     assert!(lost(cache.add().expect_err("lost")));
-    assert!(lost(cache.get(a, 0).map(|_| ()).expect_err("lost")));
+    assert!(lost(cache.read(a, 0).map(|_| ()).expect_err("lost")));
     assert!(lost(cache.cancel_step().expect_err("lost")));
     let planned = gpu.submit_pass("step", |pass| cache.plan_step(pass, &[(a, 1)]));
     assert!(lost(planned.map(|_| ()).expect_err("lost")));
@@ -220,7 +221,7 @@ fn a_step_that_is_dropped_with_its_pass_is_an_error_until_a_reset() {
     assert_eq!(cache.len(a), Err(Error::Sequence(SequenceError::UnknownSequence { id: a })));
     let id = cache.add().expect("nothing is lost any more");
     step(&gpu, &mut cache, &[(id, 1)], &input).expect("room");
-    let (key, _) = cache.get(id, 0).expect("it is submitted").expect("a token");
+    let (key, _) = cache.read(id, 0).expect("it is submitted").expect("a token");
     if kernels_run() {
         assert_eq!(key.as_slice::<f32>().expect("f32"), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     }

@@ -15,6 +15,7 @@ use wgpu_kvcache::{
 };
 
 use crate::{gpu, kernels_run};
+use crate::wait::ReadSequence;
 
 /// The element that token `token` has at `at` in K or V of a layer: any bits.
 fn bits(token: u32, layer: usize, is_value: bool, at: usize) -> u16 {
@@ -204,7 +205,7 @@ impl Rig {
             let next = model.dropped + model.tokens.len();
             assert_eq!(self.cache.next_position(id), Ok(next), "{context}");
             for (layer, shape) in self.layers.iter().enumerate() {
-                let read = self.cache.get(id, layer).expect("it was submitted");
+                let read = self.cache.read(id, layer).expect("it was submitted");
                 let Some((key, value)) = read else {
                     assert!(model.tokens.is_empty(), "{context}");
                     continue;

@@ -11,6 +11,7 @@ use wgpu_kvcache::{
 use crate::model::Block;
 use crate::rig::{Rig, upload};
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -177,7 +178,7 @@ fn a_view_of_rings_of_ones_own() {
         cache.update(pass, &output.view(), &output.view(), 0, APPEND).map(|_| ())
     })
     .expect("it updates");
-    let (mean, _) = cache.get(0).expect("submitted").expect("written");
+    let (mean, _) = cache.read(0).expect("submitted").expect("written");
     if kernels_run() {
         assert_eq!(mean.as_slice::<f32>(), Ok(&[2.0, 20.0][..]));
     }

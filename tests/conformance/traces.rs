@@ -3,7 +3,7 @@
 //!
 //! The variable `KV_TRACES` names a further folder of traces to replay.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use half::{bf16, f16};
 use serde::Deserialize;
@@ -14,6 +14,7 @@ use wgpu_kvcache::{
 
 use crate::rig::{read_back, same_bits};
 use crate::{gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 #[derive(Deserialize)]
 struct Trace {
@@ -131,7 +132,7 @@ fn step<E: Number>(
             update::<E>(gpu, cache, (*layer, shape, *base, position))?;
         }
         Op::Get { layer, expect } => {
-            let got = read_back(|| cache.stats(), || cache.get(*layer), context)?;
+            let got = read_back(|| cache.stats(), || cache.read(*layer), context)?;
             assert_eq!(got.is_some(), expect.is_some(), "{context}: presence");
             if let (Some((key, value)), Some(expect)) = (got, expect) {
                 for (what, tensor, numbers) in
@@ -228,7 +229,7 @@ fn replay_stored(gpu: &Gpu, trace: &Trace, name: &str, format: Format) {
         for (number, Step { op, error }) in trace.steps.iter().enumerate() {
             let context = format!("{name}, {format}, cache {kind}, step {number}");
             if let Op::Get { layer, expect: Some(expect) } = op {
-                let (key, value) = cache.get(*layer).unwrap().expect("the trace has tokens");
+                let (key, value) = cache.read(*layer).unwrap().expect("the trace has tokens");
                 assert_eq!([key.shape(), value.shape()], [expect.shape; 2], "{context}");
                 if kernels_run() {
                     near(&key.to_f32(), &expect.key, &context);
@@ -242,21 +243,37 @@ fn replay_stored(gpu: &Gpu, trace: &Trace, name: &str, format: Format) {
     }
 }
 
-/// Replays a folder in every type that fits, and returns how many traces it holds.
-fn replay_folder(folder: &Path) -> usize {
-    let gpu = gpu();
+/// The traces of a folder, and their names.
+#[cfg(not(target_arch = "wasm32"))]
+fn files_of(folder: &Path) -> Vec<(String, String)> {
     let entries = std::fs::read_dir(folder)
         .unwrap_or_else(|error| panic!("cannot read {}: {error}", folder.display()));
-    let mut files: Vec<PathBuf> = entries
+    let mut files: Vec<_> = entries
         .map(|entry| entry.expect("a readable folder").path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
         .collect();
     files.sort();
-    for path in &files {
+    let read = |path: std::path::PathBuf| {
         let name = path.display().to_string();
         let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{name}: {error}"));
+        (name, text)
+    };
+    files.into_iter().map(read).collect()
+}
+
+/// The traces, which the page has fetched.
+#[cfg(target_arch = "wasm32")]
+fn files_of(_: &Path) -> Vec<(String, std::rc::Rc<str>)> {
+    crate::browser::files()
+}
+
+/// Replays a folder in every type that fits, and returns how many traces it holds.
+fn replay_folder(folder: &Path) -> usize {
+    let gpu = gpu();
+    let files = files_of(folder);
+    for (name, text) in &files {
         let trace: Trace =
-            serde_json::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+            serde_json::from_str(text).unwrap_or_else(|error| panic!("{name}: {error}"));
         replay::<f32>(&gpu, &trace, &name);
         if trace.cache.head_dim.is_multiple_of(2) {
             replay::<f16>(&gpu, &trace, &name);

@@ -10,6 +10,7 @@ use crate::attention::{Random, distance, upload as upload_floats};
 use crate::model::{Block, Model};
 use crate::rig::{compare, plain_gpu, upload};
 use crate::{cases, gpu, kernels_run};
+use crate::wait::ReadLayer;
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const HEADS: usize = 2;
@@ -102,7 +103,7 @@ impl Run<'_> {
             // Positions go on counting as in the layer that keeps all.
             let position = self.cache.get_next_position(at);
             assert_eq!(position, self.cache.get_next_position(1), "{context}");
-            compare(self.cache.get(at).expect("submitted"), layer.own.get(0), &context);
+            compare(self.cache.read(at).expect("submitted"), layer.own.get(0), &context);
             let view = self.cache.view(at).expect("it exists");
             if let (Some(window), Some(view)) = (layer.window, view) {
                 assert!(view.len() < window + self.longest, "{context}: {}", view.len());
@@ -239,7 +240,7 @@ fn a_truncation_past_a_window_is_said_by_every_later_call() {
         assert!(matches!(rows, Error::NotSupported { .. }), "{rows}");
         cache.truncate(8);
         assert_eq!(cache.get_seq_length(1), Err(past.clone()));
-        assert_eq!(cache.get(0).map(|_| ()), Err(past.clone()));
+        assert_eq!(cache.read(0).map(|_| ()), Err(past.clone()));
         assert_eq!(append(cache.as_mut()), Err(past));
         cache.reset();
         append(cache.as_mut()).expect("a reset cache is whole");
