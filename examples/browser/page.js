@@ -1,17 +1,17 @@
 // The page: buttons, progress and the drawing. The work is in ../src, compiled to pkg/.
 
-import init, { Page } from "./pkg/browser.js";
+import init, { Device } from "./pkg/browser.js";
 
 const MODEL = "model/SmolLM2-135M-Instruct.Q4_1.gguf";
-// The longest sequence, in tokens.
-const MAX_TOKENS = 1024;
 // How many ways a sequence is continued in.
 const WAYS = 3;
 
 const find = (id) => document.getElementById(id);
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 
-let page = null;
+let device = null;
+// A model on the device, and its sequences.
+let decoder = null;
 // Set once nothing can go on: the device is lost, or the program has stopped.
 let isOver = false;
 // Aborts what the button Cancel ends.
@@ -54,7 +54,7 @@ function setPhase(phase) {
   const isLoading = phase === "loading";
   find("progress").hidden = !isLoading;
   find("cancel").hidden = !isLoading;
-  for (const id of ["load", "file", "format"]) find(id).disabled = phase !== "idle";
+  for (const id of ["load", "file", "format", "longest"]) find(id).disabled = phase !== "idle";
 }
 
 // --- From nothing to a model that can be asked --------------------------------------------------------------------
@@ -67,7 +67,7 @@ async function openGpu() {
   }
   await init({ module_or_path: new URL("pkg/browser_bg.wasm", import.meta.url) });
   try {
-    page = await Page.open(
+    device = await Device.open(
       (reason) => end(`The browser has taken the GPU away${reason ? ` (${reason})` : ""}: its driver may have been reset, or another page may need it. The cache is lost with it.`),
       (error) => tell(`The GPU reports an error: ${error}`),
     );
@@ -75,7 +75,7 @@ async function openGpu() {
     end(`The browser has WebGPU but gives this page no GPU: ${error.message}. It may be switched off, or the graphics driver too old; chrome://gpu and about:support say more.`);
     return;
   }
-  showAdapter(JSON.parse(page.adapter()), (await navigator.gpu.requestAdapter())?.info);
+  showAdapter(JSON.parse(device.adapter()), (await navigator.gpu.requestAdapter())?.info);
   setPhase("idle");
 }
 
@@ -126,7 +126,8 @@ async function start(file) {
     const bytes = file ? new Uint8Array(await file.arrayBuffer()) : await download(signal);
     progress("download", 1, 1, `${megabytes(bytes.length)} in ${seconds(began)}`);
     let since = performance.now();
-    await page.load(file?.name ?? "the model", bytes, find("format").value, MAX_TOKENS, (done, total) => {
+    const [name, format, longest] = [file?.name ?? "the model", find("format").value, Number(find("longest").value)];
+    decoder = await device.load(name, bytes, format, longest, (done, total) => {
       signal.throwIfAborted();
       progress("load", done, total);
     });
@@ -137,7 +138,7 @@ async function start(file) {
     }, 200);
     let compiled = "";
     try {
-      await page.compile((done, total) => {
+      await decoder.compile((done, total) => {
         signal.throwIfAborted();
         compiled = `${done} of ${total},`;
         progress("compile", done, total, `${compiled} ${seconds(since)}`);
@@ -146,11 +147,13 @@ async function start(file) {
       clearInterval(clock);
     }
     document.body.dataset.times = JSON.stringify({ compile: performance.now() - since, all: performance.now() - began });
-    find("chat-label").hidden = !page.canChat();
+    find("chat-label").hidden = !decoder.canChat();
     setPhase("ready");
     show();
   } catch (error) {
     if (isOver) return;
+    decoder?.free();
+    decoder = null;
     setPhase("idle");
     if (signal.aborted) tell("Cancelled. Nothing is kept.");
     else fail(error);
@@ -188,12 +191,16 @@ async function run() {
       if (isOver || !show().is_busy) break;
       watchFrames();
       const since = performance.now();
-      const tokens = await page.step();
+      const tokens = await decoder.step();
       showRate(tokens, performance.now() - since);
     }
   } catch (error) {
     if (error instanceof WebAssembly.RuntimeError) fail(error);
-    else end(`A step has failed: ${error.message}. The cache is of no more use.`);
+    else {
+      // A device that is lost says so soon, and that is the reason then.
+      await new Promise((resolve) => setTimeout(resolve, 500));
+      end(`A step has failed: ${error.message}. The cache is of no more use.`);
+    }
   } finally {
     isRunning = false;
   }
@@ -253,7 +260,7 @@ const colour = (number) => `hsl(${(number * 137.5 + 70) % 360} 65% 55%)`;
 
 /** Draws what the cache holds, and returns it. */
 function show() {
-  const state = JSON.parse(page.state());
+  const state = JSON.parse(decoder.state());
   // Which sequences share each page.
   const sharers = new Map();
   for (const { number, pages } of state.sequences) {
@@ -293,17 +300,16 @@ function newCard({ number }) {
     "article",
     { "data-number": number, style: `--own: ${colour(number)}` },
     element("p", {}, element("span", { class: "prompt" }), element("span", { class: "text" })),
-    element("svg", { role: "img", height: 22 }),
+    element("svg", { role: "img", "aria-label": "Its pages, and its length against the longest" }),
     element(
       "footer",
       {},
       element("span", { class: "status" }),
-      button("stop", "Stop", "Keeps its tokens in the cache", () => act(() => page.stop(number))),
-      button("resume", "Go on", "For as many tokens as the form says", () => act(() => page.resume(number, wanted()))),
-      button("fork", `Continue ${WAYS} ways`, "With the best next token and, in forks that share its pages, the next best ones", () =>
-        act(() => page.fork(number, WAYS, wanted()))),
+      button("stop", "Stop", "Keeps its tokens in the cache", () => act(() => decoder.stop(number))),
+      button("resume", "Go on", "For as many tokens as the form says", () => act(() => decoder.resume(number, wanted()))),
+      button("fork", `Continue ${WAYS} ways`, "With the best next token and, in forks that share its pages, the next best ones", () => act(() => decoder.fork(number, WAYS, wanted()))),
       button("save", "Save", "As a file: its K and V, and its text", () => act(() => save(number))),
-      button("remove", "Remove", "Frees its pages, if no other sequence shares them", () => act(() => page.remove(number))),
+      button("remove", "Remove", "Frees its pages, if no other sequence shares them", () => act(() => decoder.remove(number))),
     ),
   );
 }
@@ -329,13 +335,13 @@ function showCard(card, sequence, state, sharers) {
     const tokens = Math.min(state.page_tokens, length - at * state.page_tokens);
     return pageMark(page, sharers.get(page), 18 * at, 0, tokens / state.page_tokens);
   });
-  const width = 18 * Math.max(pages.length, 1);
-  const share = length / state.max_tokens;
-  svg.setAttribute("viewBox", `0 0 ${Math.max(width, 700)} 22`);
+  // The longest sequence is as wide as the page.
+  const width = (18 * state.max_tokens) / state.page_tokens;
+  svg.setAttribute("viewBox", `0 0 ${width} 22`);
   svg.replaceChildren(
     ...drawn,
-    element("rect", { class: "frame", x: 0, y: 18.5, width: "100%", height: 3 }),
-    element("rect", { class: "length", x: 0, y: 18.5, width: `${100 * share}%`, height: 3 }),
+    element("rect", { class: "frame", x: 0.5, y: 18.5, width: width - 1, height: 3 }),
+    element("rect", { class: "length", x: 0.5, y: 18.5, width: (width - 1) * (length / state.max_tokens), height: 3 }),
   );
 }
 
@@ -357,7 +363,7 @@ function pageMark(page, numbers = [], x, y, filled = 1) {
 function showPool(state, sharers) {
   const count = state.pages_used + state.pages_free;
   const svg = find("pool");
-  const columns = 40;
+  const columns = state.max_tokens / state.page_tokens;
   const rows = Math.max(1, Math.ceil(count / columns));
   svg.setAttribute("viewBox", `0 0 ${18 * columns} ${18 * rows}`);
   const pages = Array.from({ length: count }, (_, page) =>
@@ -375,7 +381,7 @@ function showPool(state, sharers) {
 // --- Files --------------------------------------------------------------------------------------------------------
 
 async function save(number) {
-  const bytes = await page.save(number);
+  const bytes = await decoder.save(number);
   const url = URL.createObjectURL(new Blob([bytes]));
   element("a", { href: url, download: `sequence-${number}.safetensors` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
@@ -392,7 +398,7 @@ find("prompts").addEventListener("submit", (event) => {
   tell("");
   const lines = find("prompt").value.split("\n").filter((line) => line.trim());
   if (lines.length === 0) tell("Type a prompt first.");
-  for (const line of lines) act(() => page.add(line, find("chat").checked, find("wanted").valueAsNumber || 1));
+  for (const line of lines) act(() => decoder.add(line, find("chat").checked, find("wanted").valueAsNumber || 1));
 });
 find("saved").addEventListener("change", async (event) => {
   const file = event.target.files[0];
@@ -400,10 +406,10 @@ find("saved").addEventListener("change", async (event) => {
   tell("");
   const bytes = new Uint8Array(await file.arrayBuffer());
   event.target.value = "";
-  act(() => page.restore(bytes));
+  act(() => decoder.restore(bytes));
 });
 
 // For tests and the curious.
-window.closeGpu = () => page?.close();
+window.closeGpu = () => device?.close();
 
 await openGpu().catch(fail);

@@ -1,9 +1,9 @@
-//! What `../page.js` calls. All calls of one [`Page`] come one after the other: a call that is awaited ends before the
+//! What `../page.js` calls. All calls of one [`Decoder`] come one after the other: a call that is awaited ends before the
 //! next one begins.
 
 use std::sync::Arc;
 
-use anyhow::{Context, Error, Result, anyhow};
+use anyhow::{Error, Result, anyhow};
 use engine::GgufFile;
 use js_sys::{Function, Uint8Array};
 use serde_json::json;
@@ -19,18 +19,17 @@ fn start() {
     console_error_panic_hook::set_once();
 }
 
-/// A device, and a model on it once one is loaded.
+/// The browser's GPU.
 #[wasm_bindgen]
-#[expect(missing_debug_implementations, reason = "it is not for printing")]
-pub struct Page {
+#[derive(Debug)]
+pub struct Device {
     gpu: Gpu,
-    session: Option<Session>,
 }
 
 #[wasm_bindgen]
-impl Page {
-    /// Opens the browser's GPU. `on_lost(reason)` is called if it goes away, and `on_error(text)` if it reports an error
-    /// that no call returns.
+impl Device {
+    /// Opens the GPU. `on_lost(reason)` is called if it goes away, and `on_error(text)` if it reports an error that no
+    /// call returns.
     ///
     /// # Errors
     ///
@@ -41,7 +40,7 @@ impl Page {
         gpu.device().set_device_lost_callback(move |_, message| lost.call(&message));
         let error = Caller(on_error);
         gpu.device().on_uncaptured_error(Arc::new(move |it| error.call(&it.to_string())));
-        Ok(Self { gpu, session: None })
+        Ok(Self { gpu })
     }
 
     /// The adapter and the limits of the device that bound a model and its cache, as JSON.
@@ -53,55 +52,70 @@ impl Page {
             "name": info.name,
             "driver": driver.trim(),
             "limits": {
-                "buffer size": limits.max_buffer_size,
+                "buffer": limits.max_buffer_size,
                 "storage binding": limits.max_storage_buffer_binding_size,
-                "storage buffers per stage": limits.max_storage_buffers_per_shader_stage,
+                "storage buffers a stage": limits.max_storage_buffers_per_shader_stage,
                 "texture side": limits.max_texture_dimension_2d,
-                "invocations per workgroup": limits.max_compute_invocations_per_workgroup,
+                "invocations a workgroup": limits.max_compute_invocations_per_workgroup,
             },
         })
         .to_string()
     }
 
-    /// Loads a model file onto the GPU. `format` is that of K and V in the cache. `progress(done, total)` receives bytes.
+    /// Loads a model file onto the GPU. `format` is that of K and V in the cache, `max_tokens` the longest sequence.
+    /// `progress(done, total)` receives bytes; if it throws, loading ends.
     ///
     /// # Errors
     ///
     /// If the file is not a supported model, or the device is too small for it.
     pub async fn load(
-        &mut self,
+        &self,
         name: String,
         bytes: Uint8Array,
         format: String,
         max_tokens: usize,
         progress: Function,
-    ) -> Result<(), JsError> {
+    ) -> Result<Decoder, JsError> {
         let load = async {
             let format: Format = format.parse()?;
             let settings = Settings { formats: Formats::from(format), max_tokens };
             let mut file = GgufFile::read(&name, Source::new(bytes))?;
             let total = file.tensor_bytes();
-            let mut report = |done: u64| self::report(&progress, number(done), number(total));
+            let mut report = |done: u64| report(&progress, number(done), number(total));
             Session::load(&self.gpu, &mut file, settings, &mut report).await
         };
-        self.session = Some(load.await.map_err(explain)?);
-        Ok(())
+        Ok(Decoder { session: load.await.map_err(explain)? })
     }
 
-    /// Compiles all pipelines. `progress(done, total)` receives steps of that.
+    /// Gives the GPU back, as if it were lost.
+    pub fn close(&self) {
+        self.gpu.device().destroy();
+    }
+}
+
+/// A model on a device, and the sequences that it decodes.
+#[wasm_bindgen]
+#[expect(missing_debug_implementations, reason = "it is not for printing")]
+pub struct Decoder {
+    session: Session,
+}
+
+#[wasm_bindgen]
+impl Decoder {
+    /// Compiles all pipelines. `progress(done, total)` receives stages of that; if it throws, compiling ends.
     ///
     /// # Errors
     ///
     /// If one does not compile.
     pub async fn compile(&mut self, progress: Function) -> Result<(), JsError> {
         let mut report = |done: usize, total: usize| report(&progress, done.into(), total.into());
-        self.session()?.compile(&mut report).await.map_err(explain)
+        self.session.compile(&mut report).await.map_err(explain)
     }
 
     /// See [`Session::can_chat`].
     #[wasm_bindgen(js_name = canChat)]
     pub fn can_chat(&self) -> bool {
-        self.session.as_ref().is_some_and(Session::can_chat)
+        self.session.can_chat()
     }
 
     /// See [`Session::add`].
@@ -110,7 +124,7 @@ impl Page {
     ///
     /// As there; so every call here.
     pub fn add(&mut self, prompt: &str, is_chat: bool, wanted: usize) -> Result<usize, JsError> {
-        self.session()?.add(prompt, is_chat, wanted).map_err(explain)
+        self.session.add(prompt, is_chat, wanted).map_err(explain)
     }
 
     /// See [`Session::stop`].
@@ -119,7 +133,7 @@ impl Page {
     ///
     /// As there.
     pub fn stop(&mut self, number: usize) -> Result<(), JsError> {
-        self.session()?.stop(number).map_err(explain)
+        self.session.stop(number).map_err(explain)
     }
 
     /// See [`Session::resume`].
@@ -128,7 +142,7 @@ impl Page {
     ///
     /// As there.
     pub fn resume(&mut self, number: usize, wanted: usize) -> Result<(), JsError> {
-        self.session()?.resume(number, wanted).map_err(explain)
+        self.session.resume(number, wanted).map_err(explain)
     }
 
     /// See [`Session::remove`].
@@ -137,7 +151,7 @@ impl Page {
     ///
     /// As there.
     pub fn remove(&mut self, number: usize) -> Result<(), JsError> {
-        self.session()?.remove(number).map_err(explain)
+        self.session.remove(number).map_err(explain)
     }
 
     /// See [`Session::fork`].
@@ -151,7 +165,7 @@ impl Page {
         ways: usize,
         wanted: usize,
     ) -> Result<Vec<usize>, JsError> {
-        self.session()?.fork(number, ways, wanted).await.map_err(explain)
+        self.session.fork(number, ways, wanted).await.map_err(explain)
     }
 
     /// See [`Session::step`].
@@ -160,7 +174,7 @@ impl Page {
     ///
     /// As there.
     pub async fn step(&mut self) -> Result<usize, JsError> {
-        self.session()?.step().await.map_err(explain)
+        self.session.step().await.map_err(explain)
     }
 
     /// See [`Session::save`].
@@ -169,7 +183,7 @@ impl Page {
     ///
     /// As there.
     pub async fn save(&mut self, number: usize) -> Result<Vec<u8>, JsError> {
-        self.session()?.save(number).await.map_err(explain)
+        self.session.save(number).await.map_err(explain)
     }
 
     /// See [`Session::restore`].
@@ -178,7 +192,7 @@ impl Page {
     ///
     /// As there.
     pub fn restore(&mut self, bytes: &[u8]) -> Result<usize, JsError> {
-        self.session()?.restore(bytes).map_err(explain)
+        self.session.restore(bytes).map_err(explain)
     }
 
     /// See [`Session::state`]; as JSON.
@@ -186,18 +200,9 @@ impl Page {
     /// # Errors
     ///
     /// As there.
-    pub fn state(&mut self) -> Result<String, JsError> {
-        let state = self.session()?.state().map_err(explain)?;
+    pub fn state(&self) -> Result<String, JsError> {
+        let state = self.session.state().map_err(explain)?;
         Ok(serde_json::to_string(&state)?)
-    }
-
-    /// Gives the device back, as if it were lost.
-    pub fn close(&self) {
-        self.gpu.device().destroy();
-    }
-
-    fn session(&mut self) -> Result<&mut Session, JsError> {
-        self.session.as_mut().context("No model is loaded.").map_err(explain)
     }
 }
 
