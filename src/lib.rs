@@ -62,7 +62,9 @@ pub use cache::paged::PagedKVCache;
 pub use cache::sequences::{SequenceCache, Step};
 pub use cache::{Cache, GetFuture, KVCache};
 pub use dtype::{DType, Element, UnknownDType};
-pub use error::{Error, ErrorKind, Reason, Result, SequenceError, StoringError, WindowError};
+pub use error::{
+    BrowserError, Error, ErrorKind, Reason, Result, SequenceError, StoringError, WindowError,
+};
 pub use format::{Format, Formats, UnknownFormat};
 pub use gpu::kernels::{CompileScope, LayerShape};
 pub use gpu::{Gpu, HeadlessOptions};

@@ -9,6 +9,7 @@ use crate::gpu::arena::Allocation;
 use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::device::DeviceHandle;
 use crate::gpu::ledger::Ledger;
+use crate::gpu::memory::Memory;
 use crate::host::rows::Span;
 use crate::host::work::{StepRow, WorkLimits};
 use crate::layout::{KvLayout, Layout};
@@ -50,6 +51,8 @@ use crate::tensor::TensorView;
 pub struct LayerView {
     pub(crate) key: wgpu::Buffer,
     pub(crate) value: wgpu::Buffer,
+    /// Keeps the buffers of a cache from being destroyed; `None` for a view [of rings](Self::of_rings).
+    pub(crate) _memory: Option<Arc<Memory>>,
     /// How K and V are stored.
     pub(crate) formats: [Format; 2],
     /// Slots of one head that the buffers have room for, after which the scales of quantized formats begin.
@@ -260,6 +263,7 @@ impl LayerView {
             step,
             bind_groups,
             owner,
+            _memory: None,
         })
     }
 

@@ -1,6 +1,6 @@
 //! What an engine can do about an error.
 
-use super::Error;
+use super::{BrowserError, Error};
 
 /// The message of wgpu, or of the driver, about a failure: the [`source`](std::error::Error::source) of an [`Error`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,7 +28,8 @@ pub enum ErrorKind {
     /// There is not enough memory, or a bound is reached. Evict tokens or rows ([`crop`](crate::Cache::crop),
     /// [`truncate`](crate::Cache::truncate), fewer batch rows), then repeat the call.
     NoRoom,
-    /// A pass was dropped, its submit failed, or it has not been submitted yet.
+    /// A pass was dropped, its submit failed, or it has not been submitted yet; in a browser also a pass over memory that
+    /// was refused after the pass was recorded. What was recorded did not run: reset and fill the cache again.
     PassOrder,
     /// The device is lost, could not create something, or has lower limits than the kernels need. Repeating the call
     /// on this device does not help.
@@ -85,6 +86,7 @@ impl Error {
             | Self::MissingOption { .. }
             | Self::UnusedOption { .. }
             | Self::NotSupported { .. }
+            | Self::Browser(BrowserError::Blocking { .. })
             | Self::Window(_)
             | Self::Sequence(_) => ErrorKind::Input,
             Self::LayerTooLarge { .. }
@@ -94,9 +96,10 @@ impl Error {
             | Self::OutOfMemory { .. }
             | Self::SequenceTooLong { .. }
             | Self::BufferTooLarge { .. } => ErrorKind::NoRoom,
-            Self::EarlierPass | Self::NotSubmitted { .. } | Self::PassDropped { .. } => {
-                ErrorKind::PassOrder
-            }
+            Self::EarlierPass
+            | Self::NotSubmitted { .. }
+            | Self::PassDropped { .. }
+            | Self::Browser(BrowserError::MemoryRefused { .. }) => ErrorKind::PassOrder,
             Self::Device { .. }
             | Self::DeviceLost
             | Self::DeviceLimit { .. }

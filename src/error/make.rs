@@ -40,3 +40,12 @@ pub(super) fn range(count: usize) -> String {
         _ => format!("0 to {}", count - 1),
     }
 }
+
+/// What to do without an adapter.
+pub(super) fn adapter_remedy() -> &'static str {
+    if cfg!(target_arch = "wasm32") {
+        "Use a browser with WebGPU on a page that is served from localhost or by https, and turn hardware acceleration on"
+    } else {
+        "Without a GPU, install a software adapter: on Debian or Ubuntu `sudo apt-get install mesa-vulkan-drivers`"
+    }
+}

@@ -1,20 +1,21 @@
 //! The errors. Each states the request, the limit and a remedy. The call that returned it has changed nothing, on the
 //! host or the GPU.
 
+mod browser;
 mod kind;
 mod make;
 mod sequence;
 mod storing;
 mod window;
 
+pub use browser::BrowserError;
 pub use kind::{ErrorKind, Reason};
-use make::{byte_count, range, smaller_formats};
+use make::{adapter_remedy, byte_count, range, smaller_formats};
 pub use sequence::SequenceError;
 pub use storing::StoringError;
 pub use window::WindowError;
 
-use crate::dtype::DType;
-use crate::format::Format;
+use crate::{dtype::DType, format::Format};
 
 /// The result of a call on a cache.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -368,6 +369,10 @@ pub enum Error {
     #[error(transparent)]
     Storing(#[from] StoringError),
 
+    /// A call that cannot wait in a browser, or memory that a browser refused late.
+    #[error(transparent)]
+    Browser(#[from] BrowserError),
+
     /// A page size that is not a power of two, or is too large.
     #[error(
         "pages of {page_tokens} tokens were requested; it must be a power of two of at most 2147483648, such as 16"
@@ -629,9 +634,7 @@ pub enum Error {
     },
 
     /// No adapter was found.
-    #[error(
-        "no wgpu adapter was found ({reason}). Without a GPU, install a software adapter: on Debian or Ubuntu `sudo apt-get install mesa-vulkan-drivers`"
-    )]
+    #[error("no wgpu adapter was found ({reason}). {}", adapter_remedy())]
     NoAdapter {
         /// wgpu's message.
         #[source]

@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
+use crate::gpu::answer::Answer;
 use crate::gpu::own_buffers::OwnBuffers;
 
 /// A device and its queue.
@@ -28,7 +29,7 @@ pub(crate) struct DeviceHandle {
     /// A buffer without the usage `COPY_DST`: a write to it is a validation error.
     probe: wgpu::Buffer,
     /// Whether the device is known to be lost. Never reset.
-    is_lost: AtomicBool,
+    is_lost: Arc<AtomicBool>,
     /// The pass for which the device was last checked.
     last_pass: AtomicU64,
 }
@@ -51,10 +52,12 @@ impl DeviceHandle {
             queue,
             own_buffers: OwnBuffers::default(),
             probe,
-            is_lost: AtomicBool::new(false),
+            is_lost: Arc::default(),
             last_pass: AtomicU64::new(0),
         };
         handle.check_queue()?;
+        #[cfg(target_arch = "wasm32")]
+        handle.listen();
         Ok(register(|others| {
             let same = others.iter().find(|other| handle.is_device_of(other));
             if let Some(other) = same {
@@ -62,6 +65,13 @@ impl DeviceHandle {
             }
             Arc::new(handle)
         }))
+    }
+
+    /// Learns of the loss of the device. In a browser an engine's own callback for it is called as well.
+    #[cfg(target_arch = "wasm32")]
+    fn listen(&self) {
+        let is_lost = Arc::clone(&self.is_lost);
+        self.device.set_device_lost_callback(move |_, _| is_lost.store(true, Ordering::Release));
     }
 
     /// Refuses a queue that is not the device's own.
@@ -95,13 +105,13 @@ impl DeviceHandle {
     ///
     /// wgpu ignores calls on a lost device silently, and the callback that reports the loss belongs to the engine.
     /// But a device that is not lost validates its calls. So this makes a call that fails validation: without an
-    /// error, the device is lost. It creates nothing and does not wait. In a browser an error scope resolves later, so
-    /// there this detects nothing.
+    /// error, the device is lost. It creates nothing and does not wait. In a browser an error scope resolves later, but
+    /// several can listen for the loss: there this knows of it one turn of the event loop after it.
     pub(crate) fn check_alive(&self) -> Result<()> {
+        self.check_known()?;
         if cfg!(target_arch = "wasm32") {
             return Ok(());
         }
-        self.check_known()?;
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         self.make_an_error();
         if answer_now(scope.pop()).is_none() {
@@ -169,6 +179,28 @@ impl DeviceHandle {
         })
     }
 
+    /// As [`create_buffer`](Self::create_buffer), for memory that must not be lost silently.
+    ///
+    /// In a browser it is known only later whether there is a buffer.
+    pub(crate) fn create_memory(
+        &self,
+        label: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<(wgpu::Buffer, Answer)> {
+        #[cfg(not(target_arch = "wasm32"))]
+        return Ok((self.create_buffer(label, bytes, usage)?, Answer));
+        #[cfg(target_arch = "wasm32")]
+        {
+            let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation];
+            let [outer, inner] = filters.map(|filter| self.device.push_error_scope(filter));
+            let buffer = self.create_buffer(label, bytes, usage);
+            let scopes: Vec<std::pin::Pin<Box<dyn Future<Output = _>>>> =
+                vec![Box::pin(inner.pop()), Box::pin(outer.pop())];
+            Ok((buffer?, Answer::new(label, bytes, scopes)))
+        }
+    }
+
     /// Creates a buffer of zeros that several threads may write to.
     ///
     /// wgpu clears the unwritten ranges of a buffer in the first submit that binds it. Data that another thread
@@ -232,10 +264,10 @@ impl DeviceHandle {
         bytes: u64,
         make: impl FnOnce(&wgpu::Device) -> T,
     ) -> Result<T> {
+        self.check_alive()?;
         if cfg!(target_arch = "wasm32") {
             return Ok(make(&self.device));
         }
-        self.check_alive()?;
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);

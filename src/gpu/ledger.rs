@@ -56,6 +56,8 @@ impl Passes {
         self.0.retain(|(_, mark)| mark.strong_count() > 0);
         let mark = Arc::new(());
         self.0.push((number, Arc::downgrade(&mark)));
+        #[cfg(target_arch = "wasm32")]
+        crate::gpu::memory::destroy::add_pass(&mark);
         mark
     }
 }
@@ -144,8 +146,7 @@ impl Ledger {
         let missing = ran.map_or(0, |ran| low_word(before.due).wrapping_sub(ran).cast_signed());
         let missing = missing.unsigned_abs();
         let waiting = before.recorded.saturating_sub(self.0.done.load(Ordering::Acquire));
-        // In a browser callbacks may come in another order, so there the witness alone decides.
-        if waiting > 0 && !(cfg!(target_arch = "wasm32") && missing == 0) {
+        if waiting > 0 {
             return Ok(Verdict::Waiting(waiting));
         }
         if missing == 0 {

@@ -1,11 +1,13 @@
 //! The device: an engine's own, or one that is requested without a window.
 
+pub(crate) mod answer;
 pub(crate) mod arena;
 pub(crate) mod bind_groups;
 pub(crate) mod call;
 pub(crate) mod device;
 pub(crate) mod kernels;
 pub(crate) mod ledger;
+pub(crate) mod memory;
 pub(crate) mod own_buffers;
 pub(crate) mod read;
 pub(crate) mod readback;
@@ -110,7 +112,8 @@ impl Gpu {
     ///
     /// # Errors
     ///
-    /// [`Error::NoAdapter`], which names a software adapter to install, and [`Error::NoDevice`].
+    /// [`Error::NoAdapter`], which names a software adapter to install, and [`Error::NoDevice`]. In a browser
+    /// [`BrowserError::Blocking`](crate::BrowserError::Blocking): await [`headless_async`](Self::headless_async) there.
     pub fn headless() -> Result<Self> {
         Self::headless_with(&HeadlessOptions::default())
     }
@@ -121,6 +124,12 @@ impl Gpu {
     ///
     /// As for [`Gpu::headless`].
     pub fn headless_with(options: &HeadlessOptions) -> Result<Self> {
+        #[cfg(target_arch = "wasm32")]
+        {
+            let _ = options;
+            Err(crate::error::BrowserError::blocking("Gpu::headless()", "Gpu::headless_async()"))
+        }
+        #[cfg(not(target_arch = "wasm32"))]
         pollster::block_on(Self::headless_async(options))
     }
 

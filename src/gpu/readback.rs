@@ -58,8 +58,8 @@ struct Arrivals(Mutex<Awaited>);
 
 #[derive(Debug, Default)]
 struct Awaited {
-    /// Buffers that are not mapped yet.
-    buffers: usize,
+    /// Buffers that are not mapped yet; in a browser also the callbacks of the work before.
+    pending: usize,
     failure: Option<String>,
     waker: Option<Waker>,
     #[cfg(not(target_arch = "wasm32"))]
@@ -84,6 +84,7 @@ impl Readback {
         if !view.is_value_in_key() {
             tensors.push(staging(view.value_format(), view.value_shape()));
         }
+        tensors.iter().try_for_each(Staging::check_host)?;
         let mut witness = None;
         for (i, tensor) in tensors.iter_mut().enumerate() {
             let counted = ledger.witness().is_some() && i == 0;
@@ -112,6 +113,9 @@ impl Readback {
             buffers.push(buffer);
         }
         let arrivals = Arrivals::of(&buffers);
+        // In a browser a buffer may be mapped before the callbacks of earlier work have run. Callbacks run in order.
+        #[cfg(target_arch = "wasm32")]
+        arrivals.await_callbacks(gpu.queue());
         // On a lost device all of these calls fail, some of them silently.
         if let Some(error) = answer_now(scope.pop()) {
             return Err(Error::Readback { layer, reason: error.to_string().into() });
@@ -272,7 +276,7 @@ impl Readback {
     /// `None` while a mapping is pending.
     fn outcome(&self) -> Option<Result<()>> {
         let awaited = self.arrivals.lock();
-        (awaited.buffers == 0).then(|| match &awaited.failure {
+        (awaited.pending == 0).then(|| match &awaited.failure {
             Some(reason) => Err(self.failed(reason)),
             None => Ok(()),
         })
@@ -283,27 +287,47 @@ impl Readback {
     }
 }
 
+impl Drop for Readback {
+    /// Frees the staging buffers at once, which a browser's garbage collection does late.
+    fn drop(&mut self) {
+        let pieces =
+            self.tensors.iter().flat_map(|tensor| &tensor.pieces).map(|(buffer, _)| buffer);
+        let witness = self.witness.iter().map(|(buffer, _)| buffer);
+        pieces.chain(witness).for_each(wgpu::Buffer::destroy);
+    }
+}
+
 impl Arrivals {
     /// Requests the mapping of the buffers.
     fn of(buffers: &[&wgpu::Buffer]) -> Arc<Self> {
-        let awaited = Awaited { buffers: buffers.len(), ..Awaited::default() };
+        let awaited = Awaited { pending: buffers.len(), ..Awaited::default() };
         let arrivals = Arc::new(Self(Mutex::new(awaited)));
         for buffer in buffers {
             let arrivals = Arc::clone(&arrivals);
             buffer.map_async(wgpu::MapMode::Read, .., move |result| {
-                let mut awaited = arrivals.lock();
-                awaited.buffers -= 1;
-                if let Err(error) = result {
-                    awaited.failure = Some(error.to_string());
-                }
-                if awaited.buffers == 0 {
-                    let waker = awaited.waker.take();
-                    drop(awaited);
-                    waker.into_iter().for_each(Waker::wake);
-                }
+                arrivals.one_arrived(result.err().map(|error| error.to_string()));
             });
         }
         arrivals
+    }
+
+    /// Waits for the callbacks of all work that was submitted before as well.
+    #[cfg(target_arch = "wasm32")]
+    fn await_callbacks(self: &Arc<Self>, queue: &wgpu::Queue) {
+        self.lock().pending += 1;
+        let arrivals = Arc::clone(self);
+        queue.on_submitted_work_done(move || arrivals.one_arrived(None));
+    }
+
+    fn one_arrived(&self, failure: Option<String>) {
+        let mut awaited = self.lock();
+        awaited.pending -= 1;
+        awaited.failure = awaited.failure.take().or(failure);
+        if awaited.pending == 0 {
+            let waker = awaited.waker.take();
+            drop(awaited);
+            waker.into_iter().for_each(Waker::wake);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Awaited> {
@@ -399,6 +423,20 @@ fn collect_rows(
 }
 
 impl Staging {
+    /// Refuses a tensor that this host cannot hold: one of 32 bits, as a browser is, holds at most 2 GiB. Rows that
+    /// share pages are read back once each.
+    fn check_host(&self) -> Result<()> {
+        let size = self.format.read_dtype().size();
+        let bytes =
+            self.shape.iter().fold(size as u64, |all, &extent| all.saturating_mul(extent as u64));
+        let limit = isize::MAX as u64;
+        if bytes > limit {
+            let asked = format!("{bytes} bytes for {:?}", self.shape);
+            return Err(Error::overflow("size of a tensor on this host", asked, limit));
+        }
+        Ok(())
+    }
+
     fn bytes(&self) -> u64 {
         self.shape[0] as u64 * self.row_bytes().iter().sum::<u64>()
     }

@@ -113,9 +113,16 @@ impl<L: Arrangement> Layer<L> {
         held.map(|(arrangement, store)| arrangement.view(gpu, store)).transpose()
     }
 
+    /// The buffers, if there are some.
+    pub(super) fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
     pub(crate) fn reset(&mut self) {
         (self.arrangement, self.cropped, self.let_go) = (None, 0, 0);
         self.retired.clear();
+        // Memory that a browser has refused is not used again.
+        self.store = self.store.take().filter(|store| store.memory().check().is_ok());
         if let Some(store) = &mut self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
             store.bind_groups.clear();

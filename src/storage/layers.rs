@@ -122,7 +122,7 @@ impl<L: Arrangement> Layers<L> {
     /// Cuts each row to a length of its own, in all layers or in none.
     pub(crate) fn cut_rows(&mut self, cut: &Cut) -> Result<()> {
         self.prepared = None;
-        self.ledger.check()?;
+        self.check_memory()?;
         let (Cut::CropRows(lens) | Cut::TruncateRows(lens)) = cut else {
             unreachable!("a cut of rows")
         };
@@ -359,8 +359,22 @@ impl<L: Arrangement> Layers<L> {
 
     /// Refuses what would show or build on tokens that are lost, with a pass or by a roll-back past a window.
     fn check_whole(&self) -> Result<()> {
-        self.ledger.check()?;
+        self.check_memory()?;
         self.past_window.clone().map_or(Ok(()), Err)
+    }
+
+    /// Refuses what builds on passes that were lost, or on memory that was refused after it was asked for.
+    fn check_memory(&self) -> Result<()> {
+        self.ledger.check()?;
+        self.layers.values().filter_map(Layer::store).try_for_each(|store| store.memory().check())
+    }
+
+    /// Completes when it is known of all layers whether they have memory.
+    pub(super) async fn memory_arrives(&self) -> Result<()> {
+        for store in self.layers.values().filter_map(Layer::store) {
+            store.memory().arrive().await?;
+        }
+        Ok(())
     }
 
     /// Refuses a pass of a device that is lost, and one that would run before what was recorded last.

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 #[cfg(target_arch = "wasm32")]
-use crate::error::Error;
+use crate::error::BrowserError;
 use crate::error::Result;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::gpu::read::read;
@@ -27,10 +27,7 @@ impl<L: Arrangement> Layers<L> {
     pub(crate) fn get(&self, layer_idx: usize) -> Result<Option<(StoredTensor, StoredTensor)>> {
         match self.view(layer_idx)? {
             None => Ok(None),
-            Some(_) => Err(Error::Readback {
-                layer: layer_idx,
-                reason: "get() cannot wait in a browser; await get_async()".into(),
-            }),
+            Some(_) => Err(BrowserError::blocking("get()", "get_async()")),
         }
     }
 
@@ -38,6 +35,7 @@ impl<L: Arrangement> Layers<L> {
         &self,
         layer_idx: usize,
     ) -> Result<Option<(StoredTensor, StoredTensor)>> {
+        self.memory_arrives().await?;
         let start = || self.start_readback(layer_idx);
         let read = read_async(&self.gpu, &self.ledger, start).await?;
         read.map(|(readback, ())| self.finish_readback(&readback)).transpose()

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "wasm32")]
+use crate::error::BrowserError;
 use crate::error::Result;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::gpu::read::read;
@@ -32,14 +34,12 @@ impl<L: Arrangement> Layers<L> {
     pub(crate) fn save(&self, layers: Range<usize>) -> Result<SavedLayers> {
         match self.written(layers).first() {
             None => Ok(Vec::new()),
-            Some(&layer) => Err(crate::Error::Readback {
-                layer,
-                reason: "save() cannot wait in a browser; await save_async()".into(),
-            }),
+            Some(_) => Err(BrowserError::blocking("save()", "save_async()")),
         }
     }
 
     pub(crate) async fn save_async(&self, layers: Range<usize>) -> Result<SavedLayers> {
+        self.memory_arrives().await?;
         let mut saved = Vec::new();
         for number in self.written(layers) {
             let start = || self.start_save(number);

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::format::{Format, Plane, TokenBytes};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::BindGroups;
+use crate::gpu::memory::Memory;
 use crate::gpu::own_buffers::OwnBuffer;
 use crate::host::rows::Rows;
 use crate::view::{LayerView, PageTable, RowTable};
@@ -71,10 +72,12 @@ impl Shape {
         (pages, records): (Option<PageTable>, Option<RowTable>),
     ) -> LayerView {
         let [memory_rows, capacity] = memory;
-        let value = if self.is_value_in_key { &store.key } else { &store.value };
+        let [key, value] = store.buffers();
+        let value = if self.is_value_in_key { key } else { value };
         LayerView {
-            key: store.key.clone(),
+            key: key.clone(),
             value: value.clone(),
+            _memory: Some(Arc::clone(&store.memory)),
             formats: self.formats,
             scale_slots: (memory_rows * self.heads * capacity) as u64,
             batch: self.batch,
@@ -134,9 +137,8 @@ const UNUSED_BYTES: u64 = 16;
 /// A layer's memory.
 #[derive(Debug)]
 pub(crate) struct Store {
-    pub(crate) key: wgpu::Buffer,
-    /// If V is not stored, what stands in its place where kernels bind both.
-    pub(crate) value: wgpu::Buffer,
+    /// K and V. If V is not stored, what stands in its place where kernels bind both.
+    memory: Arc<Memory>,
     bytes: [u64; 2],
     /// Bind groups that name the buffers and an engine's own; they go with the memory.
     pub(crate) bind_groups: Arc<BindGroups>,
@@ -146,16 +148,10 @@ pub(crate) struct Store {
 
 impl Store {
     pub(crate) fn new(gpu: &Gpu, layer: usize, bytes: [u64; 2]) -> Result<Self> {
-        let usage = wgpu::BufferUsages::STORAGE
-            | wgpu::BufferUsages::COPY_SRC
-            | wgpu::BufferUsages::COPY_DST;
-        let make = |role: &str, bytes: u64| {
-            gpu.handle().create_buffer(&format!("kvcache layer {layer} {role}"), bytes, usage)
-        };
-        let (key, value) = (make("key", bytes[0])?, make("value", bytes[1].max(UNUSED_BYTES))?);
-        let own = [&key, &value].map(|buffer| gpu.handle().own_buffers.add(buffer));
+        let memory = Memory::new(gpu.handle(), layer, [bytes[0], bytes[1].max(UNUSED_BYTES)])?;
+        let own = memory.buffers().each_ref().map(|buffer| gpu.handle().own_buffers.add(buffer));
         let (bind_groups, gather) = (Arc::default(), OnceLock::new());
-        Ok(Self { key, value, bytes, bind_groups, gather, _own: own })
+        Ok(Self { memory: Arc::new(memory), bytes, bind_groups, gather, _own: own })
     }
 
     /// Bytes of K and of V.
@@ -169,7 +165,12 @@ impl Store {
     }
 
     pub(crate) fn buffers(&self) -> [&wgpu::Buffer; 2] {
-        [&self.key, &self.value]
+        self.memory.buffers().each_ref()
+    }
+
+    /// The buffers, which are destroyed in a browser once nobody holds them.
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     /// The buffers, bound for moves in place.
@@ -177,7 +178,8 @@ impl Store {
         if let Some(bindings) = self.gather.get() {
             return Ok(bindings.clone());
         }
-        let bindings = gpu.kernels().bind_gather(&self.key, &self.value)?;
+        let [key, value] = self.buffers();
+        let bindings = gpu.kernels().bind_gather(key, value)?;
         Ok(self.gather.get_or_init(|| bindings).clone())
     }
 }

@@ -69,16 +69,15 @@ for (const number of numbers) {
   const seconds = ((Date.now() - start) / 1000).toFixed(1);
   console.log(`test ${names[number]} ... ${message === undefined ? "ok" : "FAILED"} (${seconds} s)`);
   if (message !== undefined) {
-    failures.push([names[number], message, [...said]]);
+    failures.push(names[number]);
+    console.log(message);
+    for (const line of said.slice(0, 5)) console.log(`console: ${line}`);
     // The module has trapped, and its state with it.
     await page.close();
     page = await open();
   }
 }
-for (const [name, message, said] of failures) {
-  console.log(`\n---- ${name} ----\n${message}`);
-  for (const line of said.slice(0, 5)) console.log(`console: ${line}`);
-}
+for (const name of failures) console.log(`failed: ${name}`);
 const passed = numbers.length - failures.length;
 console.log(`\ntest result: ${passed} passed; ${failures.length} failed; finished in ${((Date.now() - begin) / 1000).toFixed(0)} s`);
 await browser.close();

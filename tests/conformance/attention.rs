@@ -7,8 +7,8 @@ use wgpu_kvcache::{
 };
 
 use crate::rig::{plain_gpu, read_buffer};
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 pub(crate) const BOUND: f64 = 1e-5;
 

@@ -12,8 +12,8 @@ use crate::attention::{
     upload,
 };
 use crate::rig::{buffer, plain_gpu};
-use crate::{cases, gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{cases, gpu, kernels_run};
 
 /// Below this an entry of a mask hides the token.
 const HIDDEN: f32 = -1.0e38;

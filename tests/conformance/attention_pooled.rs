@@ -8,8 +8,8 @@ use wgpu_kvcache::{
 
 use crate::attention::{Case, Form, Lie, Placed, Random, filled, lies_and_dtypes};
 use crate::rig::{buffer, plain_gpu, read_buffer, same_bits};
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 const HEADS: usize = 2;
 const GROUP: usize = 3;

@@ -5,8 +5,8 @@ use wgpu_kvcache::{Attention, AttentionOptions, BitMask, DType, Error, Gpu, KVCa
 
 use crate::attention::{BOUND, Case, Form, Lie, Placed, Random, attend, distance, filled, upload};
 use crate::rig::buffer;
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 const LIES: [Lie; 3] = [Lie::Contiguous, Lie::Wrapped, Lie::Paged(4)];
 

@@ -6,8 +6,8 @@ use crate::attention::{
     BOUND, Case, Form, Lie, Placed, Random, distance, filled, forms, lies_and_dtypes,
 };
 use crate::rig::plain_gpu;
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 /// Attention of `q` over a cache, row-major (B, Hq, Tq, D of V). Nothing where no kernel runs.
 fn attend(

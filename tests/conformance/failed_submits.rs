@@ -14,8 +14,8 @@ use wgpu_kvcache::{
 
 use crate::model::Block;
 use crate::rig::{Rig, buffer, plain_gpu, upload};
-use crate::{kernels_run, open};
 use crate::wait::{ReadLayer, ReadSide, wait};
+use crate::{kernels_run, open};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 

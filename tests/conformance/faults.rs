@@ -336,8 +336,7 @@ fn a_device_destroyed_while_a_gather_runs() {
                     std::thread::sleep(Duration::from_micros(delay));
                     gpu.device().destroy();
                 });
-                let read =
-                    if is_async { wait(cache.get_async(0)) } else { cache.read(0) };
+                let read = if is_async { wait(cache.get_async(0)) } else { cache.read(0) };
                 assert_right_or_error(read, gather);
             });
             assert!(start.elapsed() < BOUND, "{}, {delay} µs: {:?}", gather.0, start.elapsed());

@@ -27,8 +27,7 @@ fn siblings() -> [Gpu; 2] {
     [0, 1].map(|_| {
         // A noop adapter makes one device, so each has its own.
         let adapter =
-            wait(instance.request_adapter(&RequestAdapterOptions::default()))
-                .expect("an adapter");
+            wait(instance.request_adapter(&RequestAdapterOptions::default())).expect("an adapter");
         let device = wait(adapter.request_device(&DeviceDescriptor::default()));
         let (device, queue) = device.expect("a device of WebGPU's limits");
         Gpu::new(device, queue).unwrap_or_else(|error| panic!("{error}"))

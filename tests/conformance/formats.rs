@@ -12,8 +12,8 @@ use crate::layouts::Reader;
 use crate::model::{Block, Model};
 use crate::plain_formats::{floats, quantized, stored, with_one_nan};
 use crate::rig::{Rig, Storing, compare_blocks, same_bits, upload};
-use crate::{gpu, kernels_run};
 use crate::wait::{ReadLayer, ReadSequence};
+use crate::{gpu, kernels_run};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];

@@ -2,7 +2,6 @@
 //! than a binding. What `get` gives back is compared bit for bit with plain vectors, on a
 //! device with all that the adapter offers and on one with WebGPU's default limits and no feature.
 
-
 use wgpu_kvcache::wgpu::{Buffer, BufferUsages};
 use wgpu_kvcache::{
     CacheOptions, CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, StaticKVCache,

@@ -6,8 +6,8 @@ use wgpu_kvcache::{
 
 use crate::model::Block;
 use crate::rig::{Rig, plain_gpu, upload};
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 

@@ -6,8 +6,8 @@ use wgpu_kvcache::{
 };
 
 use crate::attention::{BOUND, DTYPES, Random, distance, read, upload};
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {

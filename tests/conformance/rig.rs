@@ -1,5 +1,10 @@
 //! A cache and its model side by side: what is done to one is done to the other, and `check` compares.
 
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+
 use half::{bf16, f16};
 use wgpu_kvcache::wgpu::{
     Buffer, BufferDescriptor, BufferUsages, Features, Limits, MapMode, PollType,
@@ -11,8 +16,8 @@ use wgpu_kvcache::{
 
 use crate::model::{Block, Model};
 use crate::plain_formats::{stored, with_one_nan};
+use crate::wait::{ReadLayer, wait};
 use crate::{kernels_run, open};
-use crate::wait::ReadLayer;
 
 /// A device of WebGPU's default limits and no optional feature, after `change` to the limits.
 pub(crate) fn plain_gpu(change: impl FnOnce(&mut Limits)) -> Gpu {
@@ -33,8 +38,18 @@ pub(crate) fn read_buffer(gpu: &Gpu, source: &Buffer) -> Vec<u8> {
     let mut encoder = gpu.device().create_command_encoder(&Default::default());
     encoder.copy_buffer_to_buffer(source, 0, &staging, 0, source.size());
     gpu.queue().submit([encoder.finish()]);
-    staging.map_async(MapMode::Read, .., |result| result.expect("mapped"));
+    let is_mapped = Arc::new(AtomicBool::new(false));
+    let mapped = Arc::clone(&is_mapped);
+    staging.map_async(MapMode::Read, .., move |result| {
+        result.expect("mapped");
+        mapped.store(true, Ordering::Release);
+    });
     gpu.device().poll(PollType::wait_indefinitely()).expect("the device answers");
+    // In a browser no call waits, but the test does.
+    wait(poll_fn(|_| match is_mapped.load(Ordering::Acquire) {
+        true => Poll::Ready(()),
+        false => Poll::Pending,
+    }));
     staging.slice(..).get_mapped_range().expect("mapped").to_vec()
 }
 

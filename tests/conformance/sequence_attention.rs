@@ -10,8 +10,8 @@ use crate::attention::{
     BOUND, Case, DTYPES, Form, Lie, Placed, Random, distance, reference, upload,
 };
 use crate::rig::{buffer, plain_gpu, read_buffer};
-use crate::{gpu, kernels_run};
 use crate::wait::ReadSequence;
+use crate::{gpu, kernels_run};
 
 /// Sequences in one step, and the shape of their heads.
 #[derive(Clone, Debug)]

@@ -5,8 +5,8 @@ use wgpu_kvcache::{
     SequenceError, SequenceId, Step, Tensor, TensorView,
 };
 
-use crate::{gpu, kernels_run};
 use crate::wait::ReadSequence;
+use crate::{gpu, kernels_run};
 
 const LAYER: LayerShape = LayerShape { dtype: DType::F32, heads: 2, key_dim: 4, value_dim: 4 };
 

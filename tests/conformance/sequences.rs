@@ -14,8 +14,8 @@ use wgpu_kvcache::{
     SequenceId, Step, Tensor, TensorView,
 };
 
-use crate::{gpu, kernels_run};
 use crate::wait::ReadSequence;
+use crate::{gpu, kernels_run};
 
 /// The element that token `token` has at `at` in K or V of a layer: any bits.
 fn bits(token: u32, layer: usize, is_value: bool, at: usize) -> u16 {

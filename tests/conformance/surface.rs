@@ -10,8 +10,8 @@ use wgpu_kvcache::{
 
 use crate::model::Block;
 use crate::rig::{Rig, upload};
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 

@@ -13,8 +13,8 @@ use wgpu_kvcache::{
 };
 
 use crate::rig::{read_back, same_bits};
-use crate::{gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{gpu, kernels_run};
 
 #[derive(Deserialize)]
 struct Trace {
@@ -274,15 +274,15 @@ fn replay_folder(folder: &Path) -> usize {
     for (name, text) in &files {
         let trace: Trace =
             serde_json::from_str(text).unwrap_or_else(|error| panic!("{name}: {error}"));
-        replay::<f32>(&gpu, &trace, &name);
+        replay::<f32>(&gpu, &trace, name);
         if trace.cache.head_dim.is_multiple_of(2) {
-            replay::<f16>(&gpu, &trace, &name);
-            replay::<bf16>(&gpu, &trace, &name);
-            replay_stored(&gpu, &trace, &name, Format::F16);
-            replay_stored(&gpu, &trace, &name, Format::BF16);
+            replay::<f16>(&gpu, &trace, name);
+            replay::<bf16>(&gpu, &trace, name);
+            replay_stored(&gpu, &trace, name, Format::F16);
+            replay_stored(&gpu, &trace, name, Format::BF16);
         }
-        replay_stored(&gpu, &trace, &name, Format::Q8_0);
-        replay_stored(&gpu, &trace, &name, Format::Q4_0);
+        replay_stored(&gpu, &trace, name, Format::Q8_0);
+        replay_stored(&gpu, &trace, name, Format::Q4_0);
     }
     assert!(!files.is_empty(), "{} holds no *.json to replay", folder.display());
     files.len()

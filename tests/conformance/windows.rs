@@ -9,8 +9,8 @@ use wgpu_kvcache::{
 use crate::attention::{Random, distance, upload as upload_floats};
 use crate::model::{Block, Model};
 use crate::rig::{compare, plain_gpu, upload};
-use crate::{cases, gpu, kernels_run};
 use crate::wait::ReadLayer;
+use crate::{cases, gpu, kernels_run};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const HEADS: usize = 2;

@@ -36,7 +36,7 @@ impl SequenceLayers {
         keep: &[u32],
     ) -> Result<ReadyKeep> {
         self.check_pass(pass)?;
-        self.ledger.check()?;
+        self.check_memory()?;
         self.ledger.prepare(self.gpu.uploads())?;
         self.check_finished()?;
         let live = self.sequences.live(id)?;

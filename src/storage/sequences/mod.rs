@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use self::pools::{Growth, bytes_of};
+#[cfg(target_arch = "wasm32")]
+use crate::error::BrowserError;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
@@ -117,13 +119,27 @@ impl SequenceLayers {
         }
     }
 
-    pub(crate) fn sequences(&self) -> Result<&Sequences> {
+    /// Refuses what builds on passes that were lost, or on memory that was refused after it was asked for.
+    fn check_memory(&self) -> Result<()> {
         self.ledger.check()?;
+        self.stores.iter().try_for_each(|store| store.memory().check())
+    }
+
+    /// Completes when it is known of all layers whether they have memory.
+    async fn memory_arrives(&self) -> Result<()> {
+        for store in &self.stores {
+            store.memory().arrive().await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn sequences(&self) -> Result<&Sequences> {
+        self.check_memory()?;
         Ok(&self.sequences)
     }
 
     pub(crate) fn sequences_mut(&mut self) -> Result<&mut Sequences> {
-        self.ledger.check()?;
+        self.check_memory()?;
         Ok(&mut self.sequences)
     }
 
@@ -132,6 +148,10 @@ impl SequenceLayers {
         self.latest = None;
         self.ledger = Ledger::default();
         self.sequences.clear();
+        // Memory that a browser has refused is not used again.
+        if self.stores.iter().any(|store| store.memory().check().is_err()) {
+            (self.stores, self.pool) = (Vec::new(), 0);
+        }
         // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
         self.stores.iter().for_each(|store| store.bind_groups.clear());
     }
@@ -144,7 +164,7 @@ impl SequenceLayers {
         counts: &[(SequenceId, usize)],
     ) -> Result<ReadyStep> {
         self.check_pass(pass)?;
-        self.ledger.check()?;
+        self.check_memory()?;
         self.ledger.prepare(self.gpu.uploads())?;
         self.check_finished()?;
         let limits = self.step_limits();
@@ -203,7 +223,7 @@ impl SequenceLayers {
         value: &TensorView<'_>,
     ) -> Result<LayerView> {
         self.check_pass(pass)?;
-        self.ledger.check()?;
+        self.check_memory()?;
         self.check_step(step)?;
         let shape = self.check_tensors(step, layer, key, value)?;
         let (gpu, store) = (&self.gpu, &self.stores[layer]);
@@ -225,7 +245,7 @@ impl SequenceLayers {
 
     /// A layer as the sequences of a step see it.
     pub(crate) fn view(&self, step: &StepData, layer: usize) -> Result<LayerView> {
-        self.ledger.check()?;
+        self.check_memory()?;
         self.check_step(step)?;
         self.check_updated(layer)?;
         self.gpu.handle().check_known()?;
@@ -234,7 +254,7 @@ impl SequenceLayers {
 
     /// Takes the tokens of the latest step back.
     pub(crate) fn cancel_step(&mut self) -> Result<()> {
-        self.ledger.check()?;
+        self.check_memory()?;
         let Some(latest) = &mut self.latest else { return Ok(()) };
         latest.updated.fill(true);
         for (id, len) in std::mem::take(&mut latest.before) {
@@ -269,8 +289,8 @@ impl SequenceLayers {
         if self.sequences()?.len(id)? == 0 {
             return Ok(None);
         }
-        let reason = "get() cannot wait in a browser; await get_async()".into();
-        Err(Error::Readback { layer: self.numbers[layer], reason })
+        let _ = layer;
+        Err(BrowserError::blocking("get()", "get_async()"))
     }
 
     pub(crate) async fn get_async(
@@ -278,6 +298,7 @@ impl SequenceLayers {
         id: SequenceId,
         layer: usize,
     ) -> Result<Option<(StoredTensor, StoredTensor)>> {
+        self.memory_arrives().await?;
         let start = || self.start_readback(id, layer);
         let read = read_async(&self.gpu, &self.ledger, start).await?;
         read.map(|(readback, ())| self.finish_readback(&readback)).transpose()

@@ -2,6 +2,8 @@
 
 use super::SequenceLayers;
 use super::groups::SequenceGroups;
+#[cfg(target_arch = "wasm32")]
+use crate::error::BrowserError;
 use crate::error::{Error, Result, StoringError};
 use crate::gpu::call::Call;
 use crate::gpu::kernels::Positions;
@@ -36,8 +38,7 @@ impl SequenceGroups {
         if self.sequences()?.len(id)? == 0 {
             return Ok(Vec::new());
         }
-        let reason = "save() cannot wait in a browser; await save_async()".into();
-        Err(Error::Readback { layer: 0, reason })
+        Err(BrowserError::blocking("save()", "save_async()"))
     }
 
     pub(crate) async fn save_async(&self, id: SequenceId) -> Result<SavedLayers> {
@@ -45,6 +46,7 @@ impl SequenceGroups {
         for number in 0..self.layer_count() {
             let (group, at) = self.place(number)?;
             let group = &self.groups[group];
+            group.memory_arrives().await?;
             let start = || group.start_readback(id, at);
             let read = read_async(&group.gpu, &group.ledger, start).await?;
             let layer = read.map(|(readback, ())| group.finish_save(id, at, &readback));

@@ -1,5 +1,7 @@
 //! The tests in a browser: `tests/browser/page.mjs` lists them, and runs each by its number.
 
+mod faults;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -20,10 +22,19 @@ extern "C" {
     /// suspends WebAssembly, so no JavaScript may be on the stack between the test and this call.
     pub(crate) fn pause();
 
+    /// As [`pause`], for so long that the browser has answered what it was asked.
+    fn rest();
+
     /// What `KV_HISTORIES` says to the native tests.
     fn number_of_histories() -> Option<u32>;
 
     fn failed(message: &str);
+
+    /// Bytes of all buffers that were created and not destroyed.
+    fn live_bytes() -> f64;
+
+    /// Has the browser refuse buffers with this text in their label; none for an empty text.
+    fn refuse_buffers(label: &str);
 }
 
 /// Collects the tests. The compiler calls this in the place of its own test runner.
