@@ -412,4 +412,4 @@ find("saved").addEventListener("change", async (event) => {
 // For tests and the curious.
 window.closeGpu = () => device?.close();
 
-await openGpu().catch(fail);
+await openGpu().catch((error) => end(`The page's program does not start: ${error.message}`));
