@@ -1,4 +1,4 @@
-//! SmolLM2 in a browser tab, decoded by the engine in `../engine` with its K/V cache on the GPU.
+//! `SmolLM2` in a browser tab, decoded by the engine in `../engine` with its K/V cache on the GPU.
 //!
 //! - `session.rs`: the sequences of a page: they are added, decoded together, forked, stopped, saved and loaded. Knows
 //!   no browser.
