@@ -193,6 +193,8 @@ async function run() {
       const since = performance.now();
       const tokens = await decoder.step();
       showRate(tokens, performance.now() - since);
+      // A piece of a prompt chooses no token; the browser draws before the next one.
+      if (tokens === 0) await new Promise((resolve) => setTimeout(resolve));
     }
   } catch (error) {
     if (error instanceof WebAssembly.RuntimeError) fail(error);
@@ -327,7 +329,7 @@ function showCard(card, sequence, state, sharers) {
   put(".status", `${number}${fork}: ${STATUS[status]}. ${length} of ${state.max_tokens} tokens in ${pages.length} pages`);
   const goesOn = ["waits", "prefills", "decodes"].includes(status);
   card.querySelector("[data-do=stop]").hidden = !goesOn;
-  card.querySelector("[data-do=resume]").hidden = goesOn || status === "full";
+  card.querySelector("[data-do=resume]").hidden = goesOn || status === "full" || status === "ended";
   card.querySelector("[data-do=fork]").disabled = ["waits", "prefills", "full"].includes(status) || length === 0;
   card.querySelector("[data-do=save]").disabled = length === 0;
   const svg = card.querySelector("svg");
@@ -390,7 +392,11 @@ async function save(number) {
 // --- What the buttons do ------------------------------------------------------------------------------------------
 
 find("load").addEventListener("click", () => start(null));
-find("file").addEventListener("change", (event) => event.target.files[0] && start(event.target.files[0]));
+find("file").addEventListener("change", (event) => {
+  const file = event.target.files[0];
+  event.target.value = "";
+  if (file) start(file);
+});
 find("cancel").addEventListener("click", () => cancel?.abort());
 find("again").addEventListener("click", () => location.reload());
 find("prompts").addEventListener("submit", (event) => {
@@ -402,10 +408,10 @@ find("prompts").addEventListener("submit", (event) => {
 });
 find("saved").addEventListener("change", async (event) => {
   const file = event.target.files[0];
+  event.target.value = "";
   if (!file) return;
   tell("");
   const bytes = new Uint8Array(await file.arrayBuffer());
-  event.target.value = "";
   act(() => decoder.restore(bytes));
 });
 

@@ -207,8 +207,9 @@ impl Session {
             "The prompt is not in the cache yet. Fork the sequence once it has a token of its own."
         );
         ensure!(
-            tokens.len() < most,
-            "The sequence has {most} tokens, as many as the cache allows."
+            tokens.len() + 1 < most,
+            "The sequence has {} tokens, and {most} are as many as the cache allows.",
+            tokens.len()
         );
         if self.cache.len(id)? == tokens.len() {
             // The last token runs again, for the logits after it.
@@ -218,6 +219,9 @@ impl Session {
         let piece = Piece { id, tokens: rest, is_last: true };
         let logits = self.engine.logits_of_sequences(&mut self.cache, &[piece]).await?;
         let mut best = best(&logits, ways, self.end(number)?).into_iter();
+        // The first of the wanted tokens is chosen here.
+        let (more, status) =
+            if wanted > 1 { (wanted - 1, Status::Waits) } else { (0, Status::Stopped) };
 
         self.batch.leave(number);
         let mut forks = Vec::new();
@@ -227,13 +231,13 @@ impl Session {
             let Member { prompt, prompt_ids, ids, is_chat, .. } = self.member(number)?;
             let mut ids = ids.clone();
             ids.push(token);
-            let (wanted, is_chat) = (ids.len() + wanted - 1, *is_chat);
+            let (wanted, is_chat) = (ids.len() + more, *is_chat);
             let (prompt, prompt_ids) = (prompt.clone(), prompt_ids.clone());
             forks.push(self.push(Member {
                 number: 0,
                 parent: Some(number),
                 id: fork,
-                status: Status::Waits,
+                status,
                 prompt,
                 prompt_ids,
                 ids,
@@ -243,8 +247,7 @@ impl Session {
         }
         let member = self.member(number)?;
         member.ids.push(first);
-        self.resume(number, wanted - 1)?;
-        self.member(number)?.status = Status::Waits;
+        (member.wanted, member.status) = (member.ids.len() + more, status);
         Ok(forks)
     }
 
