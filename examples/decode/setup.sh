@@ -2,8 +2,8 @@
 # Gets what the decode example and the tests need and this machine lacks: a Vulkan driver where no
 # adapter is found or only GL in software answers, and models. Says nothing about what is already there.
 #
-# Usage: examples/decode/setup.sh [--model smollm2|gemma3]... [--no-model] [cargo build flags, e.g. --profile quick]
-# Without --model and --no-model it gets smollm2.
+# Usage: examples/decode/setup.sh [--model smollm2|gemma3]... [--no-model] [--no-driver] [cargo build flags, e.g. --profile quick]
+# Without --model and --no-model it gets smollm2. With --no-driver it looks for no adapter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # Mesa complains where this is unset, as it is in containers.
@@ -12,6 +12,7 @@ export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 models=()
 default=(smollm2)
 flags=()
+driver=yes
 while [ $# -gt 0 ]; do
   case "$1" in
     --model=*) models+=("${1#--model=}") ;;
@@ -24,6 +25,7 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     --no-model) default=() ;;
+    --no-driver) driver=no ;;
     *) flags+=("$1") ;;
   esac
   shift
@@ -32,20 +34,22 @@ if [ ${#models[@]} -eq 0 ]; then models=("${default[@]}"); fi
 
 adapter() { cargo run --quiet "${flags[@]}" -p decode --bin adapter; }
 
-found=$(adapter 2>&1) && answers=yes || answers=no
-# An adapter that a variable asks for is taken as it is.
-if [ "$answers" = no ] || { [[ $found == *"(Gl, Cpu,"* ]] && [ -z "${WGPU_BACKEND:-}" ]; }; then
-  if command -v apt-get >/dev/null; then
-    echo "No Vulkan adapter found; installing the software Vulkan driver mesa-vulkan-drivers ..." >&2
-    as_root=()
-    if [ "$(id -u)" -ne 0 ]; then as_root=(sudo); fi
-    "${as_root[@]}" apt-get update -qq >/dev/null
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-      apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers >/dev/null
-    adapter >/dev/null
-  elif [ "$answers" = no ]; then
-    echo "$found" >&2
-    exit 1
+if [ "$driver" = yes ]; then
+  found=$(adapter 2>&1) && answers=yes || answers=no
+  # An adapter that a variable asks for is taken as it is.
+  if [ "$answers" = no ] || { [[ $found == *"(Gl, Cpu,"* ]] && [ -z "${WGPU_BACKEND:-}" ]; }; then
+    if command -v apt-get >/dev/null; then
+      echo "No Vulkan adapter found; installing the software Vulkan driver mesa-vulkan-drivers ..." >&2
+      as_root=()
+      if [ "$(id -u)" -ne 0 ]; then as_root=(sudo); fi
+      "${as_root[@]}" apt-get update -qq >/dev/null
+      "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers >/dev/null
+      adapter >/dev/null
+    elif [ "$answers" = no ]; then
+      echo "$found" >&2
+      exit 1
+    fi
   fi
 fi
 

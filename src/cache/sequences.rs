@@ -232,6 +232,32 @@ impl SequenceCache {
         self.layers.sequences()?.next_position(id)
     }
 
+    /// The pages of a sequence's live tokens in layer `layer_idx`, oldest tokens first: their numbers in the layer's
+    /// pool. Sequences that share a page have its number in common, and layers of one window have the same pages. For
+    /// those who draw, count or debug; a kernel finds the pages in the [view](LayerView).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use wgpu_kvcache::{DType, Gpu, LayerShape, SequenceCache};
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// # let gpu = Gpu::headless()?;
+    /// # let layer = LayerShape { dtype: DType::F32, heads: 2, key_dim: 4, value_dim: 4 };
+    /// let mut cache = SequenceCache::new(&gpu, &[layer])?;
+    /// let a = cache.add()?;
+    /// gpu.submit_pass("20 tokens", |pass| cache.plan_step(pass, &[(a, 20)]).map(|_| ()))?;
+    /// assert_eq!(cache.pages(a, 0)?.len(), 2); // of 16 tokens each
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LayerOutOfRange`]; else as for [`fork`](Self::fork).
+    pub fn pages(&self, id: SequenceId, layer_idx: usize) -> Result<&[u32]> {
+        self.layers.pages(id, layer_idx)
+    }
+
     /// The names of all sequences, in no particular order.
     ///
     /// # Errors

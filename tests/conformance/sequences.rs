@@ -192,11 +192,15 @@ impl Rig {
         assert_eq!(self.cache.len(id), Err(Error::Sequence(SequenceError::UnknownSequence { id })));
     }
 
-    /// Pages that sequences of the model refer to. Where a write leaves a page to one other alone, the cache
+    /// Pages that sequences of the model refer to, and those that sequences of the cache do. Where a write leaves a page to one other alone, the cache
     /// copies nothing, and the model has renamed a page: the count is the same.
     fn check_pages(&self) {
         let all: BTreeSet<u32> = self.model.values().flat_map(|it| it.pages.clone()).collect();
-        assert_eq!(self.cache.stats().pages_used, all.len() as u64, "a recount of the pages");
+        let used = self.cache.stats().pages_used;
+        assert_eq!(used, all.len() as u64, "a recount of the pages");
+        let pages = |&id: &SequenceId| self.cache.pages(id, 0).expect("a sequence").to_vec();
+        let named: BTreeSet<u32> = self.model.keys().flat_map(pages).collect();
+        assert_eq!(used, named.len() as u64, "a recount of the pages by name");
     }
 
     fn check(&self, context: &str) {
@@ -205,6 +209,8 @@ impl Rig {
             let next = model.dropped + model.tokens.len();
             assert_eq!(self.cache.next_position(id), Ok(next), "{context}");
             for (layer, shape) in self.layers.iter().enumerate() {
+                let pages = self.cache.pages(id, layer).expect("a layer");
+                assert_eq!(pages.len(), model.pages.len(), "{context}");
                 let read = self.cache.read(id, layer).expect("it was submitted");
                 let Some((key, value)) = read else {
                     assert!(model.tokens.is_empty(), "{context}");
@@ -352,9 +358,19 @@ fn a_fork_moves_nothing_and_is_its_own() {
     let after = rig.cache.stats();
     assert_eq!(after.bytes_moved, before.bytes_moved);
     assert_eq!((after.pages_used, after.pages_shared), (3, 3));
+    let pages = |rig: &Rig, id| rig.cache.pages(id, 0).expect("a sequence").to_vec();
+    assert_eq!(pages(&rig, whole), pages(&rig, parent));
+    assert_eq!(pages(&rig, part), pages(&rig, parent)[..2]);
+    let past = Error::LayerOutOfRange { layer: 1, num_layers: 1 };
+    assert_eq!(rig.cache.pages(parent, 1), Err(past));
     rig.step(&[(part, 3), (parent, 1), (whole, 2)]).expect("room");
     rig.check("after all have written");
+    let [old, whole_pages, part_pages] = [parent, whole, part].map(|id| pages(&rig, id));
+    assert_eq!((&whole_pages[..2], part_pages[0]), (&old[..2], old[0]));
+    assert!(whole_pages[2] != old[2] && part_pages[1] != old[1], "pages that were written into");
     rig.remove(parent);
+    let gone = Error::Sequence(SequenceError::UnknownSequence { id: parent });
+    assert_eq!(rig.cache.pages(parent, 0), Err(gone));
     rig.step(&[(whole, 9), (part, 1)]).expect("room");
     rig.check("without the parent");
 }

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use wgpu_kvcache::KVCache;
 
-use crate::engine::{Engine, Rows};
+use crate::blocking::Engine;
+use engine::Rows;
 
 /// When generation ends.
 #[derive(Clone, Copy, Debug)]

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! With several prompts, `--prompts` or `--system` it serves them together, each as a sequence of a `SequenceCache`.
-//! Start reading at `engine.rs`.
+//! Start reading at `engine.rs` of `../engine`.
 
 mod progress;
 
@@ -25,7 +25,7 @@ use wgpu_kvcache::{
 
 use decode_engine::{
     ChatTemplate, Config, Engine, Generation, GgufFile, Known, Model, Options, Request, Settings,
-    Tokenizer, beam_search, cache_share, greedy, sequences_share, serve,
+    Tokenizer, beam_search, cache_share, greedy, load, open, sequences_share, serve,
 };
 
 use crate::progress::Progress;
@@ -252,14 +252,14 @@ fn run(arguments: &Arguments) -> Result<()> {
     // What can be refused without the weights is refused before they are read.
     let texts = arguments.texts()?;
     let saved = arguments.saved()?;
-    let mut file = GgufFile::open(&Known::resolve(&arguments.model)?)?;
+    let mut file = open(&Known::resolve(&arguments.model)?)?;
     let config = Config::from_gguf(&file)?;
     let chat = arguments.chat.then(|| ChatTemplate::from_gguf(&file)).transpose()?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let work = Work::new(arguments, &config, &tokenizer, chat.as_ref(), texts)?;
 
     let gpu = Gpu::headless()?;
-    let model = load(&gpu, &mut file)?;
+    let model = load_visibly(&gpu, &mut file)?;
     let max_batch = if arguments.has_sequences() {
         arguments.max_sequences.min(work.own.len())
     } else {
@@ -466,10 +466,10 @@ impl Report {
 }
 
 /// Reads and uploads the weights behind a progress bar on stderr.
-fn load(gpu: &Gpu, file: &mut GgufFile) -> Result<Model> {
+fn load_visibly(gpu: &Gpu, file: &mut GgufFile) -> Result<Model> {
     let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}")?;
     let bar = ProgressBar::new(file.tensor_bytes()).with_style(style);
-    let model = Model::load(gpu, file, &mut |bytes| bar.set_position(bytes));
+    let model = load(gpu, file, &mut |bytes| bar.set_position(bytes));
     bar.finish_and_clear();
     model
 }

@@ -1,11 +1,11 @@
 //! The share of a step's time that the cache takes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use wgpu_kvcache::{KVCache, SequenceCache};
+use wgpu_kvcache::{KVCache, SequenceCache, wgpu};
 
-use crate::engine::Engine;
+use crate::blocking::Engine;
 use crate::generate::Generation;
 use crate::serve::Served;
 
@@ -28,7 +28,10 @@ pub fn cache_share(
 ) -> Result<Option<f64>> {
     share(&generation.step_times, |is_empty| {
         let parents = &generation.last_parents;
-        engine.time_cache_alone(cache, (!is_empty).then_some(parents))
+        time(engine, |pass| match is_empty {
+            true => Ok(()),
+            false => engine.record_cache_alone(pass, cache, parents),
+        })
     })
 }
 
@@ -48,10 +51,24 @@ pub fn sequences_share(
         for &id in &sequences {
             cache.truncate(id, 0)?;
         }
-        engine.time_sequences_alone(cache, if is_empty { &[] } else { &sequences })
+        time(engine, |pass| match is_empty || sequences.is_empty() {
+            true => Ok(()),
+            false => engine.record_sequences_alone(pass, cache, &sequences),
+        })
     })?;
     sequences.into_iter().try_for_each(|id| cache.remove(id))?;
     Ok(share)
+}
+
+/// The time of a pass, from recording to the end of its work.
+fn time(
+    engine: &Engine,
+    record: impl FnOnce(&mut wgpu::ComputePass<'_>) -> Result<()>,
+) -> Result<Duration> {
+    let (gpu, start) = (engine.gpu(), Instant::now());
+    gpu.submit_pass("the cache alone", record)?;
+    gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
+    Ok(start.elapsed())
 }
 
 /// Compares the median of `step_times` to what `time` takes, less what it takes if its pass is empty.

@@ -13,8 +13,8 @@ use serde::Deserialize;
 use wgpu_kvcache::{DynamicKVCache, Format, Gpu, HeadlessOptions, SequenceCache, wgpu};
 
 use decode_engine::{
-    Engine, Event, Generation, GgufFile, Known, Model, Options, Request, Settings, beam_search,
-    greedy, serve,
+    Engine, Event, Generation, Known, Options, Request, Settings, beam_search, greedy, load, open,
+    serve,
 };
 use rig::{Kind, Loaded};
 
@@ -79,8 +79,8 @@ fn a_matrix_beyond_one_texture_is_bound_in_parts() {
     let limits = wgpu::Limits { max_texture_dimension_2d: 512, ..adapter_limits };
     let options = HeadlessOptions::default().with_limits(limits);
     let gpu = Gpu::headless_with(&options).unwrap_or_else(|error| panic!("{error}"));
-    let mut file = GgufFile::open(&model_path()).expect("the model opens");
-    let model = Model::load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
+    let mut file = open(&model_path()).expect("the model opens");
+    let model = load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
     assert!(model.embedding.parts() > 2, "{} parts", model.embedding.parts());
     let case = &reference()[0];
     let room = case.prompt_ids.len() + 8;

@@ -211,6 +211,12 @@ impl SequenceGroups {
         self.groups[group].view(step.0.get(group).unwrap_or(step.first()), at)
     }
 
+    /// The pages of a sequence's live tokens in a layer.
+    pub(crate) fn pages(&self, id: SequenceId, layer: usize) -> Result<&[u32]> {
+        let (group, _) = self.place(layer)?;
+        Ok(self.groups[group].sequences()?.live(id)?.pages)
+    }
+
     pub(crate) fn cancel_step(&mut self) -> Result<()> {
         self.sequences()?;
         self.groups.iter_mut().try_for_each(SequenceLayers::cancel_step)

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use decode_engine::{ChatTemplate, GgufFile, Model, Tokenizer};
+use decode_engine::{ChatTemplate, Tokenizer, load, open};
 use wgpu_kvcache::{Gpu, wgpu};
 
 use crate::MEMORY;
@@ -75,7 +75,7 @@ impl Reader {
 
     /// All that the example does with a file, and with the tokenizer that it describes.
     fn read(&self, gpu: &Gpu) -> anyhow::Result<()> {
-        let mut file = GgufFile::open(&self.path)?;
+        let mut file = open(&self.path)?;
         let tokenizer = Tokenizer::from_gguf(&file).and_then(|tokenizer| {
             let ids = tokenizer.encode("ab c, 12 é")?;
             tokenizer.decode(&ids)?;
@@ -88,7 +88,7 @@ impl Reader {
         // Most files have no template, and a damaged one may refuse the message.
         let _ = ChatTemplate::from_gguf(&file).and_then(|chat| chat.render("ab"));
         // A file with a bad tokenizer goes on to be asked for its weights.
-        let model = Model::load(gpu, &mut file, &mut |_| ());
+        let model = load(gpu, &mut file, &mut |_| ());
         tokenizer.and(model).map(|_| ())
     }
 

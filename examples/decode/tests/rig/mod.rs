@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use decode_engine::{Engine, GgufFile, Known, Model, Options, Settings, Tokenizer};
+use decode_engine::{Engine, Known, Model, Options, Settings, Tokenizer, load, open};
 use wgpu_kvcache::{DynamicKVCache, Formats, Gpu, KVCache, PagedKVCache, StaticKVCache};
 
 /// Where a model is: at the path in `variable`, or where `setup.sh` puts it. A missing model is a failure that says how
@@ -46,11 +46,11 @@ pub(crate) enum Kind {
 
 impl Loaded {
     pub(crate) fn from_file(path: &Path) -> Self {
-        let mut file = GgufFile::open(path).expect("the model opens");
+        let mut file = open(path).expect("the model opens");
         let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
         let tokenizer = Tokenizer::from_gguf(&file).expect("a tokenizer");
         let before = memory("VmRSS");
-        let model = Model::load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
+        let model = load(&gpu, &mut file, &mut |_| ()).expect("the weights load");
         let loading = memory("VmHWM").zip(before).map(|(most, before)| most.saturating_sub(before));
         let stored = file.tensor_bytes();
         Self { gpu, model, tokenizer, stored, loading }

@@ -1,9 +1,7 @@
 //! A GGUF file: its keys, and its tensors as stored.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use gguf_rs_lib::format::{Metadata, MetadataValue};
@@ -46,60 +44,64 @@ impl Stored {
     }
 }
 
+/// The bytes of a file.
+trait Source: Read + Seek {}
+
+impl<T: Read + Seek> Source for T {}
+
 /// An open GGUF file. All of its tensors are checked to be inside the file.
 #[expect(missing_debug_implementations, reason = "it is not for printing")]
 pub struct GgufFile {
-    path: PathBuf,
-    reader: GGUFFileReader<BufReader<File>>,
-    /// The same file opened again, to read tensors in pieces.
-    data: File,
+    /// What messages call it.
+    name: String,
+    reader: GGUFFileReader<BufReader<Box<dyn Source>>>,
+    /// The same source, to read tensors in pieces.
+    data: Box<dyn Source>,
     /// Tensors that the engine has used, to find those that it does not know.
     taken: HashSet<String>,
 }
 
 impl GgufFile {
-    /// Opens a file and reads its keys and its list of tensors, but not their data.
+    /// Reads a file's keys and its list of tensors, but not their data. Messages call it `name`; `source` are its
+    /// bytes. Clones of a source may share its position.
     ///
     /// # Errors
     ///
-    /// If the file cannot be read, is not a GGUF file, or ends before its last tensor does.
-    pub fn open(path: &Path) -> Result<Self> {
-        let name = path.display();
-        let file = File::open(path).with_context(|| format!("cannot open {name}"))?;
-        let found = file.metadata().with_context(|| format!("cannot read {name}"))?;
-        ensure!(found.is_file(), "{name} is not a file; --model takes a GGUF file");
+    /// If the source cannot be read, is not a GGUF file, or ends before its last tensor does.
+    pub fn read<S: Read + Seek + Clone + 'static>(name: &str, source: S) -> Result<Self> {
+        let mut data: Box<dyn Source> = Box::new(source.clone());
+        let size = data.seek(SeekFrom::End(0)).and_then(|size| data.rewind().map(|()| size));
+        let size = size.with_context(|| format!("cannot read {name}"))?;
 
         // The reader's own check of the ranges does not report how much is missing, so ours comes first.
-        let data = File::open(path).with_context(|| format!("cannot open {name}"))?;
         let mut config = GGUFReaderConfig { validate_integrity: false, ..Default::default() };
         // The header may state any number of keys, and the reader allocates memory for them before it reads them. So
         // the memory is bounded in proportion to the file.
-        config.max_decoded_metadata_size = usize::try_from(found.len().saturating_mul(DECODED))
+        config.max_decoded_metadata_size = usize::try_from(size.saturating_mul(DECODED))
             .unwrap_or(usize::MAX)
             .min(config.max_decoded_metadata_size);
+        let file: Box<dyn Source> = Box::new(source);
         let mut reader = GGUFFileReader::with_config(BufReader::new(file), config)
-            .map_err(|error| explain(error, path, found.len()))?;
+            .map_err(|error| explain(error, name, size))?;
         let mut needed = 0;
         for tensor in reader.tensor_infos() {
-            let size = tensor
-                .checked_expected_data_size()
-                .map_err(|error| explain(error, path, found.len()))?;
+            let bytes =
+                tensor.checked_expected_data_size().map_err(|error| explain(error, name, size))?;
             let end = reader
                 .tensor_data_offset()
                 .checked_add(tensor.data_offset())
-                .and_then(|start| start.checked_add(size))
+                .and_then(|start| start.checked_add(bytes))
                 .ok_or_else(|| {
                     anyhow!("{name}: the offset of tensor {} is not sane", tensor.name())
                 })?;
             needed = needed.max(end);
         }
         ensure!(
-            needed <= found.len(),
-            "{name} is cut short: its tensors need {needed} bytes, and the file has {}; fetch it again",
-            found.len()
+            needed <= size,
+            "{name} is cut short: its tensors need {needed} bytes, and the file has {size}; fetch it again"
         );
-        reader.validate_integrity().map_err(|error| explain(error, path, found.len()))?;
-        Ok(Self { path: path.to_owned(), reader, data, taken: HashSet::new() })
+        reader.validate_integrity().map_err(|error| explain(error, name, size))?;
+        Ok(Self { name: name.to_owned(), reader, data, taken: HashSet::new() })
     }
 
     /// The key's text.
@@ -132,7 +134,7 @@ impl GgufFile {
     /// If the number is too large for this machine.
     pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let number = self.keys().get_u64(key).map(usize::try_from).transpose();
-        number.with_context(|| format!("{}: {key} is too large", self.path.display()))
+        number.with_context(|| format!("{}: {key} is too large", self.name))
     }
 
     /// The key's number.
@@ -192,15 +194,15 @@ impl GgufFile {
     ///
     /// If the file lacks the tensor, or its shape is not supported.
     pub fn tensor(&mut self, name: &str) -> Result<Stored> {
-        let path = self.path.display().to_string();
+        let file = &self.name;
         let info = self.reader.get_tensor_info(name).ok_or_else(|| {
-            anyhow!("{path} has no tensor {name}, which a model of its architecture needs")
+            anyhow!("{file} has no tensor {name}, which a model of its architecture needs")
         })?;
         let (inputs, outputs) = match *info.shape().dims() {
             [inputs] => (inputs, 1),
             [inputs, outputs] => (inputs, outputs),
             ref other => {
-                bail!("{path}: tensor {name} has {} dimensions; 1 or 2 are supported", other.len())
+                bail!("{file}: tensor {name} has {} dimensions; 1 or 2 are supported", other.len())
             }
         };
         let stored = Stored {
@@ -226,7 +228,7 @@ impl GgufFile {
         rows: usize,
         bytes: &mut Vec<u8>,
     ) -> Result<()> {
-        let path = self.path.display();
+        let name = &self.name;
         let size = tensor.row_bytes() * rows;
         let start = tensor.start + (tensor.row_bytes() * first) as u64;
         self.data
@@ -235,7 +237,7 @@ impl GgufFile {
             .and_then(
                 |read| if read == size { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) },
             )
-            .with_context(|| format!("cannot read {size} bytes of {path} at {start}"))
+            .with_context(|| format!("cannot read {size} bytes of {name} at {start}"))
     }
 
     /// Reads a whole tensor of F32, F16 or BF16 as `f32`: norms and other vectors.
@@ -259,7 +261,7 @@ impl GgufFile {
             None => Ok(()),
             Some(name) => bail!(
                 "{} has a tensor {name} that this engine does not know, so its answers would be wrong",
-                self.path.display()
+                self.name
             ),
         }
     }
@@ -282,28 +284,26 @@ impl GgufFile {
     }
 
     fn missing(&self, key: &str, what: &str) -> anyhow::Error {
-        anyhow!("{}: the key {key} is missing or is not {what}", self.path.display())
+        anyhow!("{}: the key {key} is missing or is not {what}", self.name)
     }
 }
 
 /// Translates a reader's error for the user who chose the file.
-fn explain(error: GGUFError, path: &Path, size: u64) -> anyhow::Error {
-    let name = path.display();
+fn explain(error: GGUFError, name: &str, size: u64) -> anyhow::Error {
     match error {
         GGUFError::InvalidMagic { .. } => {
             anyhow!("{name} is not a GGUF file: it does not begin with the letters GGUF")
         }
-        GGUFError::UnexpectedEof => cut_short(path, size),
-        GGUFError::Io(error) if error.kind() == ErrorKind::UnexpectedEof => cut_short(path, size),
+        GGUFError::UnexpectedEof => cut_short(name, size),
+        GGUFError::Io(error) if error.kind() == ErrorKind::UnexpectedEof => cut_short(name, size),
         other => {
             anyhow!(other).context(format!("cannot read {name} as a GGUF file; fetch it again"))
         }
     }
 }
 
-fn cut_short(path: &Path, size: u64) -> anyhow::Error {
+fn cut_short(name: &str, size: u64) -> anyhow::Error {
     anyhow!(
-        "{} is not a complete GGUF file: it is cut short inside its header, after {size} bytes; fetch it again",
-        path.display()
+        "{name} is not a complete GGUF file: it is cut short inside its header, after {size} bytes; fetch it again"
     )
 }

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use wgpu_kvcache::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu_kvcache::{Gpu, wgpu};
 
+use crate::answer::finished;
 use crate::config::Config;
 use crate::format::{Format, GROUP};
 use crate::gguf::{GgufFile, Stored};
@@ -56,21 +57,25 @@ pub struct Model {
 
 impl Model {
     /// Reads and uploads all weights. `progress` receives the number of stored bytes that are done, of
-    /// [`GgufFile::tensor_bytes`].
+    /// [`GgufFile::tensor_bytes`]; its error ends the load.
     ///
     /// # Errors
     ///
-    /// If the file's model is not supported, or a matrix is too large for the device.
-    pub fn load(gpu: &Gpu, file: &mut GgufFile, progress: &mut dyn FnMut(u64)) -> Result<Self> {
+    /// If the file's model is not supported, a matrix is too large for the device, or `progress` fails.
+    pub async fn load(
+        gpu: &Gpu,
+        file: &mut GgufFile,
+        progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<Self> {
         let config = Config::from_gguf(file)?;
         let Config { width, head_dim, feed_forward, vocabulary, .. } = config;
         let queries = config.heads * head_dim;
         let keys = config.kv_heads * head_dim;
         let mut loader = Loader { gpu, file, progress, done: 0, in_flight: 0, bytes: 0 };
 
-        let embedding = loader.matrix(&["token_embd"], &[vocabulary], width)?;
+        let embedding = loader.matrix(&["token_embd"], &[vocabulary], width).await?;
         let head = if loader.file.has_tensor("output.weight") {
-            loader.matrix(&["output"], &[vocabulary], width)?
+            loader.matrix(&["output"], &[vocabulary], width).await?
         } else {
             embedding.clone()
         };
@@ -89,25 +94,29 @@ impl Model {
             let name = |part: &str| format!("blk.{layer}.{part}");
             layers.push(LayerWeights {
                 attention_norm: loader.vector(&name("attn_norm"), width)?,
-                qkv: loader.matrix(
-                    &[&name("attn_q"), &name("attn_k"), &name("attn_v")],
-                    &[queries, keys, keys],
-                    width,
-                )?,
+                qkv: loader
+                    .matrix(
+                        &[&name("attn_q"), &name("attn_k"), &name("attn_v")],
+                        &[queries, keys, keys],
+                        width,
+                    )
+                    .await?,
                 head_norms: if config.has_head_norms {
                     Some(loader.vectors(&[&name("attn_q_norm"), &name("attn_k_norm")], head_dim)?)
                 } else {
                     None
                 },
-                attention_output: loader.matrix(&[&name("attn_output")], &[width], queries)?,
+                attention_output: loader.matrix(&[&name("attn_output")], &[width], queries).await?,
                 post_attention_norm: post_norm(&mut loader, &name("post_attention_norm"))?,
                 feed_forward_norm: loader.vector(&name("ffn_norm"), width)?,
-                gate_up: loader.matrix(
-                    &[&name("ffn_gate"), &name("ffn_up")],
-                    &[feed_forward, feed_forward],
-                    width,
-                )?,
-                down: loader.matrix(&[&name("ffn_down")], &[width], feed_forward)?,
+                gate_up: loader
+                    .matrix(
+                        &[&name("ffn_gate"), &name("ffn_up")],
+                        &[feed_forward, feed_forward],
+                        width,
+                    )
+                    .await?,
+                down: loader.matrix(&[&name("ffn_down")], &[width], feed_forward).await?,
                 post_feed_forward_norm: post_norm(&mut loader, &name("post_ffw_norm"))?,
             });
         }
@@ -136,7 +145,7 @@ impl Model {
 struct Loader<'a> {
     gpu: &'a Gpu,
     file: &'a mut GgufFile,
-    progress: &'a mut dyn FnMut(u64),
+    progress: &'a mut dyn FnMut(u64) -> Result<()>,
     /// Stored bytes read so far.
     done: u64,
     /// Bytes passed to the queue since the last wait.
@@ -176,7 +185,7 @@ impl Loader<'_> {
     fn numbers(&mut self, name: &str, length: usize) -> Result<Vec<f32>> {
         let tensor = self.tensor(name, 1, length)?;
         let values = self.file.read_vector(&tensor).with_context(|| format!("tensor {name}"))?;
-        self.report(tensor.bytes);
+        self.report(tensor.bytes)?;
         Ok(values)
     }
 
@@ -191,13 +200,13 @@ impl Loader<'_> {
         Ok(tensor)
     }
 
-    fn report(&mut self, bytes: u64) {
+    fn report(&mut self, bytes: u64) -> Result<()> {
         self.done += bytes;
-        (self.progress)(self.done);
+        (self.progress)(self.done)
     }
 
     /// Several matrices with the same input, stacked into one.
-    fn matrix(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Matrix> {
+    async fn matrix(&mut self, names: &[&str], outputs: &[usize], inputs: usize) -> Result<Matrix> {
         let label = names.join(" + ");
         // Neighbours in the same format become one part.
         let mut runs: Vec<(Format, Vec<Rows>)> = Vec::new();
@@ -229,7 +238,7 @@ impl Loader<'_> {
                 let rows = take_rows(&mut rest, most * GROUP);
                 let count = u32::try_from(rows.iter().map(|rows| rows.count).sum::<usize>())?;
                 let range = PartRange { first, rows: count, total };
-                parts.push(self.part(&label, format, inputs, &rows, range)?);
+                parts.push(self.part(&label, format, inputs, &rows, range).await?);
                 first += count;
             }
         }
@@ -237,7 +246,7 @@ impl Loader<'_> {
     }
 
     /// Uploads some rows as one part of a matrix.
-    fn part(
+    async fn part(
         &mut self,
         label: &str,
         format: Format,
@@ -253,10 +262,10 @@ impl Loader<'_> {
                 self.file.read_rows(&tensor, first, count, &mut stored)?;
             }
             self.in_flight += writer.write_group(&stored);
-            self.report(stored.len() as u64);
+            self.report(stored.len() as u64)?;
             if self.in_flight > IN_FLIGHT {
                 self.gpu.queue().submit([]);
-                self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
+                finished(self.gpu).await?;
                 self.in_flight = 0;
             }
         }

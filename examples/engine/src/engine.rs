@@ -1,5 +1,7 @@
 //! One step of the model: new tokens in, a choice or logits out, one compute pass.
 //!
+//! A step is recorded and submitted at once; a future completes when its result is read back.
+//!
 //! There are two kinds of step. [`Engine::next_tokens`] and [`Engine::logits`] run equally many tokens in each
 //! batch row of a [`KVCache`]. [`Engine::next_of_sequences`] runs the packed tokens of sequences of a
 //! [`SequenceCache`]: one token of a sequence that decodes, a piece of a prompt of one that prefills.
@@ -20,15 +22,16 @@
 //! The library records its dispatches into the same pass as the model's own kernels, so that a
 //! whole step is one submission, and all that comes back to the host is its result.
 
+mod alone;
 mod step;
-mod timing;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use wgpu_kvcache::{
     Attention, AttentionOptions, CacheOptions, CompileScope, DType, Formats, Gpu, KVCache,
     LayerShape, Layout, SequenceCache, SequenceId, wgpu,
 };
 
+use crate::answer::{finished, mapped};
 use crate::buffers::Buffers;
 use crate::config::Config;
 use crate::groups::Groups;
@@ -116,6 +119,11 @@ impl Engine {
         })
     }
 
+    /// The device that it was made on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
     /// The dimensions of the model.
     pub fn config(&self) -> &Config {
         &self.model.config
@@ -146,38 +154,54 @@ impl Engine {
     }
 
     /// Compiles ahead, so that the first prompt does not wait for it: the kernels of caches whose views have
-    /// `layout`, and of attention, for the engine's formats. The model's own kernels are compiled since [`Self::new`], and run once in every
-    /// shape here, because some drivers finish compiling a pipeline when it first runs.
+    /// `layout`, and of attention, for the engine's formats. The model's own kernels are compiled since [`Self::new`],
+    /// and run once in every shape here, because some drivers finish compiling a pipeline when it first runs.
+    ///
+    /// `progress` receives the number of stages that are done, and of all; its error ends the work.
     ///
     /// # Errors
     ///
-    /// Where a kernel does not compile.
-    pub fn warm_up(&mut self, layout: Layout) -> Result<()> {
+    /// Where a kernel does not compile, or `progress` fails.
+    pub async fn warm_up(
+        &mut self,
+        layout: Layout,
+        progress: &mut dyn FnMut(usize, usize) -> Result<()>,
+    ) -> Result<()> {
         let layers = self.layer_shapes();
         let window = self.windows.iter().copied().flatten().next();
         // A layer that keeps a window in a ring comes to lie over the end of it.
         let may_wrap = window.is_some() && layout == Layout::Contiguous;
         let layouts = if may_wrap { &[layout, Layout::Wrapped] } else { &[layout][..] };
         let formats = self.options.formats;
-        self.gpu.compile(&layers, formats, layouts, CompileScope::CachesAndAttention)?;
-        if window.is_some() {
-            let options = AttentionOptions::default().with_window(window);
-            self.attention.compile(&layers, formats, layouts, [DType::F32; 2], options)?;
-        }
-        for rows in [8, 3, 1] {
-            if rows <= self.buffers.max_rows {
-                let (tokens, banned) = (vec![0; rows], None);
-                // As many last tokens as an engine can choose after: the head has the same shapes.
-                let ends: Vec<u32> = (0..).take(rows.min(self.options.max_batch)).collect();
-                let inputs = Inputs { tokens: &tokens, positions: &tokens, ends: &ends, banned };
-                let mut encoder = self.encoder("warm-up");
-                let mut pass = encoder.begin_compute_pass(&Default::default());
-                self.record(&mut pass, Target::Nowhere, &inputs, Ending::Token)?;
-                drop(pass);
-                self.gpu.queue().submit([encoder.finish()]);
+        let scopes = [CompileScope::Caches, CompileScope::CachesAndAttention];
+        let shapes = [8, 3, 1].into_iter().filter(|&rows| rows <= self.buffers.max_rows);
+        let shapes: Vec<usize> = shapes.collect();
+        let all = 1 + scopes.len() + shapes.len();
+        let gpu = self.gpu.clone();
+        finished(&gpu).await?;
+        progress(1, all)?;
+        for (done, scope) in (2..).zip(scopes) {
+            gpu.compile(&layers, formats, layouts, scope)?;
+            if window.is_some() && scope == CompileScope::CachesAndAttention {
+                let options = AttentionOptions::default().with_window(window);
+                self.attention.compile(&layers, formats, layouts, [DType::F32; 2], options)?;
             }
+            finished(&gpu).await?;
+            progress(done, all)?;
         }
-        self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
+        for (done, rows) in (2 + scopes.len()..).zip(shapes) {
+            let (tokens, banned) = (vec![0; rows], None);
+            // As many last tokens as an engine can choose after: the head has the same shapes.
+            let ends: Vec<u32> = (0..).take(rows.min(self.options.max_batch)).collect();
+            let inputs = Inputs { tokens: &tokens, positions: &tokens, ends: &ends, banned };
+            let mut encoder = self.encoder("warm-up");
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            self.record(&mut pass, Target::Nowhere, &inputs, Ending::Token)?;
+            drop(pass);
+            gpu.queue().submit([encoder.finish()]);
+            finished(&gpu).await?;
+            progress(done, all)?;
+        }
         Ok(())
     }
 
@@ -187,7 +211,7 @@ impl Engine {
     /// # Errors
     ///
     /// If the tokens do not fit the engine or the cache. The cache cannot be used any more then.
-    pub fn next_tokens(
+    pub async fn next_tokens(
         &mut self,
         cache: &mut dyn KVCache,
         tokens: &[u32],
@@ -195,7 +219,7 @@ impl Engine {
         banned: Option<u32>,
     ) -> Result<Vec<u32>> {
         self.run(cache, tokens, batch, Rows::Keep, banned, Ending::Token)?;
-        self.read(batch)
+        self.read(batch).await
     }
 
     /// Moves the cache's batch rows, runs `tokens`, `[batch, tokens]`, after their tokens, and returns the logits of
@@ -204,7 +228,7 @@ impl Engine {
     /// # Errors
     ///
     /// As for [`Self::next_tokens`].
-    pub fn logits(
+    pub async fn logits(
         &mut self,
         cache: &mut dyn KVCache,
         tokens: &[u32],
@@ -212,7 +236,7 @@ impl Engine {
         rows: Rows<'_>,
     ) -> Result<Vec<f32>> {
         self.run(cache, tokens, batch, rows, None, Ending::Logits)?;
-        self.read(batch * self.model.config.vocabulary)
+        self.read(batch * self.model.config.vocabulary).await
     }
 
     /// Runs a step of sequences: the tokens of each piece behind what its sequence holds. Returns the best next token
@@ -221,12 +245,43 @@ impl Engine {
     /// # Errors
     ///
     /// Where the tokens do not fit the engine or the cache. The cache is then of no more use.
-    pub fn next_of_sequences(
+    pub async fn next_of_sequences(
         &mut self,
         cache: &mut SequenceCache,
         pieces: &[Piece<'_>],
         banned: Option<u32>,
     ) -> Result<Vec<Option<u32>>> {
+        let ends = self.run_sequences(cache, pieces, banned, Ending::Token)?;
+        let chosen = if ends == 0 { Vec::new() } else { self.read(ends).await? };
+        let mut chosen = chosen.into_iter();
+        Ok(pieces.iter().map(|piece| if piece.is_last { chosen.next() } else { None }).collect())
+    }
+
+    /// As [`Self::next_of_sequences`], but returns the logits after each piece that is the last one:
+    /// `[last pieces, vocabulary]`.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub async fn logits_of_sequences(
+        &mut self,
+        cache: &mut SequenceCache,
+        pieces: &[Piece<'_>],
+    ) -> Result<Vec<f32>> {
+        let ends = self.run_sequences(cache, pieces, None, Ending::Logits)?;
+        let words = ends * self.model.config.vocabulary;
+        if ends == 0 { Ok(Vec::new()) } else { self.read(words).await }
+    }
+
+    /// Records and submits a step of sequences, which ends with `ending` if a piece is the last one. Returns how many
+    /// are.
+    fn run_sequences(
+        &mut self,
+        cache: &mut SequenceCache,
+        pieces: &[Piece<'_>],
+        banned: Option<u32>,
+        ending: Ending,
+    ) -> Result<usize> {
         let (most, max_rows) = (self.options.max_batch, self.buffers.max_rows);
         let tokens = pieces.iter().flat_map(|piece| piece.tokens).copied().collect::<Vec<_>>();
         ensure!(
@@ -250,14 +305,11 @@ impl Engine {
         let ends = rows_after.zip(pieces).filter(|(_, piece)| piece.is_last);
         let ends: Vec<u32> = ends.map(|(rows, _)| rows - 1).collect();
         let inputs = Inputs { tokens: &tokens, positions: step.positions(), ends: &ends, banned };
-        let ending = if ends.is_empty() { Ending::Cache } else { Ending::Token };
+        let ending = if ends.is_empty() { Ending::Cache } else { ending };
         self.record(&mut pass, Target::Sequences { cache, step: &step }, &inputs, ending)?;
         drop(pass);
         self.submit(encoder, ends.len(), ending)?;
-
-        let chosen = if ends.is_empty() { Vec::new() } else { self.read(ends.len())? };
-        let mut chosen = chosen.into_iter();
-        Ok(pieces.iter().map(|piece| if piece.is_last { chosen.next() } else { None }).collect())
+        Ok(ends.len())
     }
 
     /// Runs one step, or several for a long prompt.
@@ -371,16 +423,10 @@ impl Engine {
             .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some(label) })
     }
 
-    /// Waits for the last step and reads the first `words` words of its result.
-    fn read<T: bytemuck::AnyBitPattern>(&self, words: usize) -> Result<Vec<T>> {
+    /// Reads the first `words` words of the last step's result once it has run.
+    async fn read<T: bytemuck::AnyBitPattern>(&self, words: usize) -> Result<Vec<T>> {
         let readback = self.buffers.readback.slice(..bytes_of(words)?);
-        let (sender, receiver) = std::sync::mpsc::channel();
-        readback.map_async(wgpu::MapMode::Read, move |result| {
-            // The receiver is dropped only if waiting has failed, which is reported there.
-            let _ = sender.send(result);
-        });
-        self.gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
-        receiver.recv().context("the device did not answer")??;
+        mapped(&self.gpu, readback).await?;
         let result = bytemuck::cast_slice(&readback.get_mapped_range()?).to_vec();
         self.buffers.readback.unmap();
         Ok(result)
