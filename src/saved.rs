@@ -13,6 +13,9 @@ use crate::format::{Format, Plane, TokenBytes};
 const NAME: &str = "wgpu-kvcache";
 const VERSION: &str = "1";
 
+/// Tokens before the live ones at most: positions are 32-bit words.
+const MOST_GONE: usize = (u32::MAX / 2) as usize;
+
 /// A layer's tokens, in pages: a ring is saved as one page a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SavedLayer {
@@ -226,6 +229,9 @@ impl SavedLayer {
         }
         let pages = pages.chunks(row_pages).map(<[u32]>::to_vec).collect();
         let (dropped, let_go) = (count("dropped")?, count("let_go")?);
+        if dropped > MOST_GONE {
+            return Err(format!("{dropped} tokens are gone, more than positions count"));
+        }
         if let_go > dropped {
             return Err("more tokens are let go than are gone".to_owned());
         }
@@ -250,6 +256,11 @@ impl SavedLayer {
     /// Live tokens of the longest row.
     pub(crate) fn len(&self) -> usize {
         self.spans.iter().map(|[_, len]| *len).max().unwrap_or(0)
+    }
+
+    /// The absolute position of the token behind the live ones.
+    pub(crate) fn next_position(&self) -> usize {
+        self.dropped.saturating_add(self.len())
     }
 
     /// How the live tokens from `first` on are restored, so that what rows share is written once: rows part where their
@@ -404,6 +415,9 @@ mod tests {
         let mut wrong = layer(&[&[0, 1]], &[[0, 3]]);
         wrong.sides[0][0].truncate(8);
         assert!(to_bytes(&[(0, wrong)]).is_err());
+        // More tokens gone than positions count.
+        let wrong = SavedLayer { dropped: usize::MAX, ..layer(&[&[0, 1]], &[[0, 3]]) };
+        assert!(parse(&to_bytes(&[(0, wrong)]).unwrap()).is_err());
     }
 
     /// Every row of every table of three rows and three pages, in the order that the stretches write them.

@@ -407,12 +407,18 @@ impl SequenceCache {
     }
 
     /// Records the writing of a saved sequence, or of a saved cache of one row, and adds it under a new name. It is a
-    /// [`Step`] of its own: the step before must be finished.
+    /// [`Step`] of its own: the step before must be finished, and [`cancel_step`](Self::cancel_step) does not take it
+    /// back.
+    ///
+    /// Windows may be others than those of the cache that was saved, as long as the file holds what they need. A layer
+    /// with a window keeps what its window needs, one token at least, and if it was saved from a layer with a window
+    /// what that one held.
     ///
     /// # Errors
     ///
-    /// [`StoringError::BadSave`](crate::StoringError::BadSave) for bytes that are damaged, foreign, or of other layers or formats; [`Error::NotSupported`] if
-    /// layers have windows; those of [`plan_step`](Self::plan_step). None of them leaves a sequence behind.
+    /// [`StoringError::BadSave`](crate::StoringError::BadSave) for bytes that are damaged, foreign, of other layers or
+    /// formats, or without tokens that a layer needs; those of [`plan_step`](Self::plan_step). None of them leaves a
+    /// sequence behind.
     #[cfg(feature = "safetensors")]
     pub fn restore(
         &mut self,

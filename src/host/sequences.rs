@@ -125,10 +125,16 @@ impl Sequences {
         self.get(id).map(|sequence| [sequence.dropped, sequence.let_go])
     }
 
-    /// Tokens that are gone before the first one of a sequence that has none yet.
+    /// Sets the same of a sequence that has no token yet.
     #[cfg(feature = "safetensors")]
-    pub(crate) fn set_dropped(&mut self, id: SequenceId, dropped: usize) -> Result<()> {
-        self.get_mut(id).map(|sequence| sequence.dropped = dropped)
+    pub(crate) fn set_gone(&mut self, id: SequenceId, gone: [usize; 2]) -> Result<()> {
+        self.get_mut(id).map(|sequence| [sequence.dropped, sequence.let_go] = gone)
+    }
+
+    /// What the layers keep of each sequence, if not all.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn window(&self) -> Option<Window> {
+        self.window
     }
 
     /// Of a cache of its own, whose layers keep all tokens.

@@ -37,6 +37,11 @@ impl GroupSteps {
     pub(crate) fn first(&self) -> &StepData {
         &self.0[0]
     }
+
+    /// That of a group. A step of another cache may have other groups.
+    pub(super) fn of(&self, group: usize) -> &StepData {
+        self.0.get(group).unwrap_or(self.first())
+    }
 }
 
 impl SequenceGroups {
@@ -183,9 +188,18 @@ impl SequenceGroups {
         pass: &mut wgpu::ComputePass<'_>,
         counts: &[(SequenceId, usize)],
     ) -> Result<GroupSteps> {
+        self.plan_groups(pass, |_| counts)
+    }
+
+    /// The same, with tokens of their own for the layers of each group.
+    pub(super) fn plan_groups<'a>(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        counts: impl Fn(usize) -> &'a [(SequenceId, usize)],
+    ) -> Result<GroupSteps> {
         let mut ready = Vec::with_capacity(self.groups.len());
-        for group in &mut self.groups {
-            ready.push(group.stage_step(pass, counts)?);
+        for (at, group) in self.groups.iter_mut().enumerate() {
+            ready.push(group.stage_step(pass, counts(at))?);
         }
         let groups = self.groups.iter_mut().zip(ready);
         let steps = groups.map(|(group, ready)| group.commit_step(pass, ready));
@@ -201,14 +215,12 @@ impl SequenceGroups {
         value: &TensorView<'_>,
     ) -> Result<LayerView> {
         let (group, at) = self.place(layer)?;
-        // A step of another cache may have other groups.
-        let step = step.0.get(group).unwrap_or(step.first());
-        self.groups[group].update(pass, step, at, key, value)
+        self.groups[group].update(pass, step.of(group), at, key, value)
     }
 
     pub(crate) fn view(&self, step: &GroupSteps, layer: usize) -> Result<LayerView> {
         let (group, at) = self.place(layer)?;
-        self.groups[group].view(step.0.get(group).unwrap_or(step.first()), at)
+        self.groups[group].view(step.of(group), at)
     }
 
     pub(crate) fn cancel_step(&mut self) -> Result<()> {
