@@ -23,6 +23,7 @@ impl<L: Arrangement> Layers<L> {
         pass: &mut wgpu::ComputePass<'_>,
         saved: &[(usize, SavedLayer)],
     ) -> Result<()> {
+        self.prepared = None;
         self.check_pass(pass)?;
         self.check_writable()?;
         if self.layers.values().any(|layer| layer.batch().is_some()) {

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use safetensors::SafeTensors;
 use wgpu_kvcache::wgpu::Features;
 use wgpu_kvcache::{
-    Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Format, Formats, Gpu,
-    KVCache, LayerShape, PagedKVCache, SequenceCache, SequenceId, StaticKVCache, StoredTensor,
+    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Format, Formats,
+    Gpu, KVCache, LayerShape, PagedKVCache, SequenceCache, SequenceId, StaticKVCache, StoredTensor,
     StoringError, TensorView,
 };
 
@@ -174,6 +174,48 @@ fn shared_pages_are_saved_once_and_shared_again() {
                 assert_eq!(counts(after), counts(before));
             }
         }
+    }
+}
+
+/// The same content gives the same bytes, of rows and of sequences.
+#[test]
+fn a_cache_that_is_saved_twice_gives_the_same_bytes() {
+    let gpu = gpu();
+    let mut rig = Rig::in_pages(&gpu, 4, None, Model::dynamic());
+    for layer in 0..6 {
+        rig.update(layer, [2, 1, 5, 4], 4, APPEND);
+    }
+    let mut cache = SequenceCache::new(&gpu, &[SHAPE; 6]).expect("layers");
+    let id = cache.add().unwrap();
+    step(&gpu, &mut cache, id, 3, 1);
+    let saves: [&dyn Fn() -> Vec<u8>; 3] = [
+        &|| rig.cache.save(ALL).expect("it was submitted"),
+        &|| pollster::block_on(rig.cache.save_async(ALL)).expect("it was submitted"),
+        &|| cache.save(id).expect("it was submitted"),
+    ];
+    for save in saves {
+        let first = save();
+        assert!((0..8).all(|_| save() == first));
+    }
+    assert!(saves[0]() == saves[1]());
+}
+
+/// A change of the batch that was prepared for an empty cache is not that of the restored one.
+#[test]
+fn a_prepared_change_does_not_outlive_a_restore() {
+    let gpu = gpu();
+    let mut rig = Rig::dynamic(&gpu);
+    rig.update(0, [2, 1, 5, 4], 4, APPEND);
+    let bytes = rig.cache.save(ALL).expect("it was submitted");
+    for (kind, mut cache) in kinds(&gpu, CacheOptions::default()) {
+        let change = BatchChange::Select(&[1, 1, 0]);
+        cache.prepare_batch(change).expect("nothing to do");
+        gpu.submit_pass("restore, then select", |pass| {
+            cache.restore(pass, &bytes)?;
+            cache.batch_select_indices(pass, &[1, 1, 0])
+        })
+        .unwrap_or_else(|error| panic!("{kind}: {error}"));
+        assert_eq!(cache.get(0).unwrap().expect("tokens").0.shape(), [3, 1, 5, 4], "{kind}");
     }
 }
 
