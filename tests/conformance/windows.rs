@@ -127,7 +127,7 @@ fn layers_keep_what_their_windows_need_after_any_history() {
     let gpus = [gpu(), plain_gpu(|_| ())];
     let mut random = Random(61);
     let mut seed = 0;
-    let mut refused = 0;
+    let (mut refused, mut apart, mut cropped) = (0, 0, 0);
     for history in 0..cases(24) {
         let gpu = &gpus[history % 2];
         for (kind, (is_ring, cache)) in caches(gpu, &WINDOWS, 4000).into_iter().enumerate() {
@@ -142,7 +142,41 @@ fn layers_keep_what_their_windows_need_after_any_history() {
             for call in 0..30 {
                 let context = format!("history {history}, kind {kind}, call {call}");
                 let length = run.layers[1].own.len(0);
-                match random.below(10) {
+                match random.below(12) {
+                    10 | 11 => {
+                        let lengths: Vec<usize> = match random.below(3) {
+                            0 => vec![random.below(30); run.batch],
+                            1 => (0..run.batch).map(|_| random.below(6)).collect(),
+                            _ => (0..run.batch).map(|_| random.below(40)).collect(),
+                        };
+                        // Tokens of each row that count and are gone.
+                        let gone = |layer: &Layer| {
+                            let (own, whole) = (layer.own.len(0), layer.whole.len(0));
+                            let row = |&most: &usize| whole.min(most) - own.min(most);
+                            lengths.iter().map(row).collect::<Vec<_>>()
+                        };
+                        let is_even = |gone: Vec<usize>| gone.iter().all(|it| *it == gone[0]);
+                        let answer = run.cache.crop_rows(&lengths);
+                        if run.longest > 0 && !run.layers.iter().map(gone).all(is_even) {
+                            apart += 1;
+                            let error = answer.expect_err("rows differ");
+                            assert!(
+                                matches!(error, Error::Window(WindowError::RowsApart { .. })),
+                                "{context}: {error}"
+                            );
+                        } else {
+                            assert_eq!(answer, Ok(()), "{context}, {lengths:?}");
+                            cropped += usize::from(run.longest > 0 && run.batch > 1);
+                            for layer in &mut run.layers {
+                                for model in [&mut layer.own, &mut layer.whole] {
+                                    model.cut_rows(&lengths, true).expect("as many rows");
+                                }
+                            }
+                            run.check(&context);
+                            // Rows of one length again.
+                            run.append(1 + random.below(CHUNK), &mut seed);
+                        }
+                    }
                     0..=4 => run.append(1 + random.below(CHUNK), &mut seed),
                     5 => {
                         let dropped = random.below(8);
@@ -205,6 +239,7 @@ fn layers_keep_what_their_windows_need_after_any_history() {
         }
     }
     assert!(refused > 5, "{refused} roll-backs were refused");
+    assert!(apart > 5 && cropped > 5, "{apart} crops of rows were refused, {cropped} were not");
 }
 
 /// A roll-back that cannot answer for itself changes nothing, and every later call says what was wrong, until a
@@ -236,9 +271,6 @@ fn a_truncation_past_a_window_is_said_by_every_later_call() {
         });
         assert_eq!(cache.drop_latest(1), Err(past.clone()));
         assert_eq!([cache.get_seq_length(0), cache.get_seq_length(1)], [Ok(3), Ok(9)]);
-        // What was let go is counted for all rows together.
-        let rows = cache.crop_rows(&[2]).expect_err("windows");
-        assert!(matches!(rows, Error::NotSupported { .. }), "{rows}");
         cache.truncate(8);
         assert_eq!(cache.get_seq_length(1), Err(past.clone()));
         assert_eq!(cache.get(0).map(|_| ()), Err(past.clone()));
