@@ -1,10 +1,14 @@
 //! Saved caches: the tokens of layers as a file in the format safetensors. Nothing here knows wgpu.
 
-use std::borrow::Cow;
+mod file;
+pub(crate) mod sides;
+
 use std::collections::HashMap;
 use std::ops::Range;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
+
+use self::file::{About, NamedTensor};
 
 use crate::error::{Error, Result, StoringError};
 use crate::format::{Format, Plane, TokenBytes};
@@ -12,6 +16,9 @@ use crate::format::{Format, Plane, TokenBytes};
 /// What the file says of itself.
 const NAME: &str = "wgpu-kvcache";
 const VERSION: &str = "1";
+
+/// Tokens before the live ones at most: positions are 32-bit words.
+const MOST_GONE: usize = (u32::MAX / 2) as usize;
 
 /// A layer's tokens, in pages: a ring is saved as one page a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,30 +55,27 @@ pub(crate) struct Stretch {
 /// Layers by number.
 pub(crate) type SavedLayers = Vec<(usize, SavedLayer)>;
 
-/// Name, type, shape and bytes.
-type NamedTensor<'a> = (String, Dtype, Vec<usize>, Cow<'a, [u8]>);
-
 /// A file of these layers.
 pub(crate) fn to_bytes(layers: &[(usize, SavedLayer)]) -> Result<Vec<u8>> {
-    let mut about = HashMap::from([
+    let mut about = About::from([
         ("format".to_owned(), NAME.to_owned()),
         ("version".to_owned(), VERSION.to_owned()),
     ]);
-    let mut tensors: Vec<NamedTensor<'_>> = Vec::new();
+    let mut tensors = Vec::new();
     for (number, layer) in layers {
         about.insert(format!("layer.{number}"), layer.about());
-        let words = |words: Vec<u32>| bytemuck::cast_slice::<u32, u8>(&words).to_vec().into();
+        let table = |name: &str, shape: [usize; 2], words: Vec<u32>| NamedTensor {
+            name: format!("layer.{number}.{name}"),
+            dtype: Dtype::U32,
+            shape: shape.to_vec(),
+            bytes: bytemuck::cast_slice::<u32, u8>(&words).to_vec().into(),
+        };
         let (batch, row_pages) = (layer.pages.len(), layer.pages.first().map_or(0, Vec::len));
         let pages = layer.pages.concat();
         let count = pages.iter().max().map_or(0, |&last| last as usize + 1);
-        tensors.push((
-            format!("layer.{number}.pages"),
-            Dtype::U32,
-            vec![batch, row_pages],
-            words(pages),
-        ));
-        let spans: Vec<u32> = layer.spans.iter().flatten().map(|&it| narrow(it)).collect();
-        tensors.push((format!("layer.{number}.rows"), Dtype::U32, vec![batch, 2], words(spans)));
+        tensors.push(table("pages", [batch, row_pages], pages));
+        let spans = layer.spans.iter().flatten().map(|&it| narrow(it)).collect();
+        tensors.push(table("rows", [batch, 2], spans));
         for (at, side) in ["key", "value"].into_iter().enumerate() {
             if at == 1 && layer.is_value_in_key {
                 continue;
@@ -80,27 +84,21 @@ pub(crate) fn to_bytes(layers: &[(usize, SavedLayer)]) -> Result<Vec<u8>> {
             let format = layer.formats[at];
             let (dtype, row) = element_type(format, layer.dims[at]);
             let shape = |row| vec![count, layer.heads, layer.page_tokens, row];
-            tensors.push((format!("layer.{number}.{side}"), dtype, shape(row), elements.into()));
+            let name = format!("layer.{number}.{side}");
             if format.is_quantized() {
                 let row = format.blocks(layer.dims[at]).next_multiple_of(2);
-                let name = format!("layer.{number}.{side}.scales");
-                tensors.push((name, Dtype::F16, shape(row), scales.into()));
+                let (name, shape) = (format!("{name}.scales"), shape(row));
+                let bytes = scales.into();
+                tensors.push(NamedTensor { name, dtype: Dtype::F16, shape, bytes });
             }
+            tensors.push(NamedTensor { name, dtype, shape: shape(row), bytes: elements.into() });
         }
     }
-    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes);
-        view.map(|view| (name, view)).map_err(|error| bad(&error.to_string()))
-    });
-    let views: Result<Vec<_>> = views.collect();
-    safetensors::serialize(views?, Some(about)).map_err(|error| bad(&error.to_string()))
+    file::write(&about, tensors)
 }
 
-/// The layers of a file. Everything is checked that restoring relies on.
-pub(crate) fn parse(bytes: &[u8]) -> Result<SavedLayers> {
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| bad(&error.to_string()))?;
-    let none = HashMap::new();
-    let about = header.metadata().as_ref().unwrap_or(&none);
+/// Refuses the metadata of another library, and of another version.
+fn check_format(about: &HashMap<String, String>) -> Result<()> {
     let says = |key: &str| about.get(key).map(String::as_str);
     if says("format") != Some(NAME) {
         return Err(bad("it is not one of this library: its metadata has no format wgpu-kvcache"));
@@ -110,7 +108,19 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<SavedLayers> {
             "it is of another version of the file format; this library reads version 1",
         ));
     }
-    let file = SafeTensors::deserialize(bytes).map_err(|error| bad(&error.to_string()))?;
+    Ok(())
+}
+
+/// The layers of a file. Everything is checked that restoring relies on.
+pub(crate) fn parse(bytes: &[u8]) -> Result<SavedLayers> {
+    let (about, file) = file::open(bytes)?;
+    check_format(&about)?;
+    if sides::are_in(&about) {
+        return Err(bad(
+            "it holds the two sides of an EncoderDecoderCache; restore it into one of these",
+        ));
+    }
+    let says = |key: &str| about.get(key).map(String::as_str);
     let mut numbers = Vec::new();
     for key in about.keys() {
         if let Some(number) = key.strip_prefix("layer.") {
@@ -226,6 +236,9 @@ impl SavedLayer {
         }
         let pages = pages.chunks(row_pages).map(<[u32]>::to_vec).collect();
         let (dropped, let_go) = (count("dropped")?, count("let_go")?);
+        if dropped > MOST_GONE {
+            return Err(format!("{dropped} tokens are gone, more than positions count"));
+        }
         if let_go > dropped {
             return Err("more tokens are let go than are gone".to_owned());
         }
@@ -250,6 +263,11 @@ impl SavedLayer {
     /// Live tokens of the longest row.
     pub(crate) fn len(&self) -> usize {
         self.spans.iter().map(|[_, len]| *len).max().unwrap_or(0)
+    }
+
+    /// The absolute position of the token behind the live ones.
+    pub(crate) fn next_position(&self) -> usize {
+        self.dropped.saturating_add(self.len())
     }
 
     /// How the live tokens from `first` on are restored, so that what rows share is written once: rows part where their
@@ -389,12 +407,29 @@ mod tests {
     }
 
     #[test]
+    fn the_same_layers_give_the_same_bytes() {
+        let saved: Vec<_> = (0..9).map(|at| (at, layer(&[&[0, 1]], &[[0, 3]]))).collect();
+        let first = to_bytes(&saved).unwrap();
+        for _ in 0..20 {
+            assert_eq!(to_bytes(&saved).unwrap(), first);
+        }
+        // As the crate's own writer has it, but for the order of the metadata.
+        let (about, file) = file::open(&first).unwrap();
+        let theirs = safetensors::serialize(file.tensors(), Some(about)).unwrap();
+        assert_eq!(theirs.len(), first.len());
+        let data = |bytes: &[u8]| bytes[bytes.len() - 9 * (2 * 4 + 2 * 4 + 2 * 16)..].to_vec();
+        assert_eq!(data(&theirs), data(&first));
+        assert_eq!(parse(&theirs), Ok(saved));
+    }
+
+    #[test]
     fn damaged_and_foreign_files_are_errors() {
         let whole = to_bytes(&[(0, layer(&[&[0, 1]], &[[0, 3]]))]).unwrap();
         for end in 0..whole.len() {
             assert!(parse(&whole[..end]).is_err(), "cut at {end}");
         }
-        let foreign = safetensors::serialize(Vec::<(String, TensorView<'_>)>::new(), None).unwrap();
+        let none = Vec::<(String, safetensors::tensor::TensorView<'_>)>::new();
+        let foreign = safetensors::serialize(none, None).unwrap();
         let error = parse(&foreign).unwrap_err();
         assert!(error.to_string().contains("wgpu-kvcache"), "{error}");
         // A page that is not there, tokens that are not there.
@@ -404,6 +439,9 @@ mod tests {
         let mut wrong = layer(&[&[0, 1]], &[[0, 3]]);
         wrong.sides[0][0].truncate(8);
         assert!(to_bytes(&[(0, wrong)]).is_err());
+        // More tokens gone than positions count.
+        let wrong = SavedLayer { dropped: usize::MAX, ..layer(&[&[0, 1]], &[[0, 3]]) };
+        assert!(parse(&to_bytes(&[(0, wrong)]).unwrap()).is_err());
     }
 
     /// Every row of every table of three rows and three pages, in the order that the stretches write them.

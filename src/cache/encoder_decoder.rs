@@ -1,13 +1,19 @@
 //! A self-attention and a cross-attention cache side by side.
 
 use std::collections::BTreeSet;
+#[cfg(feature = "safetensors")]
+use std::ops::Range;
 
+#[cfg(feature = "safetensors")]
+use crate::cache::SaveFuture;
 use crate::cache::dynamic::DynamicKVCache;
 use crate::cache::{Cache, GetFuture, KVCache};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::host::batch::BatchChange;
 use crate::host::position::CachePosition;
+#[cfg(feature = "safetensors")]
+use crate::saved::sides::{Sides, join, split};
 use crate::stats::Stats;
 use crate::tensor::{HostTensor, TensorView};
 use crate::view::LayerView;
@@ -185,6 +191,80 @@ impl<S: KVCache, C: KVCache> EncoderDecoderCache<S, C> {
     /// [`KVCache::get_async`] of one of the sides: as [`get`](Self::get), without blocking.
     pub fn get_async(&self, layer_idx: usize, side: Side) -> GetFuture<'_> {
         self.side(side).get_async(layer_idx)
+    }
+
+    /// [`KVCache::save`] of both sides in one file: the layers of a range, of each side those that hold tokens. The
+    /// names of tensors are those of one cache with the side before them: `self_attention.layer.3.key` and
+    /// `cross_attention.layer.3.key`. The metadata says which layers [are updated](Self::is_updated).
+    ///
+    /// # Errors
+    ///
+    /// As there, of either side; [`StoringError::BadSave`](crate::StoringError::BadSave) if a side of one's own saves
+    /// in another format.
+    #[cfg(feature = "safetensors")]
+    pub fn save(&self, layers: Range<usize>) -> Result<Vec<u8>> {
+        let own = self.self_attention.save(layers.clone())?;
+        let memory = self.cross_attention.save(layers)?;
+        join([&own, &memory], &self.updated)
+    }
+
+    /// As [`save`](Self::save), without blocking.
+    #[cfg(feature = "safetensors")]
+    pub fn save_async(&self, layers: Range<usize>) -> SaveFuture<'_> {
+        let own = self.self_attention.save_async(layers.clone());
+        let memory = self.cross_attention.save_async(layers);
+        let updated = &self.updated;
+        Box::pin(async move { join([&own.await?, &memory.await?], updated) })
+    }
+
+    /// Records the writing of both sides of a saved cache into this one, which holds nothing: see
+    /// [`KVCache::restore`]. The sides may be of other kinds than those that were saved.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use wgpu_kvcache::{CachePosition, EncoderDecoderCache, Gpu, Side};
+    ///
+    /// # fn main() -> Result<(), wgpu_kvcache::Error> {
+    /// let gpu = Gpu::headless()?;
+    /// let mut cache = EncoderDecoderCache::dynamic(&gpu);
+    /// let tokens = gpu.upload(&[1.0_f32; 6], &[1, 1, 6, 1])?;
+    /// gpu.submit_pass("both sides", |pass| {
+    ///     [Side::CrossAttention, Side::SelfAttention].into_iter().try_for_each(|side| {
+    ///         cache
+    ///             .update(pass, &tokens.view(), &tokens.view(), 0, CachePosition::Append, side)
+    ///             .map(|_| ())
+    ///     })
+    /// })?;
+    /// let bytes = cache.save(0..usize::MAX)?;
+    /// let mut other = EncoderDecoderCache::dynamic(&gpu);
+    /// gpu.submit_pass("restore", |pass| other.restore(pass, &bytes))?;
+    /// assert!(other.is_updated(0));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As there; [`StoringError::BadSave`](crate::StoringError::BadSave) for a file of one cache, and
+    /// [`Error::SharedMemory`] for a cross side of several batch rows where one is [shared](Self::with_shared_memory).
+    /// After any of them, a side that held nothing holds nothing, and one that held tokens is as it was.
+    #[cfg(feature = "safetensors")]
+    pub fn restore(&mut self, pass: &mut wgpu::ComputePass<'_>, bytes: &[u8]) -> Result<()> {
+        let_go(&mut self.self_attention);
+        let_go(&mut self.cross_attention);
+        let Sides { files: [own, memory], updated, memory_rows } = split(bytes)?;
+        if self.is_shared && memory_rows > 1 {
+            return Err(Error::SharedMemory { batch: memory_rows });
+        }
+        self.self_attention.restore(pass, &own)?;
+        if let Err(error) = self.cross_attention.restore(pass, &memory) {
+            // It held nothing, or would have refused.
+            self.self_attention.reset();
+            return Err(error);
+        }
+        self.updated = updated;
+        Ok(())
     }
 
     /// [`KVCache::get_seq_length`] of one of the sides.

@@ -4,7 +4,7 @@ use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::{Error, Result};
 use crate::gpu::device::binding_limit;
 use crate::gpu::kernels::LayerShape;
-use crate::host::capacity::{Growth, pages_of_window, pool_pages};
+use crate::host::capacity::{Growth, pages_of_window, pool_pages, pool_pages_of};
 use crate::host::window::Window;
 use crate::storage::sequences::shape_of;
 use crate::storage::store::Shape;
@@ -321,7 +321,8 @@ impl Simulated {
             note(error);
         }
         let kept = self.window.map_or(self.live, |window| self.live.min(window.needed()));
-        self.start += self.live - kept;
+        // A row that has let go of all its tokens begins anew.
+        self.start = if kept == 0 { 0 } else { self.start + self.live - kept };
         let len = self.live;
         self.live = kept.saturating_add(count);
         match self.rule {
@@ -370,13 +371,15 @@ impl Simulated {
                     let tokens = fits / batch * page_tokens;
                     note(self.shape.too_large(self.limit, self.layer, bytes, self.live, tokens));
                 }
+                let fits = fits.max(needed);
                 // A pool of sequences grows as if there may be more of them.
-                let of_window = match self.is_shared() {
-                    true => usize::MAX,
-                    false => pages_of_window(self.window, page_tokens, batch, count),
+                self.capacity = if self.is_shared() {
+                    pool_pages_of(self.window, most, page_tokens, [self.capacity, needed, fits])
+                } else {
+                    let of_window = pages_of_window(self.window, page_tokens, batch, count);
+                    let fits = fits.min(of_window.max(needed));
+                    pool_pages(most, page_tokens, [self.capacity, needed, fits])
                 };
-                let fits = fits.max(needed).min(of_window.max(needed));
-                self.capacity = pool_pages(most, page_tokens, [self.capacity, needed, fits]);
                 self.shape.bytes(self.capacity, page_tokens).map(Some)
             }
         }

@@ -87,7 +87,11 @@ pub trait Cache {
     ///
     /// [`Error::RowCount`](crate::Error::RowCount) if a layer that was written has another number of rows, and
     /// [`Error::PassDropped`](crate::Error::PassDropped). A cache of one's own that does not have this method
-    /// answers [`Error::NotSupported`](crate::Error::NotSupported), and so does a cache with layers that have windows.
+    /// answers [`Error::NotSupported`](crate::Error::NotSupported).
+    ///
+    /// [`WindowError::RowsApart`](crate::WindowError::RowsApart) for layers with windows, if rows would differ in how many
+    /// tokens count that are let go. They do not if each row is cropped to its live tokens or fewer, or equal rows to one
+    /// length. Tokens that were let go count here as in [`truncate`](Cache::truncate).
     fn crop_rows(&mut self, max_lengths: &[usize]) -> Result<()> {
         let _ = max_lengths;
         Err(crate::Error::NotSupported { what: "crop_rows()" })

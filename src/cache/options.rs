@@ -77,6 +77,10 @@ impl<'a> CacheOptions<'a> {
     /// The most pages of a layer. Its pool is then made at once, at the first update, as large as that or as
     /// the device can bind, and its buffers stay the same while the layer's shape does, after a reset as before
     /// it. Without this option the pool grows, doubling.
+    ///
+    /// Of a layer with a [window](Self::with_windows) the pool has what the window needs, and no more than this bound:
+    /// in a [`PagedKVCache`](crate::PagedKVCache) as many pages as the rows and the longest update so far may need; in a
+    /// [`SequenceCache`](crate::SequenceCache) it grows with the sequences, doubling.
     pub fn with_max_pages(self, pages: impl Into<Option<usize>>) -> Self {
         Self { max_pages: pages.into(), ..self }
     }

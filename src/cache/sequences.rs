@@ -50,8 +50,9 @@ use crate::view::LayerView;
 ///
 /// [`remember_prefix`](Self::remember_prefix) notes which tokens a sequence begins with. A later sequence that
 /// begins with the same tokens starts from their pages ([`add_with_prefix`](Self::add_with_prefix)), also when the
-/// first one is gone. In a bounded pool ([`CacheOptions::with_max_pages`]) pages of prefixes that no sequence uses
-/// make room when they are needed, least recently used first.
+/// first one is gone. Layers with [windows](CacheOptions::with_windows) note the pages that they still have. In a
+/// bounded pool ([`CacheOptions::with_max_pages`]) pages of prefixes that no sequence uses make room when they are
+/// needed, least recently used first.
 ///
 /// # Examples
 ///
@@ -105,8 +106,9 @@ impl SequenceCache {
     }
 
     /// An empty cache of these layers. Takes `max_cache_len` (the most tokens of a sequence), `page_tokens`,
-    /// `max_pages` (of each layer's pool, which the first step then makes whole), `windows`, `formats` and `value_in_key`. Layers of one window
-    /// share a table of pages. A step lets go of what its first token does not look back on, and whole pages go back.
+    /// `max_pages` (of each layer's pool, which the first step then makes whole, but for layers with windows), `windows`,
+    /// `formats` and `value_in_key`. Layers of one window share a table of pages. A step lets go of what its first token
+    /// does not look back on, and whole pages go back.
     ///
     /// # Errors
     ///
@@ -267,8 +269,9 @@ impl SequenceCache {
         Ok(self.layers.sequences()?.ids().collect())
     }
 
-    /// How many of these tokens, from the first on, lie in pages that
-    /// [`remember_prefix`](Self::remember_prefix) has noted: a multiple of the tokens of a page.
+    /// How many of these tokens, from the first on, a new sequence can begin with, since they lie in pages that
+    /// [`remember_prefix`](Self::remember_prefix) has noted: a multiple of the tokens of a page. Of layers with a window
+    /// the pages must be there that the next token looks back on.
     ///
     /// # Errors
     ///
@@ -277,8 +280,8 @@ impl SequenceCache {
         self.layers.cached_prefix(tokens)
     }
 
-    /// Adds a sequence that begins with the longest noted prefix of `tokens`, and returns how many tokens it has:
-    /// an engine prefills the rest. Moves no byte. An engine that needs the logits of the last token hands in all
+    /// Adds a sequence that begins with the longest [noted prefix](Self::cached_prefix) of `tokens`, and returns how many
+    /// tokens it has: an engine prefills the rest. Moves no byte. An engine that needs the logits of the last token hands in all
     /// tokens but that one.
     ///
     /// # Errors
@@ -292,9 +295,14 @@ impl SequenceCache {
     /// kept, also after the sequence is changed or removed. The ids come from the caller; the cache compares them
     /// and nothing else.
     ///
+    /// Of a layer with a window those pages are noted that it still has. So the first n tokens, a multiple of those of a
+    /// page, can be reused if and only if every layer with a window of w tokens still had the last w - 1 of them when
+    /// they were noted; what several calls note adds up. A step lets go of what its first token does not look back on:
+    /// note a shared prompt as soon as its last token is written, before tokens that are not shared, and a conversation
+    /// after each answer. If no layer looks back on other tokens (windows of one token), nothing is noted.
+    ///
     /// # Errors
     ///
-    /// [`Error::NotSupported`] if a layer has a window: its pages do not stay.
     /// [`SequenceError::PrefixTokens`] for more ids than the sequence has tokens, and after a crop; else as for
     /// [`fork`](Self::fork).
     pub fn remember_prefix(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
@@ -433,12 +441,18 @@ impl SequenceCache {
     }
 
     /// Records the writing of a saved sequence, or of a saved cache of one row, and adds it under a new name. It is a
-    /// [`Step`] of its own: the step before must be finished.
+    /// [`Step`] of its own: the step before must be finished, and [`cancel_step`](Self::cancel_step) does not take it
+    /// back.
+    ///
+    /// Windows may be others than those of the cache that was saved, as long as the file holds what they need. A layer
+    /// with a window keeps what its window needs, one token at least, and if it was saved from a layer with a window
+    /// what that one held.
     ///
     /// # Errors
     ///
-    /// [`StoringError::BadSave`](crate::StoringError::BadSave) for bytes that are damaged, foreign, or of other layers or formats; [`Error::NotSupported`] if
-    /// layers have windows; those of [`plan_step`](Self::plan_step). None of them leaves a sequence behind.
+    /// [`StoringError::BadSave`](crate::StoringError::BadSave) for bytes that are damaged, foreign, of other layers or
+    /// formats, or without tokens that a layer needs; those of [`plan_step`](Self::plan_step). None of them leaves a
+    /// sequence behind.
     #[cfg(feature = "safetensors")]
     pub fn restore(
         &mut self,

@@ -45,4 +45,19 @@ pub enum WindowError {
         /// Tokens to roll back.
         asked: usize,
     },
+
+    /// A crop to other lengths for each row, some of which reach into tokens that a layer has let go.
+    #[error(
+        "row 0 of layer {layer} would count {} tokens that its window of {window} has let go, and row {row} {}; of all rows it must be as many: crop each row to its live tokens or fewer (LayerView::row_len), or all of them to one length", let_go[0], let_go[1]
+    )]
+    RowsApart {
+        /// The layer.
+        layer: usize,
+        /// Its window, in tokens.
+        window: usize,
+        /// The first row that differs from row 0.
+        row: usize,
+        /// Tokens that would count as live and are gone, of row 0 and of that row.
+        let_go: [usize; 2],
+    },
 }

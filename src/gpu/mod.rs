@@ -2,6 +2,7 @@
 
 pub(crate) mod answer;
 pub(crate) mod arena;
+mod arrivals;
 pub(crate) mod bind_groups;
 pub(crate) mod call;
 pub(crate) mod device;

@@ -62,6 +62,19 @@ pub(crate) fn pool_pages(
     }
 }
 
+/// The same for layers of a window, whose sequences use few of the pages that there may be: the pool grows, up to `most`.
+pub(crate) fn pool_pages_of(
+    window: Option<Window>,
+    most: Option<usize>,
+    page_tokens: usize,
+    [pool, needed, fits]: [usize; 3],
+) -> usize {
+    match window.and(most) {
+        Some(most) => pool_pages(None, page_tokens, [pool, needed, fits.min(most).max(needed)]),
+        None => pool_pages(most, page_tokens, [pool, needed, fits]),
+    }
+}
+
 /// Pages that `rows` rows of a layer with a window use at most, for an update of `count` tokens.
 pub(crate) fn pages_of_window(
     window: Option<Window>,

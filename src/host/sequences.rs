@@ -1,5 +1,6 @@
 //! Sequences by name: which pages hold their tokens, and what a step changes. Pure host logic.
 
+pub(crate) mod prefixes;
 mod sequence;
 
 use std::collections::HashSet;
@@ -125,10 +126,20 @@ impl Sequences {
         self.get(id).map(|sequence| [sequence.dropped, sequence.let_go])
     }
 
-    /// Tokens that are gone before the first one of a sequence that has none yet.
+    /// Sets the same of a sequence that has no token yet.
     #[cfg(feature = "safetensors")]
-    pub(crate) fn set_dropped(&mut self, id: SequenceId, dropped: usize) -> Result<()> {
-        self.get_mut(id).map(|sequence| sequence.dropped = dropped)
+    pub(crate) fn set_gone(&mut self, id: SequenceId, gone: [usize; 2]) -> Result<()> {
+        let page_tokens = self.page_tokens;
+        let sequence = self.get_mut(id)?;
+        [sequence.dropped, sequence.let_go] = gone;
+        // Its tokens have the slots that they would have behind those that were let go.
+        sequence.start = sequence.let_go % page_tokens;
+        Ok(())
+    }
+
+    /// What the layers keep of each sequence, if not all.
+    pub(crate) fn window(&self) -> Option<Window> {
+        self.window
     }
 
     /// Of a cache of its own, whose layers keep all tokens.
@@ -288,41 +299,6 @@ impl Sequences {
         Ok(())
     }
 
-    /// How many of these tokens some prefix holds that was remembered, in whole pages.
-    pub(crate) fn cached_prefix(&self, tokens: &[u32]) -> usize {
-        self.prefixes.find(tokens, self.page_tokens).len() * self.page_tokens
-    }
-
-    /// Adds a sequence that begins with the longest such prefix. Returns how many tokens that is.
-    pub(crate) fn add_with_prefix(&mut self, tokens: &[u32]) -> (SequenceId, usize) {
-        let pages = self.prefixes.find(tokens, self.page_tokens);
-        self.prefixes.touch(tokens, self.page_tokens);
-        pages.iter().for_each(|&page| self.pool.share(page));
-        let len = pages.len() * self.page_tokens;
-        (self.put(Sequence { pages, len, ..Sequence::default() }), len)
-    }
-
-    /// Remembers the full pages of a sequence whose first tokens have these ids.
-    pub(crate) fn remember_prefix(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
-        let sequence = self.get(id)?;
-        if sequence.dropped > 0 || tokens.len() > sequence.len {
-            let Sequence { len, dropped, .. } = *sequence;
-            return Err(Error::Sequence(SequenceError::PrefixTokens {
-                id,
-                tokens: tokens.len(),
-                len,
-                dropped,
-            }));
-        }
-        let pages = sequence.pages.clone();
-        self.prefixes.insert(tokens, &pages, self.page_tokens, &mut self.pool);
-        Ok(())
-    }
-
-    pub(crate) fn forget_prefixes(&mut self) {
-        self.prefixes.clear(&mut self.pool);
-    }
-
     /// Makes a step ready: so many new tokens for each of these sequences, in this order. Changes nothing. If the
     /// pool is bounded and full, prefixes that no sequence uses make room, least recently used first.
     pub(crate) fn plan(
@@ -390,10 +366,11 @@ impl Sequences {
         let writers = shared_tails.chunk_by(|a, b| a == b);
         let copies = writers.map(|it| it.len().min(pool.count(it[0]) - 1)).sum::<usize>();
         let evicted = self.make_room(&pool, wanted.saturating_add(copies), limits)?;
-        let used = pool.used() - evicted.len();
+        let freed = || evicted.iter().filter_map(|&node| self.prefixes.page(node));
+        let used = pool.used() - freed().count();
         self.check_device([used, wanted, copies], [counts.len(), total], limits)?;
 
-        evicted.iter().for_each(|&node| pool.release(self.prefixes.page(node)));
+        freed().for_each(|page| pool.release(page));
         let (mut rows, mut copies) = (Vec::with_capacity(counts.len()), Vec::new());
         let mut first = 0;
         for (id, count, before, mut sequence) in sequences {
@@ -444,12 +421,12 @@ impl Sequences {
         })
     }
 
-    /// Prefixes that must go so that there are `wanted` more pages.
+    /// Nodes of prefixes that must go so that there are `wanted` more pages.
     fn make_room(&self, pool: &PagePool, wanted: usize, limits: StepLimits) -> Result<Vec<u32>> {
         let Some(limit) = limits.pages else { return Ok(Vec::new()) };
         let missing = pool.used().saturating_add(wanted).saturating_sub(limit);
-        let evicted = self.prefixes.evictable(missing, pool);
-        if evicted.len() < missing {
+        let (evicted, freed) = self.prefixes.evictable(missing, pool);
+        if freed < missing {
             return Err(Error::OutOfPages {
                 used: pool.used(),
                 shared: pool.shared(),

@@ -27,6 +27,17 @@ impl Window {
         whole.min(self.most(self.max_chunk.unwrap_or(whole)))
     }
 
+    /// Tokens that are kept of `live` saved ones, of which `gone` before them were let go for a window: what the window
+    /// needs, and more if the layer that was saved had kept more for its window, up to `bound`. One at least, since a
+    /// layer without a token has no shape.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn kept_of_saved(self, [gone, live]: [usize; 2], bound: usize) -> usize {
+        match gone == 0 || live > bound {
+            true => live.min(self.needed().max(1)),
+            false => live,
+        }
+    }
+
     /// Refuses an update that is longer than was said.
     pub(crate) fn check_chunk(self, layer: usize, tokens: usize) -> Result<()> {
         match self.max_chunk {

@@ -5,7 +5,9 @@
 //!
 //! Kinds differ in how the tokens lie in the memory: see [`Arrangement`](crate::storage::arrangement::Arrangement).
 
-use crate::error::{Error, Result};
+use std::sync::Arc;
+
+use crate::error::{Error, Result, WindowError};
 use crate::gpu::Gpu;
 use crate::gpu::arena::RegionGuard;
 use crate::gpu::call::Call;
@@ -80,10 +82,6 @@ impl<L: Arrangement> Layer<L> {
         }
     }
 
-    pub(crate) fn has_window(&self) -> bool {
-        self.window.is_some()
-    }
-
     /// Live tokens at most, where that is fixed.
     pub(super) fn bound(&self, policy: &L::Policy) -> Option<usize> {
         let whole = L::bound(policy)?;
@@ -147,6 +145,7 @@ impl<L: Arrangement> Layer<L> {
         let mut guards = std::mem::take(&mut staged.guards);
         guards.extend(self.guards().cloned());
         call.hold(guards);
+        call.keep(staged.copy.iter().map(|copy| Arc::clone(copy.memory())));
         staged.recorded = staged.dispatches.len() as u64;
         staged.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
     }
@@ -157,7 +156,8 @@ impl<L: Arrangement> Layer<L> {
         self.let_go.saturating_add(self.len())
     }
 
-    /// Refuses a cut after which the next token would look back on what was let go.
+    /// Refuses a cut after which the next token would look back on what was let go, and one after which rows would differ
+    /// in how much that is: they have one length without the window, and one with it.
     pub(crate) fn check_cut(&self, cut: &Cut) -> Result<()> {
         let Some((window, arrangement)) = self.window.zip(self.arrangement.as_ref()) else {
             return Ok(());
@@ -171,7 +171,19 @@ impl<L: Arrangement> Layer<L> {
                     lengths.iter().enumerate().map(|(b, &kept)| (rows.span(b).len, kept));
                 rows.try_for_each(|(live, kept)| check(live, kept))
             }
-            Cut::Crop(_) | Cut::CropRows(_) => Ok(()),
+            Cut::CropRows(lengths) => {
+                let mut kept = lengths.iter().enumerate().map(|(row, &length)| {
+                    gone_after_crop([self.let_go, rows.span(row).len], length)
+                });
+                let first = kept.next().unwrap_or(0);
+                let apart = kept.enumerate().find(|(_, other)| *other != first);
+                apart.map_or(Ok(()), |(row, other)| {
+                    let (layer, window, row) = (self.index, window.tokens, row + 1);
+                    Err(WindowError::RowsApart { layer, window, row, let_go: [first, other] }
+                        .into())
+                })
+            }
+            Cut::Crop(_) => Ok(()),
         }
     }
 
@@ -191,8 +203,14 @@ impl<L: Arrangement> Layer<L> {
         let Some(arrangement) = &mut self.arrangement else { return };
         let before = arrangement.rows().len();
         let is_crop = matches!(cut, Cut::Crop(_) | Cut::CropRows(_));
-        if is_crop {
-            self.let_go = gone_after_crop([self.let_go, before], longest(cut));
+        match cut {
+            Cut::Crop(most) => self.let_go = gone_after_crop([self.let_go, before], *most),
+            // As many of all rows, which was checked.
+            Cut::CropRows(lengths) => {
+                let (live, most) = (arrangement.rows().span(0).len, lengths.first());
+                self.let_go = gone_after_crop([self.let_go, live], most.copied().unwrap_or(0));
+            }
+            Cut::Truncate(_) | Cut::TruncateRows(_) => {}
         }
         if !arrangement.rows().is_changed_by(cut) {
             return;
@@ -375,15 +393,6 @@ impl<L: Arrangement> Layer<L> {
             }),
             _ => Ok(shape),
         }
-    }
-}
-
-/// The most tokens that a crop keeps of a row.
-fn longest(crop: &Cut) -> usize {
-    match crop {
-        Cut::Crop(most) => *most,
-        Cut::CropRows(lens) => lens.iter().copied().max().unwrap_or(0),
-        Cut::Truncate(_) | Cut::TruncateRows(_) => usize::MAX,
     }
 }
 

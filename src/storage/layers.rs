@@ -126,11 +126,6 @@ impl<L: Arrangement> Layers<L> {
         let (Cut::CropRows(lens) | Cut::TruncateRows(lens)) = cut else {
             unreachable!("a cut of rows")
         };
-        let has_window = self.layers.values().any(Layer::has_window);
-        if has_window && matches!(cut, Cut::CropRows(_)) {
-            // What a window has let go is counted for all rows of a layer together.
-            return Err(Error::NotSupported { what: "crop_rows() for layers with windows" });
-        }
         for (&layer, held) in &self.layers {
             if let Some(batch) = held.batch().filter(|&batch| batch != lens.len()) {
                 return Err(Error::RowCount { got: lens.len(), layer, batch });

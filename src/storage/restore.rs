@@ -8,6 +8,7 @@ use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
 use crate::host::position::{self, CachePosition};
 use crate::host::rows::{Cut, Rows};
+use crate::host::window::Window;
 use crate::saved::{SavedLayer, Stretch};
 use crate::storage::arrangement::{Arrangement, LayerState, NewTokens, Staged};
 use crate::storage::layer::Layer;
@@ -22,6 +23,7 @@ impl<L: Arrangement> Layers<L> {
         pass: &mut wgpu::ComputePass<'_>,
         saved: &[(usize, SavedLayer)],
     ) -> Result<()> {
+        self.prepared = None;
         self.check_pass(pass)?;
         self.check_writable()?;
         if self.layers.values().any(|layer| layer.batch().is_some()) {
@@ -91,10 +93,8 @@ impl<L: Arrangement> Layer<L> {
     /// the saved layer had none, or more than there may be.
     fn first_kept(&self, saved: &SavedLayer, bound: usize) -> usize {
         let len = saved.len();
-        match self.window {
-            Some(window) if saved.let_go == 0 || len > bound => len - len.min(window.needed()),
-            _ => 0,
-        }
+        let kept = |window: Window| window.kept_of_saved([saved.let_go, len], bound);
+        len - self.window.map_or(len, kept)
     }
 
     /// Stages the writing of some saved tokens behind those that are there.

@@ -262,3 +262,165 @@ fn shared_memory_takes_no_part_in_changes_of_the_batch() {
     assert_eq!(refused, Err(Error::SharedMemory { batch: 2 }));
     pair.check("after refusals");
 }
+
+/// Both sides in one file.
+#[cfg(feature = "safetensors")]
+mod saved {
+    use std::ops::Range;
+
+    use safetensors::SafeTensors;
+    use wgpu_kvcache::{PagedKVCache, StoringError};
+
+    use super::*;
+
+    const ALL: Range<usize> = 0..usize::MAX;
+
+    fn fixed(gpu: &Gpu, tokens: usize) -> StaticKVCache {
+        let options = CacheOptions::default().with_max_cache_len(tokens).with_num_layers(3);
+        StaticKVCache::with_options(gpu, options).expect("options of the kind")
+    }
+
+    fn paged(gpu: &Gpu) -> PagedKVCache {
+        let options = CacheOptions::default().with_page_tokens(4);
+        PagedKVCache::with_options(gpu, options).expect("options of the kind")
+    }
+
+    /// Beams over memory, a file of them, and that the file holds what it says.
+    fn save<S: KVCache, C: KVCache>(
+        gpu: &Gpu,
+        own: S,
+        memory: C,
+    ) -> ([Model; 2], Vec<u8>, Vec<u8>) {
+        let mut pair = Pair::new(gpu, own, memory, [Model::dynamic(), Model::dynamic()]);
+        pair.update(Side::CrossAttention, 0, [2, 2, 9, 4]);
+        pair.update(Side::CrossAttention, 1, [2, 2, 9, 4]);
+        pair.update(Side::SelfAttention, 0, [2, 2, 6, 4]);
+        pair.repeat_interleave(2).expect("room");
+        pair.models.iter_mut().for_each(|model| model.repeat_interleave(2).expect("the same"));
+        pair.cache.crop(4);
+        pair.models[0].crop(4);
+        let bytes = pair.cache.save(ALL).expect("it was submitted");
+        assert!(bytes == pollster::block_on(pair.cache.save_async(ALL)).expect("the same"));
+        // A reader of the format finds each side's tensors by its name.
+        let file = SafeTensors::deserialize(&bytes).expect("a reader of the format");
+        let mut names = file.names();
+        names.sort_unstable();
+        let of = |layer: &str| ["key", "pages", "rows", "value"].map(|it| format!("{layer}.{it}"));
+        let layers =
+            ["cross_attention.layer.0", "cross_attention.layer.1", "self_attention.layer.0"];
+        assert_eq!(names, layers.map(of).concat());
+        let one = pair.cache.save(1..2).expect("it was submitted");
+        (pair.models, bytes, one)
+    }
+
+    /// Both sides are restored, and go on as they would have.
+    fn restore<S: KVCache, C: KVCache>(
+        gpu: &Gpu,
+        (own, memory): (S, C),
+        models: &[Model; 2],
+        bytes: &[u8],
+        context: &str,
+    ) {
+        let mut pair = Pair::new(gpu, own, memory, models.clone());
+        pair.seed = 90;
+        gpu.submit_pass("restore", |pass| pair.cache.restore(pass, bytes))
+            .unwrap_or_else(|error| panic!("{context}: {error}"));
+        pair.check(context);
+        let position = pair.cache.get_next_position(0, Side::SelfAttention);
+        assert_eq!(position, Ok(6), "{context}");
+        assert_eq!([0, 1, 2].map(|it| pair.cache.is_updated(it)), [true, true, false]);
+        pair.update(Side::SelfAttention, 0, [4, 2, 1, 4]);
+        pair.select(&[3, 1]).expect("both have these rows");
+        pair.models.iter_mut().for_each(|it| it.select(&[3, 1]).expect("the same"));
+        pair.check(context);
+        pair.cache.reset();
+        assert!(!pair.cache.is_updated(0), "{context}");
+    }
+
+    #[test]
+    fn both_sides_go_through_a_file_from_every_kind_into_every_kind() {
+        let gpu = gpu();
+        let dynamic = || DynamicKVCache::new(&gpu);
+        let files = [
+            save(&gpu, dynamic(), dynamic()),
+            save(&gpu, fixed(&gpu, 20), paged(&gpu)),
+            save(&gpu, paged(&gpu), fixed(&gpu, 20)),
+        ];
+        for (from, (models, bytes, one)) in files.iter().enumerate() {
+            let context = format!("file {from}");
+            restore(&gpu, (dynamic(), paged(&gpu)), models, bytes, &context);
+            restore(&gpu, (fixed(&gpu, 9), dynamic()), models, bytes, &context);
+            restore(&gpu, (paged(&gpu), fixed(&gpu, 9)), models, bytes, &context);
+            // Layers of a range, of which one holds the memory alone.
+            let mut cache = EncoderDecoderCache::dynamic(&gpu);
+            gpu.submit_pass("restore", |pass| cache.restore(pass, one)).expect("it fits");
+            let lens = SIDES.map(|side| cache.get_seq_length(1, side).expect("a layer"));
+            assert_eq!(lens, [0, 9], "{context}");
+            assert_eq!([0, 1].map(|it| cache.is_updated(it)), [false, true], "{context}");
+        }
+    }
+
+    /// What a side refuses leaves both as they were.
+    #[test]
+    fn sides_that_cannot_be_restored_hold_what_they_held() {
+        let mut pair = dynamic();
+        let gpu = pair.gpu.clone();
+        pair.update(Side::CrossAttention, 0, [2, 2, 9, 4]);
+        pair.update(Side::SelfAttention, 0, [2, 2, 6, 4]);
+        let bytes = pair.cache.save(ALL).expect("it was submitted");
+        let alone = pair.cache.self_attention_cache().save(ALL).expect("it was submitted");
+        let is_bad = |error: &Error| matches!(error, Error::Storing(StoringError::BadSave { .. }));
+        let refuse = |cache: &mut EncoderDecoderCache, bytes: &[u8]| {
+            gpu.submit_pass("refused", |pass| cache.restore(pass, bytes)).expect_err("refused")
+        };
+        // A file of one cache, a damaged one; a cache of one side that is given both.
+        let mut empty = dynamic();
+        for bytes in [&alone[..], &bytes[..bytes.len() - 1], b"GGUF"] {
+            let error = refuse(&mut empty.cache, bytes);
+            assert!(is_bad(&error), "{error}");
+            empty.check("refused");
+        }
+        let mut side = DynamicKVCache::new(&gpu);
+        let error =
+            gpu.submit_pass("refused", |pass| side.restore(pass, &bytes)).expect_err("sides");
+        assert!(is_bad(&error) && error.to_string().contains("EncoderDecoderCache"), "{error}");
+        // The memory has too many rows to be shared.
+        let mut shared = EncoderDecoderCache::dynamic(&gpu).with_shared_memory();
+        let error = refuse(&mut shared, &bytes);
+        assert_eq!(error, Error::SharedMemory { batch: 2 });
+        // The second side stores another format, or has too few tokens of room: the first holds nothing either.
+        let models = [Model::dynamic(), Model::fixed(8, 3)];
+        let mut small = Pair::new(&gpu, DynamicKVCache::new(&gpu), fixed(&gpu, 8), models);
+        let error = gpu
+            .submit_pass("refused", |pass| small.cache.restore(pass, &bytes))
+            .expect_err("nine tokens of memory");
+        assert!(matches!(error, Error::SequenceTooLong { .. }), "{error}");
+        assert!(!small.cache.is_updated(0));
+        assert_eq!(SIDES.map(|side| small.cache.get_seq_length(0, side)), [Ok(0), Ok(0)]);
+        small.update(Side::SelfAttention, 0, [1, 1, 2, 4]);
+        // A side that holds tokens keeps them.
+        for side in SIDES {
+            let mut held = dynamic();
+            held.update(side, 0, [1, 1, 2, 4]);
+            let error = refuse(&mut held.cache, &bytes);
+            assert!(matches!(error, Error::NotSupported { .. }), "{error}");
+            held.check("refused");
+            assert_eq!(held.cache.is_updated(0), side == Side::CrossAttention);
+        }
+        // Memory of one row is shared again.
+        let mut one = EncoderDecoderCache::dynamic(&gpu).with_shared_memory();
+        let tokens = upload(&gpu, DType::F32, &Block::noise([1, 2, 3, 4], 4, 9));
+        gpu.submit_pass("one row", |pass| {
+            SIDES.into_iter().try_for_each(|side| {
+                let append = CachePosition::Append;
+                one.update(pass, &tokens.view(), &tokens.view(), 0, append, side).map(|_| ())
+            })
+        })
+        .expect("room");
+        gpu.submit_pass("beams", |pass| one.batch_repeat_interleave(pass, 3)).expect("room");
+        let bytes = one.save(ALL).expect("it was submitted");
+        gpu.submit_pass("restore", |pass| shared.restore(pass, &bytes)).expect("it fits");
+        let rows = SIDES.map(|side| shared.view(0, side).unwrap().expect("tokens").key_shape()[0]);
+        assert_eq!(rows, [3, 1]);
+    }
+}

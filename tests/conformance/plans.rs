@@ -116,8 +116,10 @@ fn a_plan_foresees_what_a_cache_takes_to_the_byte() {
         let kind = KINDS[number % 4];
         let layers: Vec<LayerShape> =
             (0..1 + random.below(4)).map(|_| random_layer(&mut random)).collect();
-        let windows: Vec<Option<usize>> =
-            layers.iter().map(|_| (random.below(2) == 0).then_some(1 + random.below(90))).collect();
+        let windows: Vec<Option<usize>> = layers
+            .iter()
+            .map(|_| [None, Some(1 + random.below(90)), Some(1 + random.below(3))][random.below(3)])
+            .collect();
         let tokens = 1 + random.below(400);
         let chunk = [1 + random.below(tokens), 1 + random.below(7)][random.below(2)];
         let load = CacheLoad { batch: 1 + random.below(3), tokens, chunk };
@@ -133,6 +135,34 @@ fn a_plan_foresees_what_a_cache_takes_to_the_byte() {
         assert_eq!(plan.buffers(), stats.buffers, "{context}");
         assert_eq!(plan.pages_used(), stats.pages_used, "{context}");
         assert!(plan.longest().is_none_or(|longest| longest >= tokens), "{context}");
+    }
+}
+
+/// Pools of a bounded size: those of layers that keep all are made whole, and those of a window take what it needs.
+#[test]
+fn a_bound_of_pages_leaves_windows_with_what_they_need() {
+    const PAGES: usize = 128;
+    let gpu = gpu();
+    let layer = LayerShape { dtype: DType::F32, heads: 2, key_dim: 8, value_dim: 8 };
+    let page_bytes = 2 * 2 * 16 * 8 * 4;
+    let windows = [Some(40), Some(40), Some(40), None];
+    let bounded = CacheOptions::default().with_max_pages(PAGES).with_windows(&windows);
+    for (batch, tokens, chunk) in [(1, 1, 1), (1, 2000, 60), (3, 500, 20), (2, 900, 900)] {
+        let load = CacheLoad { batch, tokens, chunk };
+        for kind in [CacheKind::Sequences, CacheKind::Paged] {
+            let limits = gpu.device().limits();
+            let plan = CachePlan::new(kind, &[layer; 4], bounded, load, &limits).expect("counted");
+            let context = format!("{kind:?}, {load:?}");
+            assert_eq!(plan.fits(), Ok(()), "{context}");
+            let stats = run(&gpu, kind, &[layer; 4], bounded, load).expect("it fits");
+            assert_eq!(plan.bytes_allocated(), stats.bytes_allocated, "{context}");
+            assert_eq!(plan.peak_bytes_allocated(), stats.peak_bytes_allocated, "{context}");
+            let whole = (PAGES * page_bytes) as u64;
+            // The window, the longest update, and a page that both end in; doubled.
+            let most = 2 * batch * ((39 + chunk).div_ceil(16) + 1) * page_bytes;
+            let windowed = stats.bytes_allocated - whole;
+            assert!(windowed <= 3 * whole.min(most as u64), "{context}: {windowed} bytes");
+        }
     }
 }
 

@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use safetensors::SafeTensors;
 use wgpu_kvcache::wgpu::Features;
 use wgpu_kvcache::{
-    Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Format, Formats, Gpu,
-    KVCache, LayerShape, PagedKVCache, SequenceCache, StaticKVCache, StoredTensor, StoringError,
-    TensorView,
+    BatchChange, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, Error, Format, Formats,
+    Gpu, KVCache, LayerShape, PagedKVCache, SequenceCache, SequenceId, StaticKVCache, StoredTensor,
+    StoringError, TensorView,
 };
 
 use crate::model::{Block, Model};
@@ -177,6 +177,48 @@ fn shared_pages_are_saved_once_and_shared_again() {
     }
 }
 
+/// The same content gives the same bytes, of rows and of sequences.
+#[test]
+fn a_cache_that_is_saved_twice_gives_the_same_bytes() {
+    let gpu = gpu();
+    let mut rig = Rig::in_pages(&gpu, 4, None, Model::dynamic());
+    for layer in 0..6 {
+        rig.update(layer, [2, 1, 5, 4], 4, APPEND);
+    }
+    let mut cache = SequenceCache::new(&gpu, &[SHAPE; 6]).expect("layers");
+    let id = cache.add().unwrap();
+    step(&gpu, &mut cache, id, 3, 1);
+    let saves: [&dyn Fn() -> Vec<u8>; 3] = [
+        &|| rig.cache.save(ALL).expect("it was submitted"),
+        &|| pollster::block_on(rig.cache.save_async(ALL)).expect("it was submitted"),
+        &|| cache.save(id).expect("it was submitted"),
+    ];
+    for save in saves {
+        let first = save();
+        assert!((0..8).all(|_| save() == first));
+    }
+    assert!(saves[0]() == saves[1]());
+}
+
+/// A change of the batch that was prepared for an empty cache is not that of the restored one.
+#[test]
+fn a_prepared_change_does_not_outlive_a_restore() {
+    let gpu = gpu();
+    let mut rig = Rig::dynamic(&gpu);
+    rig.update(0, [2, 1, 5, 4], 4, APPEND);
+    let bytes = rig.cache.save(ALL).expect("it was submitted");
+    for (kind, mut cache) in kinds(&gpu, CacheOptions::default()) {
+        let change = BatchChange::Select(&[1, 1, 0]);
+        cache.prepare_batch(change).expect("nothing to do");
+        gpu.submit_pass("restore, then select", |pass| {
+            cache.restore(pass, &bytes)?;
+            cache.batch_select_indices(pass, &[1, 1, 0])
+        })
+        .unwrap_or_else(|error| panic!("{kind}: {error}"));
+        assert_eq!(cache.get(0).unwrap().expect("tokens").0.shape(), [3, 1, 5, 4], "{kind}");
+    }
+}
+
 /// A reader of the format opens the file, and finds a layer's tensors by their names.
 #[test]
 fn a_file_is_plain_safetensors() {
@@ -306,6 +348,11 @@ fn layers_with_windows_keep_what_their_windows_need() {
     let (key, _) = fixed.get(0).unwrap().expect("written");
     let (its, _) = cache.get(0).unwrap().expect("written");
     assert!(same_bits(key.bytes(), its.bytes()));
+    // A window of one token needs none, and positions go on counting.
+    let options = CacheOptions::default().with_windows(&[Some(1), None]);
+    let mut least = DynamicKVCache::with_options(&gpu, options).expect("options");
+    gpu.submit_pass("restore", |pass| least.restore(pass, &bytes)).expect("it fits");
+    assert_eq!([0, 1].map(|layer| least.get_next_position(layer)), [Ok(18), Ok(18)]);
 }
 
 #[test]
@@ -381,4 +428,178 @@ fn refuse_one_layer(gpu: &Gpu, mut cache: DynamicKVCache, bytes: &[u8]) -> Error
     let error = gpu.submit_pass("bad", |pass| cache.restore(pass, bytes)).expect_err("refused");
     assert!(cache.view(0).unwrap().is_none(), "{error}");
     error
+}
+
+/// K and V of a step in all layers of a cache of sequences, which has `LAYERS` of them.
+fn step(
+    gpu: &Gpu,
+    cache: &mut SequenceCache,
+    id: SequenceId,
+    tokens: usize,
+    seed: u64,
+) -> Vec<u32> {
+    let [key, value] = [0, 1].map(|side| {
+        upload(gpu, DType::F32, &Block::numbers([1, tokens, 2, 32], DType::F32, seed + side))
+    });
+    gpu.submit_pass("step", |pass| {
+        let step = cache.plan_step(pass, &[(id, tokens)])?;
+        for layer in 0..cache.num_layers() {
+            let [key, value] = [&key, &value].map(|tensor| {
+                TensorView::packed(tensor.buffer(), DType::F32, [tokens, 2, 32]).expect("a shape")
+            });
+            cache.update(pass, &step, layer, &key, &value)?;
+        }
+        Ok::<_, Error>(step.positions().to_vec())
+    })
+    .expect("room")
+}
+
+/// The same tokens in every layer, and the same counts of them.
+fn same_sequence(a: (&SequenceCache, SequenceId), b: (&SequenceCache, SequenceId), context: &str) {
+    let [one, other] = [a, b];
+    assert_eq!(one.0.len(one.1), other.0.len(other.1), "{context}");
+    assert_eq!(one.0.next_position(one.1), other.0.next_position(other.1), "{context}");
+    for layer in 0..one.0.num_layers() {
+        let held = [one, other].map(|(cache, id)| cache.get_stored(id, layer).unwrap());
+        let [Some((ka, va)), Some((kb, vb))] = held else { panic!("{context}, layer {layer}") };
+        assert!(same(&ka, &kb) && same(&va, &vb), "{context}, layer {layer}");
+    }
+}
+
+const SHAPE: LayerShape = LayerShape { dtype: DType::F32, heads: 2, key_dim: 32, value_dim: 32 };
+
+/// Sequences in layers with windows: saved and restored with what their windows keep, after steps of any length,
+/// roll-backs and crops; they go on, and are rolled back, as they would have been. A layer that has let go of nothing
+/// is restored with what its window needs.
+#[test]
+fn sequences_are_restored_into_layers_with_windows() {
+    let gpu = gpu();
+    let windows = [Some(6), None, Some(6), Some(1), Some(20)];
+    for (formats, sizes) in [(Formats::default(), [4, 16]), (Format::Q8_0.into(), [1, 4])] {
+        let make = |windows, page| {
+            let options = CacheOptions::default().with_formats(formats).with_windows(windows);
+            SequenceCache::with_options(&gpu, &[SHAPE; 5], options.with_page_tokens(page))
+                .expect("options")
+        };
+        let mut whole = make(&[], 4);
+        let other_whole = whole.add().unwrap();
+        step(&gpu, &mut whole, other_whole, 3, 99);
+        for (history, (steps, dropped, most)) in [
+            (&[9, 1, 4, 1][..], 0, 99),
+            (&[30, 2, 7], 3, 99),
+            (&[30, 9], 0, 35),
+            (&[12, 8], 0, 10),
+            (&[25, 3], 1, 2),
+            (&[3], 0, 99),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let context = format!("{formats:?}, history {history}");
+            let mut cache = make(&windows, sizes[0]);
+            let ids = [cache.add().unwrap(), whole.add().unwrap()];
+            for (at, &tokens) in steps.iter().enumerate() {
+                step(&gpu, &mut cache, ids[0], tokens, at as u64);
+                step(&gpu, &mut whole, ids[1], tokens, at as u64);
+            }
+            for (cache, id) in [&mut cache, &mut whole].into_iter().zip(ids) {
+                cache.drop_latest(id, dropped).unwrap();
+                cache.crop(id, most).unwrap();
+            }
+            let bytes = cache.save(ids[0]).expect("it was submitted");
+            let mut other = make(&windows, sizes[1]);
+            let first = other.add().unwrap();
+            step(&gpu, &mut other, first, 5, 50);
+            let id =
+                gpu.submit_pass("restore", |pass| other.restore(pass, &bytes)).expect("it fits");
+            if history < 3 {
+                same_sequence((&cache, ids[0]), (&other, id), &context);
+            }
+            // From one that keeps all, layers keep what their windows need.
+            let bytes = whole.save(ids[1]).expect("it was submitted");
+            let own =
+                gpu.submit_pass("restore", |pass| other.restore(pass, &bytes)).expect("it fits");
+            assert_eq!(other.len(own), whole.len(ids[1]), "{context}");
+            let len = whole.len(ids[1]).unwrap();
+            for (layer, window) in windows.into_iter().enumerate() {
+                let (key, _) = other.get(own, layer).unwrap().expect("tokens");
+                let most = window.map_or(len, |window: usize| len.min((window - 1).max(1)));
+                assert_eq!(key.shape()[2], most, "{context}, layer {layer}");
+            }
+            // All go on as the first one does.
+            let positions = step(&gpu, &mut cache, ids[0], 2, 70);
+            for id in [id, own] {
+                assert_eq!(step(&gpu, &mut other, id, 2, 70), positions, "{context}");
+                same_sequence((&cache, ids[0]), (&other, id), &context);
+                other.drop_latest(id, 2).expect("the latest step goes back whole");
+                assert_eq!(other.len(id), Ok(len), "{context}");
+            }
+            assert_eq!(other.len(first), Ok(5));
+            for id in [id, own, first] {
+                other.remove(id).unwrap();
+            }
+            assert_eq!((other.stats().pages_used, other.stats().pages_shared), (0, 0), "{context}");
+            // A row of a cache of rows with the same windows, and back.
+            let options = CacheOptions::default().with_formats(formats).with_windows(&windows);
+            let mut rows = DynamicKVCache::with_options(&gpu, options).expect("options");
+            let bytes = cache.save(ids[0]).expect("it was submitted");
+            gpu.submit_pass("rows", |pass| rows.restore(pass, &bytes)).expect("one row");
+            let bytes = rows.save(ALL).expect("it was submitted");
+            let id = gpu.submit_pass("back", |pass| other.restore(pass, &bytes)).expect("it fits");
+            same_sequence((&cache, ids[0]), (&other, id), &context);
+        }
+    }
+}
+
+/// Tokens that a save does not hold any more are missed by layers that would look back on them.
+#[test]
+fn layers_that_need_more_than_was_saved_are_refused() {
+    let gpu = gpu();
+    let make = |windows, pages: Option<usize>| {
+        let options = CacheOptions::default().with_windows(windows).with_page_tokens(4);
+        SequenceCache::with_options(&gpu, &[SHAPE; 2], options.with_max_pages(pages))
+            .expect("options")
+    };
+    let mut cache = make(&[Some(6), None], None);
+    let id = cache.add().unwrap();
+    for (at, tokens) in [20, 3].into_iter().enumerate() {
+        step(&gpu, &mut cache, id, tokens, at as u64);
+    }
+    // Layer 0 holds 5 + 3 tokens, layer 1 all 23.
+    let bytes = cache.save(id).expect("it was submitted");
+    for (windows, pages, words) in [
+        (&[][..], None, "layer 0 holds the latest 8 of 23 tokens"),
+        (
+            &[Some(10), None],
+            None,
+            "layer 0 holds the latest 8 of 23 tokens, and a window of 10 needs 9",
+        ),
+        (&[Some(9), None], Some(5), "pages"),
+        (&[Some(6)], None, ""),
+        (&[Some(9), Some(9)], None, ""),
+    ] {
+        let mut other = make(windows, pages);
+        let own = other.add().unwrap();
+        step(&gpu, &mut other, own, 2, 9);
+        let before = (other.stats(), other.sequences().unwrap());
+        let answer = gpu.submit_pass("restore", |pass| other.restore(pass, &bytes));
+        if words.is_empty() {
+            assert_eq!(other.len(answer.expect("it holds enough")), Ok(23));
+            continue;
+        }
+        let error = answer.expect_err("tokens are missing, or pages").to_string();
+        assert!(error.contains(words), "'{words}' is not in '{error}'");
+        assert_eq!((other.stats(), other.sequences().unwrap()), before, "{error}");
+        step(&gpu, &mut other, own, 2, 10);
+    }
+    // What all layers miss alike was never there for a cache that keeps all, as after a crop.
+    let mut windowed = make(&[Some(6), Some(6)], None);
+    let id = windowed.add().unwrap();
+    for (at, tokens) in [20, 3].into_iter().enumerate() {
+        step(&gpu, &mut windowed, id, tokens, at as u64);
+    }
+    let bytes = windowed.save(id).expect("it was submitted");
+    let mut all = make(&[], None);
+    let id = gpu.submit_pass("restore", |pass| all.restore(pass, &bytes)).expect("it fits");
+    assert_eq!((all.len(id), all.next_position(id)), (Ok(8), Ok(23)));
 }

@@ -1,5 +1,7 @@
 //! Layers that keep what their window needs, beside layers that keep all.
 
+use std::collections::HashMap;
+
 use wgpu_kvcache::{
     Attention, AttentionOptions, CacheKind, CacheLoad, CacheOptions, CachePlan, CachePosition,
     DType, DynamicKVCache, Error, Gpu, KVCache, LayerShape, PagedKVCache, SequenceCache,
@@ -126,7 +128,7 @@ fn layers_keep_what_their_windows_need_after_any_history() {
     let gpus = [gpu(), plain_gpu(|_| ())];
     let mut random = Random(61);
     let mut seed = 0;
-    let mut refused = 0;
+    let (mut refused, mut apart, mut cropped) = (0, 0, 0);
     for history in 0..cases(24) {
         let gpu = &gpus[history % 2];
         for (kind, (is_ring, cache)) in caches(gpu, &WINDOWS, 4000).into_iter().enumerate() {
@@ -141,7 +143,41 @@ fn layers_keep_what_their_windows_need_after_any_history() {
             for call in 0..30 {
                 let context = format!("history {history}, kind {kind}, call {call}");
                 let length = run.layers[1].own.len(0);
-                match random.below(10) {
+                match random.below(12) {
+                    10 | 11 => {
+                        let lengths: Vec<usize> = match random.below(3) {
+                            0 => vec![random.below(30); run.batch],
+                            1 => (0..run.batch).map(|_| random.below(6)).collect(),
+                            _ => (0..run.batch).map(|_| random.below(40)).collect(),
+                        };
+                        // Tokens of each row that count and are gone.
+                        let gone = |layer: &Layer| {
+                            let (own, whole) = (layer.own.len(0), layer.whole.len(0));
+                            let row = |&most: &usize| whole.min(most) - own.min(most);
+                            lengths.iter().map(row).collect::<Vec<_>>()
+                        };
+                        let is_even = |gone: Vec<usize>| gone.iter().all(|it| *it == gone[0]);
+                        let answer = run.cache.crop_rows(&lengths);
+                        if run.longest > 0 && !run.layers.iter().map(gone).all(is_even) {
+                            apart += 1;
+                            let error = answer.expect_err("rows differ");
+                            assert!(
+                                matches!(error, Error::Window(WindowError::RowsApart { .. })),
+                                "{context}: {error}"
+                            );
+                        } else {
+                            assert_eq!(answer, Ok(()), "{context}, {lengths:?}");
+                            cropped += usize::from(run.longest > 0 && run.batch > 1);
+                            for layer in &mut run.layers {
+                                for model in [&mut layer.own, &mut layer.whole] {
+                                    model.cut_rows(&lengths, true).expect("as many rows");
+                                }
+                            }
+                            run.check(&context);
+                            // Rows of one length again.
+                            run.append(1 + random.below(CHUNK), &mut seed);
+                        }
+                    }
                     0..=4 => run.append(1 + random.below(CHUNK), &mut seed),
                     5 => {
                         let dropped = random.below(8);
@@ -204,6 +240,7 @@ fn layers_keep_what_their_windows_need_after_any_history() {
         }
     }
     assert!(refused > 5, "{refused} roll-backs were refused");
+    assert!(apart > 5 && cropped > 5, "{apart} crops of rows were refused, {cropped} were not");
 }
 
 /// A roll-back that cannot answer for itself changes nothing, and every later call says what was wrong, until a
@@ -235,9 +272,6 @@ fn a_truncation_past_a_window_is_said_by_every_later_call() {
         });
         assert_eq!(cache.drop_latest(1), Err(past.clone()));
         assert_eq!([cache.get_seq_length(0), cache.get_seq_length(1)], [Ok(3), Ok(9)]);
-        // What was let go is counted for all rows together.
-        let rows = cache.crop_rows(&[2]).expect_err("windows");
-        assert!(matches!(rows, Error::NotSupported { .. }), "{rows}");
         cache.truncate(8);
         assert_eq!(cache.get_seq_length(1), Err(past.clone()));
         assert_eq!(cache.read(0).map(|_| ()), Err(past.clone()));
@@ -509,8 +543,6 @@ fn sequences_keep_what_windows_need() {
             }
         }
         assert!(refused > 0, "no roll-back was refused");
-        let error = caches[1].remember_prefix(ids[0][1], &[]).expect_err("pages do not stay");
-        assert!(matches!(error, Error::NotSupported { .. }), "{error}");
         for id in ids {
             caches[0].remove(id[0]).expect("it is there");
             caches[1].remove(id[1]).expect("it is there");
@@ -536,3 +568,218 @@ fn sequences_keep_what_windows_need() {
 
 /// A change of a sequence.
 type Change<'a> = &'a dyn Fn(&mut SequenceCache, SequenceId) -> Result<(), Error>;
+
+/// Which tokens of each window's layers are noted: of a page, named by all tokens up to its end, the first one.
+type NotedTokens = HashMap<Vec<u32>, usize>;
+
+/// What a prefix is, told token by token.
+struct Prefixes {
+    page: usize,
+    windows: Vec<Option<usize>>,
+    noted: Vec<NotedTokens>,
+}
+
+impl Prefixes {
+    /// Notes the full pages of these tokens, of which each layer has the latest of `len` as many as `live` says.
+    fn note(&mut self, tokens: &[u32], len: usize, live: &[usize]) {
+        for (noted, live) in self.noted.iter_mut().zip(live) {
+            let gone = len - live;
+            for end in (self.page..=tokens.len()).step_by(self.page).filter(|&end| end > gone) {
+                let first = gone.max(end - self.page);
+                let held = noted.entry(tokens[..end].to_vec()).or_insert(first);
+                *held = first.min(*held);
+            }
+        }
+    }
+
+    /// The most tokens, in whole pages, of which each layer has noted all that the next token looks back on.
+    fn longest(&self, tokens: &[u32]) -> usize {
+        let is_there = |len: usize| {
+            self.windows.iter().zip(&self.noted).all(|(window, noted)| {
+                let first = window.map_or(0, |window| (len + 1).saturating_sub(window));
+                (first..len).all(|token| {
+                    let end = (token / self.page + 1) * self.page;
+                    noted.get(&tokens[..end]).is_some_and(|&held| held <= token)
+                })
+            })
+        };
+        let ends = (0..=tokens.len()).step_by(self.page).collect::<Vec<_>>();
+        ends.into_iter().rev().find(|&len| is_there(len)).expect("no token at least")
+    }
+}
+
+/// An element of K or V of the last of these tokens, which depends on all of them.
+fn content(tokens: &[u32], layer: usize, element: usize) -> f32 {
+    let mix = |all: u64, token: &u32| {
+        (all ^ u64::from(*token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+    };
+    let all = tokens.iter().fold((layer * 64 + element + 1) as u64, mix);
+    f32::from(u16::try_from(all >> 48).expect("16 bits"))
+}
+
+/// Sequences with prefixes in layers with windows: one begins with as many noted tokens as all layers still have what
+/// the next token looks back on, and with no others; and it holds what was written for these tokens.
+#[test]
+fn prefixes_are_reused_as_far_as_windows_keep_them() {
+    let gpu = gpu();
+    let mut random = Random(89);
+    let shape = LayerShape { dtype: DType::F32, heads: 1, key_dim: DIM, value_dim: DIM };
+    let windows = [Some(6), None, Some(20), Some(1), Some(6)];
+    // All layers; those with windows; with little room, in which prefixes make way.
+    let mut reused = [0; 3];
+    for (number, page) in [(0, 4), (1, 1), (2, 4), (0, 1), (1, 4)] {
+        let most = (number == 2).then_some(40);
+        let windows = if number == 1 { &windows[2..] } else { &windows[..] };
+        let options = CacheOptions::default().with_page_tokens(page).with_max_pages(most);
+        let shapes = vec![shape; windows.len()];
+        let options = options.with_windows(windows);
+        let mut cache = SequenceCache::with_options(&gpu, &shapes, options).expect("options");
+        let noted = vec![NotedTokens::new(); windows.len()];
+        let mut prefixes = Prefixes { page, windows: windows.to_vec(), noted };
+        // Texts that part at some token.
+        let mut texts: Vec<Vec<u32>> = vec![(0..90).collect()];
+        for text in 1..6 {
+            let mut other = texts[random.below(texts.len())].clone();
+            let at = random.below(60);
+            other[at..].iter_mut().for_each(|token| *token += 100 * text);
+            texts.push(other);
+        }
+        let mut sequences: Vec<(SequenceId, usize, usize)> = Vec::new();
+        let live = |cache: &SequenceCache, id: SequenceId, layer: usize| {
+            let held = cache.get(id, layer).expect("submitted");
+            held.map_or(Vec::new(), |(key, _)| key.as_slice::<f32>().expect("floats").to_vec())
+        };
+        for call in 0..120 {
+            let context = format!("windows {windows:?}, pages of {page}, call {call}");
+            match random.below(9) {
+                0 | 1 => {
+                    let text = random.below(texts.len());
+                    let asked = &texts[text][..random.below(91)];
+                    let cached = cache.cached_prefix(asked).expect("nothing is lost");
+                    let longest = prefixes.longest(asked);
+                    assert!(cached == longest || most.is_some() && cached < longest, "{context}");
+                    let (id, len) = cache.add_with_prefix(asked).expect("nothing is lost");
+                    assert_eq!(len, cached, "{context}");
+                    assert_eq!((cache.len(id), cache.next_position(id)), (Ok(len), Ok(len)));
+                    reused[number] += usize::from(len > 20);
+                    sequences.push((id, text, len));
+                }
+                2..=5 if !sequences.is_empty() => {
+                    let at = random.below(sequences.len());
+                    let (id, text, len) = sequences[at];
+                    let count = (1 + random.below(25)).min(90 - len);
+                    if count == 0 {
+                        continue;
+                    }
+                    let tokens = &texts[text][..len + count];
+                    let tensors: Vec<Tensor> = (0..windows.len())
+                        .map(|layer| {
+                            let token =
+                                |end| (0..DIM).map(move |i| content(&tokens[..end], layer, i));
+                            let floats: Vec<f32> =
+                                (len + 1..=len + count).flat_map(token).collect();
+                            upload_floats(&gpu, DType::F32, &floats, &[1, count, 1, DIM])
+                        })
+                        .collect();
+                    let answer = gpu.submit_pass("step", |pass| {
+                        let step = cache.plan_step(pass, &[(id, count)])?;
+                        for (layer, tensor) in tensors.iter().enumerate() {
+                            let packed = [count, 1, DIM];
+                            let new = TensorView::packed(tensor.buffer(), DType::F32, packed)?;
+                            cache.update(pass, &step, layer, &new, &new)?;
+                        }
+                        Ok::<_, Error>(())
+                    });
+                    match answer {
+                        Ok(()) => sequences[at].2 += count,
+                        Err(error) => {
+                            assert!(
+                                most.is_some() && matches!(error, Error::OutOfPages { .. }),
+                                "{error}"
+                            );
+                        }
+                    }
+                }
+                6 if !sequences.is_empty() => {
+                    let (id, text, len) = sequences[random.below(sequences.len())];
+                    let tokens = &texts[text][..random.below(len + 1)];
+                    cache.remember_prefix(id, tokens).expect("its tokens");
+                    let held = |layer| live(&cache, id, layer).len() / DIM;
+                    let held: Vec<usize> = (0..windows.len()).map(held).collect();
+                    prefixes.note(tokens, len, &held);
+                }
+                7 if !sequences.is_empty() => {
+                    let at = random.below(sequences.len());
+                    let (id, text, len) = sequences[at];
+                    let kept = len - random.below(len.min(8) + 1);
+                    if cache.truncate(id, kept).is_ok() {
+                        sequences[at].2 = kept;
+                    }
+                    if let Ok(fork) = cache.fork(id, kept) {
+                        sequences.push((fork, text, kept));
+                    }
+                }
+                _ if sequences.len() > 3 => {
+                    let (id, ..) = sequences.swap_remove(random.below(sequences.len()));
+                    cache.remove(id).expect("it is there");
+                }
+                _ => {}
+            }
+            let Some(&(id, text, len)) = sequences.last() else { continue };
+            for (layer, window) in windows.iter().enumerate() {
+                let held = live(&cache, id, layer);
+                let count = held.len() / DIM;
+                let needed = window.map_or(len, |window| len.min(window - 1));
+                assert!(count >= needed, "{context}, layer {layer}: {count} of {len} tokens");
+                let token = |end| (0..DIM).map(move |i| (end, i));
+                let due = (len - count + 1..=len).flat_map(token);
+                let due = due.map(|(end, i)| content(&texts[text][..end], layer, i));
+                assert_eq!(held, due.collect::<Vec<f32>>(), "{context}, layer {layer}");
+            }
+        }
+        for (id, ..) in sequences {
+            cache.remove(id).expect("it is there");
+        }
+        cache.forget_prefixes().expect("nothing is lost");
+        assert_eq!(cache.stats().pages_used, 0);
+    }
+    assert!(reused.iter().all(|&times| times > 2), "{reused:?} long prefixes were reused");
+}
+
+/// A prefix goes on in a sequence that was saved, restored and noted again.
+#[cfg(feature = "safetensors")]
+#[test]
+fn prefixes_of_restored_sequences() {
+    let gpu = gpu();
+    let layer = LayerShape { dtype: DType::F32, heads: 1, key_dim: DIM, value_dim: DIM };
+    let options = CacheOptions::default().with_page_tokens(4).with_windows(&[Some(7), None]);
+    let make = || SequenceCache::with_options(&gpu, &[layer; 2], options).expect("options");
+    let mut cache = make();
+    let id = cache.add().expect("nothing is lost");
+    let step = |cache: &mut SequenceCache, id, count: usize| {
+        let tokens = upload_floats(&gpu, DType::F32, &vec![0.5; count * DIM], &[1, count, 1, DIM]);
+        gpu.submit_pass("step", |pass| {
+            let step = cache.plan_step(pass, &[(id, count)])?;
+            let new = TensorView::packed(tokens.buffer(), DType::F32, [count, 1, DIM])?;
+            (0..2).try_for_each(|at| cache.update(pass, &step, at, &new, &new).map(|_| ()))
+        })
+        .unwrap_or_else(|error: Error| panic!("{error}"));
+    };
+    for count in [21, 2] {
+        step(&mut cache, id, count);
+    }
+    // Layer 0 holds tokens 15 to 22.
+    let bytes = cache.save(id).expect("submitted");
+    let mut other = make();
+    let id = gpu.submit_pass("restore", |pass| other.restore(pass, &bytes)).expect("it fits");
+    step(&mut other, id, 2);
+    let ids: Vec<u32> = (0..25).collect();
+    other.remember_prefix(id, &ids).expect("its tokens");
+    // Layer 0 has let go of all before token 17, and the next one behind 24 looks back on token 18.
+    assert_eq!(other.cached_prefix(&ids), Ok(24));
+    assert_eq!(other.cached_prefix(&ids[..23]), Ok(0));
+    let (next, len) = other.add_with_prefix(&ids).expect("nothing is lost");
+    assert_eq!(len, 24);
+    step(&mut other, next, 1);
+    assert_eq!(other.next_position(next), Ok(25));
+}

@@ -9,34 +9,16 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use serde::Deserialize;
 use wgpu_kvcache::{DynamicKVCache, Format, Gpu, HeadlessOptions, SequenceCache, wgpu};
 
 use decode_engine::{
     Engine, Event, Generation, Known, Options, Request, Settings, beam_search, greedy, load, open,
     serve,
 };
-use rig::{Kind, Loaded};
-
-#[derive(Deserialize)]
-struct Reference {
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    prompt: String,
-    prompt_ids: Vec<u32>,
-    greedy: Vec<u32>,
-    greedy_text: String,
-    greedy_min_margin: f64,
-    beams: Vec<Vec<u32>>,
-    beam_scores: Vec<f64>,
-}
+use rig::{Case, Kind, Loaded};
 
 fn reference() -> Vec<Case> {
-    let text = include_str!("reference/smollm2.json");
-    serde_json::from_str::<Reference>(text).expect("a well-formed reference").cases
+    rig::cases(include_str!("reference/smollm2.json"))
 }
 
 /// Where the model is.

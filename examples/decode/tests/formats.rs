@@ -12,12 +12,14 @@
 
 #[expect(dead_code, reason = "other tests check what loading takes")]
 mod rig;
+#[path = "rig/steps.rs"]
+mod steps;
 
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use decode_engine::{Engine, Known, Request, Rows, beam_search, greedy, serve};
-use rig::{Kind, Loaded};
-use serde::Deserialize;
+use decode_engine::{Engine, Known, Request, beam_search, greedy, serve};
+use rig::{Case, Kind, Loaded};
+use steps::{best, logits};
 use wgpu_kvcache::{Format, Formats, SequenceCache};
 
 /// Above this margin of the f32 cache, `q8_0` must not change the best token.
@@ -26,21 +28,8 @@ const MARGIN: f32 = 0.3;
 /// K takes more bits than V.
 const MIXED: Formats = Formats { key: Some(Format::Q8_0), value: Some(Format::Q4_0) };
 
-#[derive(Deserialize)]
-struct Reference {
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    prompt: String,
-    prompt_ids: Vec<u32>,
-    greedy: Vec<u32>,
-}
-
 fn reference() -> Vec<Case> {
-    let text = include_str!("reference/smollm2.json");
-    serde_json::from_str::<Reference>(text).expect("a well-formed reference").cases
+    rig::cases(include_str!("reference/smollm2.json"))
 }
 
 fn loaded() -> MutexGuard<'static, Loaded> {
@@ -54,29 +43,6 @@ fn loaded() -> MutexGuard<'static, Loaded> {
 fn engine(loaded: &Loaded, formats: impl Into<Formats>, cases: &[Case]) -> Engine {
     let tokens = |case: &Case| case.prompt_ids.len() + case.greedy.len();
     loaded.engine(formats, cases.iter().map(tokens).max().expect("a case"), 2)
-}
-
-/// The logits of every step of a case: after its prompt, and after each of its ids but the last.
-fn logits(loaded: &Loaded, engine: &mut Engine, case: &Case) -> Vec<Vec<f32>> {
-    let mut cache = loaded.cache(engine, Kind::Dynamic, 0);
-    let (_, fed) = case.greedy.split_last().expect("an id");
-    let steps = std::iter::once(&case.prompt_ids[..]).chain(fed.chunks(1));
-    let logits = |tokens| engine.logits(cache.as_mut(), tokens, 1, Rows::Keep).expect("logits");
-    steps.map(logits).collect()
-}
-
-/// The best token, and how far its logit is above that of the second best one. The reference never chooses `end`.
-fn best(logits: &[f32], end: Option<u32>) -> (u32, f32) {
-    let (mut best, mut second) = ((0, f32::NEG_INFINITY), f32::NEG_INFINITY);
-    for (token, &logit) in (0..).zip(logits).filter(|&(token, _)| Some(token) != end) {
-        assert!(!logit.is_nan(), "token {token} has no logit");
-        if logit > best.1 {
-            (best, second) = ((token, logit), best.1);
-        } else {
-            second = second.max(logit);
-        }
-    }
-    (best.0, best.1 - second)
 }
 
 /// Where the choice is not close, K and V in `q8_0` do not change it.

@@ -6,26 +6,13 @@ mod rig;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use decode_engine::{Engine, Known, Rows, Settings};
-use rig::{Kind, Loaded};
-use serde::Deserialize;
+use rig::{Case, Kind, Loaded};
 use wgpu_kvcache::{Format, KVCache};
-
-#[derive(Deserialize)]
-struct Reference {
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    prompt_ids: Vec<u32>,
-    greedy: Vec<u32>,
-}
 
 /// The longest prompt of the reference.
 fn case() -> Case {
-    let text = include_str!("reference/smollm2.json");
-    let cases = serde_json::from_str::<Reference>(text).expect("a well-formed reference").cases;
-    cases.into_iter().max_by_key(|case| case.prompt_ids.len()).expect("a prompt")
+    let cases = rig::cases(include_str!("reference/smollm2.json"));
+    cases.into_iter().max_by_key(|case: &Case| case.prompt_ids.len()).expect("a prompt")
 }
 
 /// The model on two devices.

@@ -22,6 +22,9 @@ impl Sequence {
 
     /// Drops the last `tokens` live tokens. Returns the pages that go back.
     pub(super) fn drop_last(&mut self, tokens: usize, page_tokens: usize) -> Vec<u32> {
+        if tokens == 0 {
+            return Vec::new();
+        }
         self.len -= tokens;
         let kept = pages_of(self.start, self.len, page_tokens);
         if kept == 0 {
@@ -32,6 +35,9 @@ impl Sequence {
 
     /// Drops the first `tokens` live tokens. Returns the pages that go back.
     pub(super) fn drop_first(&mut self, tokens: usize, page_tokens: usize) -> Vec<u32> {
+        if tokens == 0 {
+            return Vec::new();
+        }
         self.len -= tokens;
         self.dropped = self.dropped.saturating_add(tokens);
         let start = self.start + tokens;

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
+use super::prefixes::reusable_pages;
 use super::*;
 
 const FREE: StepLimits =
@@ -175,9 +176,10 @@ fn run(rig: &mut Rig, call: &Call) {
             // Tokens of the model are ids: each was written once, and forks share theirs.
             let mut asked = tokens[..n % (tokens.len() + 1)].to_vec();
             asked.push(u32::MAX);
-            let cached = rig.sequences.cached_prefix(&asked);
-            let (id, len) = rig.sequences.add_with_prefix(&asked);
-            assert_eq!((len, len % rig.sequences.page_tokens), (cached, 0));
+            let pages = reusable_pages([&rig.sequences].into_iter(), &asked);
+            let id = rig.sequences.add_with_pages(&asked, pages);
+            let len = rig.sequences.len(id).expect("it was added");
+            assert_eq!(len, pages * rig.sequences.page_tokens);
             let tokens = asked[..len].to_vec();
             assert!(rig.model.insert(id, Model { tokens, dropped: 0 }).is_none());
         }
@@ -251,6 +253,10 @@ fn a_name_is_never_another_sequence() {
     );
 }
 
+fn cached_prefix(sequences: &Sequences, tokens: &[u32]) -> usize {
+    reusable_pages([sequences].into_iter(), tokens) * sequences.page_tokens
+}
+
 #[test]
 fn a_full_pool_gives_up_prefixes_first_and_then_says_what_is_used() {
     let limits = StepLimits { pages: Some(4), ..FREE };
@@ -260,12 +266,12 @@ fn a_full_pool_gives_up_prefixes_first_and_then_says_what_is_used() {
     sequences.commit(step);
     sequences.remember_prefix(a, &[1, 2, 3, 4]).expect("its tokens");
     sequences.remove(a).expect("it is there");
-    assert_eq!((sequences.pool().used(), sequences.cached_prefix(&[1, 2, 3, 4])), (2, 4));
+    assert_eq!((sequences.pool().used(), cached_prefix(&sequences, &[1, 2, 3, 4])), (2, 4));
     let b = sequences.add();
     let step = sequences.plan(&[(b, 6)], limits).expect("a prefix makes room");
-    assert_eq!(sequences.cached_prefix(&[1, 2, 3, 4]), 4, "planning changes nothing");
+    assert_eq!(cached_prefix(&sequences, &[1, 2, 3, 4]), 4, "planning changes nothing");
     sequences.commit(step);
-    assert_eq!(sequences.cached_prefix(&[1, 2, 3, 4]), 2);
+    assert_eq!(cached_prefix(&sequences, &[1, 2, 3, 4]), 2);
     let expected = Error::OutOfPages { used: 4, shared: 0, wanted: 2, limit: 4, page_tokens: 2 };
     assert_eq!(sequences.plan(&[(b, 4)], limits).map(|_| ()), Err(expected));
     assert!(sequences.is_sound());

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::kernels::LayerShape;
 use crate::host::sequences::Sequences;
+use crate::host::sequences::prefixes::reusable_pages;
 use crate::host::window::Window;
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
@@ -25,7 +26,6 @@ pub(crate) struct SequenceGroups {
     pub(super) groups: Vec<SequenceLayers>,
     /// Group and place of each layer.
     places: Vec<(usize, usize)>,
-    pub(super) has_windows: bool,
 }
 
 /// A planned step: one for each group.
@@ -36,6 +36,11 @@ impl GroupSteps {
     /// That of the layers which keep most.
     pub(crate) fn first(&self) -> &StepData {
         &self.0[0]
+    }
+
+    /// That of a group. A step of another cache may have other groups.
+    pub(super) fn of(&self, group: usize) -> &StepData {
+        self.0.get(group).unwrap_or(self.first())
     }
 }
 
@@ -65,8 +70,7 @@ impl SequenceGroups {
             let sequences = Sequences::of_group(cache, limits.page_tokens, kind, first);
             SequenceLayers::new(gpu, members, (limits, storing), sequences)
         });
-        let has_windows = kinds.iter().any(Option::is_some);
-        Ok(Self { limits, groups: groups.collect(), places, has_windows })
+        Ok(Self { limits, groups: groups.collect(), places })
     }
 
     pub(crate) fn limits(&self) -> SequenceLimits {
@@ -145,27 +149,23 @@ impl SequenceGroups {
         self.each(|sequences| sequences.crop(id, length))
     }
 
-    /// Prefixes are pages that stay, and layers with a window let theirs go.
-    fn check_prefixes(&self) -> Result<()> {
-        match self.has_windows {
-            true => {
-                Err(Error::NotSupported { what: "prefixes of a cache whose layers have windows" })
-            }
-            false => Ok(()),
-        }
+    /// Whole pages of these tokens that a sequence can begin with.
+    fn cached_pages(&self, tokens: &[u32]) -> Result<usize> {
+        self.sequences()?;
+        Ok(reusable_pages(self.groups.iter().map(|group| &group.sequences), tokens))
     }
 
     pub(crate) fn cached_prefix(&self, tokens: &[u32]) -> Result<usize> {
-        let sequences = self.sequences()?;
-        Ok(if self.has_windows { 0 } else { sequences.cached_prefix(tokens) })
+        Ok(self.cached_pages(tokens)? * self.limits.page_tokens)
     }
 
     pub(crate) fn add_with_prefix(&mut self, tokens: &[u32]) -> Result<(SequenceId, usize)> {
-        self.each(|sequences| Ok(sequences.add_with_prefix(tokens)))
+        let pages = self.cached_pages(tokens)?;
+        let id = self.each(|sequences| Ok(sequences.add_with_pages(tokens, pages)))?;
+        Ok((id, pages * self.limits.page_tokens))
     }
 
     pub(crate) fn remember_prefix(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
-        self.check_prefixes()?;
         self.groups.iter().try_for_each(|group| group.check_written(id, tokens.len()))?;
         self.each(|sequences| sequences.remember_prefix(id, tokens))
     }
@@ -183,9 +183,18 @@ impl SequenceGroups {
         pass: &mut wgpu::ComputePass<'_>,
         counts: &[(SequenceId, usize)],
     ) -> Result<GroupSteps> {
+        self.plan_groups(pass, |_| counts)
+    }
+
+    /// The same, with tokens of their own for the layers of each group.
+    pub(super) fn plan_groups<'a>(
+        &mut self,
+        pass: &mut wgpu::ComputePass<'_>,
+        counts: impl Fn(usize) -> &'a [(SequenceId, usize)],
+    ) -> Result<GroupSteps> {
         let mut ready = Vec::with_capacity(self.groups.len());
-        for group in &mut self.groups {
-            ready.push(group.stage_step(pass, counts)?);
+        for (at, group) in self.groups.iter_mut().enumerate() {
+            ready.push(group.stage_step(pass, counts(at))?);
         }
         let groups = self.groups.iter_mut().zip(ready);
         let steps = groups.map(|(group, ready)| group.commit_step(pass, ready));
@@ -201,14 +210,12 @@ impl SequenceGroups {
         value: &TensorView<'_>,
     ) -> Result<LayerView> {
         let (group, at) = self.place(layer)?;
-        // A step of another cache may have other groups.
-        let step = step.0.get(group).unwrap_or(step.first());
-        self.groups[group].update(pass, step, at, key, value)
+        self.groups[group].update(pass, step.of(group), at, key, value)
     }
 
     pub(crate) fn view(&self, step: &GroupSteps, layer: usize) -> Result<LayerView> {
         let (group, at) = self.place(layer)?;
-        self.groups[group].view(step.0.get(group).unwrap_or(step.first()), at)
+        self.groups[group].view(step.of(group), at)
     }
 
     /// The pages of a sequence's live tokens in a layer.

@@ -1,5 +1,7 @@
 //! Keeps some of the latest tokens of a sequence: the accepted path of a tree of drafted ones.
 
+use std::sync::Arc;
+
 use super::SequenceLayers;
 use super::pools::Growth;
 use crate::error::{Error, Result};
@@ -103,6 +105,7 @@ impl SequenceLayers {
             ready.call.add(dispatch);
             ready.dispatches += 1;
         }
+        ready.call.keep([Arc::clone(copy.memory())]);
         ready.moved += grown + moved + bytes.iter().chain(&shape.bytes(1, kept)?).sum::<u64>();
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::SequenceLayers;
 use crate::error::Result;
 use crate::gpu::kernels::{Dispatch, MOST_MOVES};
-use crate::host::capacity::pool_pages;
+use crate::host::capacity::pool_pages_of;
 use crate::host::plan;
 use crate::host::sequences::StagedStep;
 use crate::storage::pool::{copy_pages, copy_pool, new_pool};
@@ -22,7 +22,8 @@ impl SequenceLayers {
         if needed <= self.pool && !self.stores.is_empty() {
             return Ok(None);
         }
-        let pages = pool_pages(self.limits.most_pages, size, [self.pool, needed, fits]);
+        let (window, most) = (self.sequences.window(), self.limits.most_pages);
+        let pages = pool_pages_of(window, most, size, [self.pool, needed, fits]);
         let shapes = self.shapes.iter().enumerate();
         let stores: Result<Vec<Store>> = shapes
             .map(|(at, &shape)| new_pool(&self.gpu, self.numbers[at], shape, size, pages))

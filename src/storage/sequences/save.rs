@@ -4,7 +4,7 @@ use super::SequenceLayers;
 use super::groups::SequenceGroups;
 #[cfg(target_arch = "wasm32")]
 use crate::error::BrowserError;
-use crate::error::{Error, Result, StoringError};
+use crate::error::{Result, StoringError};
 use crate::gpu::call::Call;
 use crate::gpu::kernels::Positions;
 #[cfg(not(target_arch = "wasm32"))]
@@ -61,32 +61,72 @@ impl SequenceGroups {
         pass: &mut wgpu::ComputePass<'_>,
         saved: &SavedLayers,
     ) -> Result<SequenceId> {
-        let bad = |reason: String| Err(StoringError::BadSave { reason: reason.into() }.into());
-        if self.has_windows {
-            let what = "restore() into a SequenceCache whose layers have windows";
-            return Err(Error::NotSupported { what });
-        }
-        let count = self.layer_count();
-        if saved.len() != count || saved.iter().enumerate().any(|(at, (number, _))| at != *number) {
-            return bad(format!("it does not hold each of the {count} layers of this cache"));
-        }
-        let (len, dropped) = (saved[0].1.len(), saved[0].1.dropped);
-        for (number, layer) in saved {
-            if layer.batch() != 1 {
-                return bad(format!("layer {number} has {} rows, not one sequence", layer.batch()));
-            }
-            if [layer.len(), layer.dropped] != [len, dropped] {
-                return bad("its layers do not hold the same tokens".to_owned());
-            }
-            self.groups[0].check_saved(layer, *number)?;
-        }
+        let kept = self.kept_of_saved(saved)?;
         self.sequences()?;
         let id = self.add()?;
-        let restored = self.restore_into(pass, id, saved);
+        let restored = self.restore_into(pass, id, saved, &kept);
         if restored.is_err() {
             self.remove(id)?;
         }
         restored.map(|()| id)
+    }
+
+    /// What each group keeps of a saved sequence. Refuses one that was not saved from layers of these shapes, or whose
+    /// layers do not hold what those of this cache need.
+    fn kept_of_saved(&self, saved: &SavedLayers) -> Result<Vec<Kept>> {
+        let bad = |reason: String| Err(StoringError::BadSave { reason: reason.into() }.into());
+        let count = self.layer_count();
+        if saved.len() != count || saved.iter().enumerate().any(|(at, (number, _))| at != *number) {
+            return bad(format!("it does not hold each of the {count} layers of this cache"));
+        }
+        let window = |number: usize| {
+            self.place(number).map(|(group, _)| self.groups[group].sequences.window())
+        };
+        // Tokens that would be live without windows, where they are known of.
+        let whole = |number: usize, layer: &SavedLayer| {
+            window(number)
+                .map(|window| window.map_or(0, |_| layer.let_go).saturating_add(layer.len()))
+        };
+        let (mut len, mut kept) = (0, vec![usize::MAX; self.groups.len()]);
+        for (number, layer) in saved {
+            if layer.batch() != 1 {
+                return bad(format!("layer {number} has {} rows, not one sequence", layer.batch()));
+            }
+            len = len.max(whole(*number, layer)?);
+        }
+        let position = saved[0].1.next_position();
+        let bound = self.limits().most_tokens.unwrap_or(usize::MAX);
+        for (number, layer) in saved {
+            let (group, at) = self.place(*number)?;
+            self.groups[group].check_saved(layer, *number, at)?;
+            let (live, window) = (layer.len(), window(*number)?);
+            let holds = format!("layer {number} holds the latest {live} of {len} tokens");
+            match window {
+                None if live < len && layer.let_go > 0 => {
+                    let remedy = "give it the window that it was saved with, or a smaller one";
+                    return bad(format!("{holds}, and this cache keeps all; {remedy}"));
+                }
+                Some(window) if live < len.min(window.needed()) => {
+                    let (tokens, needed) = (window.tokens, window.needed());
+                    let remedy = format!("make it with one of {} tokens at most", live + 1);
+                    return bad(format!(
+                        "{holds}, and a window of {tokens} needs {needed}; {remedy}"
+                    ));
+                }
+                _ => {}
+            }
+            if whole(*number, layer)? != len || layer.next_position() != position {
+                return bad("its layers do not hold the same tokens".to_owned());
+            }
+            let own = window.map_or(live, |it| it.kept_of_saved([layer.let_go, live], bound));
+            kept[group] = own.min(kept[group]);
+        }
+        let groups = self.groups.iter().zip(kept);
+        let kept = groups.map(|(group, kept)| {
+            let let_go = group.sequences.window().map_or(0, |_| len - kept);
+            Kept { tokens: kept, gone: [position - kept, let_go] }
+        });
+        Ok(kept.collect())
     }
 
     fn restore_into(
@@ -94,21 +134,33 @@ impl SequenceGroups {
         pass: &mut wgpu::ComputePass<'_>,
         id: SequenceId,
         saved: &SavedLayers,
+        kept: &[Kept],
     ) -> Result<()> {
-        let stores: Result<Vec<Store>> =
-            saved.iter().map(|(at, layer)| self.groups[0].upload_saved(*at, layer)).collect();
-        let stores = stores?;
-        let (len, dropped) = (saved[0].1.len(), saved[0].1.dropped);
-        self.groups[0].sequences_mut()?.set_dropped(id, dropped)?;
-        let step = self.plan_step(pass, &[(id, len)])?;
-        let mut stores = stores.iter().enumerate();
-        let written = stores
-            .try_for_each(|(at, store)| self.groups[0].write_saved(pass, step.first(), at, store));
-        if written.is_err() {
-            self.cancel_step()?;
+        let mut stores = Vec::with_capacity(saved.len());
+        for (number, layer) in saved {
+            let (group, at) = self.place(*number)?;
+            stores.push(self.groups[group].upload_saved(at, layer, kept[group].tokens)?);
         }
+        for (group, kept) in self.groups.iter_mut().zip(kept) {
+            group.sequences_mut()?.set_gone(id, kept.gone)?;
+        }
+        let counts: Vec<_> = kept.iter().map(|kept| [(id, kept.tokens)]).collect();
+        let steps = self.plan_groups(pass, |group| &counts[group])?;
+        let written = stores.iter().enumerate().try_for_each(|(number, store)| {
+            let (group, at) = self.place(number)?;
+            self.groups[group].write_saved(pass, steps.of(group), at, store)
+        });
+        self.groups.iter_mut().for_each(SequenceLayers::settle);
         written
     }
+}
+
+/// What the layers of a group keep of a saved sequence.
+struct Kept {
+    /// The latest tokens.
+    tokens: usize,
+    /// Tokens before them, and those of them that a window has let go.
+    gone: [usize; 2],
 }
 
 impl SequenceLayers {
@@ -134,9 +186,9 @@ impl SequenceLayers {
     }
 
     /// Refuses a saved layer that is not of the shape of the cache's.
-    fn check_saved(&self, saved: &SavedLayer, number: usize) -> Result<()> {
+    fn check_saved(&self, saved: &SavedLayer, number: usize, at: usize) -> Result<()> {
         let shape = shape_of(saved, number, self.storing)?;
-        let own = self.shapes[number];
+        let own = self.shapes[at];
         if shape == own {
             return Ok(());
         }
@@ -149,9 +201,18 @@ impl SequenceLayers {
         Err(StoringError::BadSave { reason: reason.into() }.into())
     }
 
-    /// The tokens of a saved layer in memory of their own.
-    fn upload_saved(&self, at: usize, saved: &SavedLayer) -> Result<Store> {
-        upload(&self.gpu, at, &self.shapes[at], (saved, &[0]), 0..saved.len())
+    /// The latest tokens of a saved layer in memory of their own.
+    fn upload_saved(&self, at: usize, saved: &SavedLayer, tokens: usize) -> Result<Store> {
+        let latest = saved.len() - tokens..saved.len();
+        upload(&self.gpu, self.numbers[at], &self.shapes[at], (saved, &[0]), latest)
+    }
+
+    /// Takes the latest step as done: its tokens are not taken back any more.
+    fn settle(&mut self) {
+        if let Some(latest) = &mut self.latest {
+            latest.updated.fill(true);
+            latest.before.clear();
+        }
     }
 
     fn write_saved(

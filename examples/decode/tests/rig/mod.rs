@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use decode_engine::{Engine, Known, Model, Options, Settings, Tokenizer, load, open};
+use serde::Deserialize;
 use wgpu_kvcache::{DynamicKVCache, Formats, Gpu, KVCache, PagedKVCache, StaticKVCache};
 
 /// Where a model is: at the path in `variable`, or where `setup.sh` puts it. A missing model is a failure that says how
@@ -16,6 +17,41 @@ pub(crate) fn model_path(known: Known, variable: &str) -> PathBuf {
         known.name
     );
     path
+}
+
+/// What a reference answered, as the files in `reference/` say.
+#[derive(Deserialize)]
+struct Reference<P> {
+    cases: Vec<Case<P>>,
+}
+
+/// A prompt, and what follows it. A list that a reference does not have is empty.
+#[derive(Deserialize)]
+#[expect(dead_code, reason = "no test reads all of it")]
+pub(crate) struct Case<P = ()> {
+    pub(crate) prompt: String,
+    pub(crate) prompt_ids: Vec<u32>,
+    pub(crate) greedy: Vec<u32>,
+    pub(crate) greedy_text: String,
+    /// How far the best logit is above the second best one at each step of `greedy`.
+    #[serde(default)]
+    pub(crate) greedy_margins: Vec<f32>,
+    /// The least of these.
+    pub(crate) greedy_min_margin: f64,
+    pub(crate) top5_ids: Vec<u32>,
+    pub(crate) top5_logits: Vec<f32>,
+    #[serde(default)]
+    pub(crate) beams: Vec<Vec<u32>>,
+    #[serde(default)]
+    pub(crate) beam_scores: Vec<f64>,
+    /// Of prompts that are longer than the window of a model that has one.
+    #[serde(default = "Vec::new")]
+    pub(crate) window_probes: Vec<P>,
+}
+
+/// The cases of a reference, from the text of its file.
+pub(crate) fn cases<'a, P: Deserialize<'a>>(text: &'a str) -> Vec<Case<P>> {
+    serde_json::from_str::<Reference<P>>(text).expect("a well-formed reference").cases
 }
 
 /// A model with its weights on the GPU. A test binary loads it once, and its tests take turns: loading takes longest.
