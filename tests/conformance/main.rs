@@ -102,6 +102,10 @@ enum Wanted {
 
 fn wanted() -> Wanted {
     static WANTED: OnceLock<Wanted> = OnceLock::new();
+    if cfg!(target_arch = "wasm32") {
+        // What every browser has. The adapter's own limits are larger than memory there.
+        return Wanted::Baseline;
+    }
     *WANTED.get_or_init(|| match std::env::var("KV_DEVICE").as_deref() {
         Err(_) | Ok("best") => Wanted::Best,
         Ok("immediates") => Wanted::Immediates,

@@ -98,6 +98,10 @@ fn calls_are_counted_not_dispatches() {
 
 /// 640 tokens of two rows that share them: the tokens have room, copies of what is written into have none.
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn what_has_no_room_are_copies_of_shared_pages() {
     let gpu = small_gpu();
     let mut cache = PagedKVCache::new(&gpu);
@@ -129,6 +133,10 @@ fn what_has_no_room_are_copies_of_shared_pages() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn a_gap_is_not_blamed_on_rows() {
     let gpu = small_gpu();
     for mut cache in
@@ -218,6 +226,10 @@ fn a_cache_that_is_made_for_nothing() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn a_layer_of_a_16_bit_type_is_not_told_to_use_one() {
     let gpu = small_gpu();
     for (dtype, is_told) in [(DType::F32, true), (DType::F16, false), (DType::BF16, false)] {

@@ -74,6 +74,10 @@ fn fitting(result: Result<usize, Error>, asked: usize) -> usize {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn at_the_first_update() {
     let gpu = small_gpu();
     for (batch, dim) in [(1, DIM), (2, DIM), (3, 5), (1, 64), (7, 1)] {
@@ -98,6 +102,10 @@ fn at_the_first_update() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn where_a_layer_grows() {
     let gpu = small_gpu();
     for filled in [1, 100, 1365, 1366, 2000, FITS - 1] {
@@ -148,6 +156,10 @@ fn where_a_layer_grows() {
 
 /// A batch of 3 times 1000 tokens is too much; 910 tokens a row are not.
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn where_a_batch_grows() {
     let gpu = small_gpu();
     for other in [0, 1, 2] {
@@ -210,6 +222,10 @@ fn where_a_batch_grows() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn static_caches() {
     let gpu = small_gpu();
     for bound in [FITS + 1, 3 * FITS, usize::MAX / 2] {
@@ -257,6 +273,10 @@ fn static_caches() {
 
 /// A view that spans more of its buffer than the device binds.
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers make no device of lower limits than the defaults"
+)]
 fn a_source_larger_than_a_binding() {
     let gpu = plain_gpu(|limits| {
         limits.max_storage_buffer_binding_size = LIMIT;

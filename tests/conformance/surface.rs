@@ -100,6 +100,10 @@ fn options_that_a_kind_lacks_or_needs_are_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "wasm32",
+    ignore = "browsers report a destroyed buffer to the engine, later"
+)]
 fn an_error_says_what_can_be_done_and_what_wgpu_said() {
     let gpu = gpu();
     let mut rig = Rig::fixed(&gpu, 4, 1);

@@ -11,7 +11,7 @@ use wgpu_kvcache::{
 use crate::attention::{Random, distance, upload as upload_floats};
 use crate::model::{Block, Model};
 use crate::rig::{compare, plain_gpu, upload};
-use crate::wait::ReadLayer;
+use crate::wait::{ReadLayer, ReadSequence};
 use crate::{cases, gpu, kernels_run};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
@@ -535,7 +535,7 @@ fn sequences_keep_what_windows_need() {
                 });
                 assert_eq!(whole, own, "call {call}");
                 for (layer, window) in windows.into_iter().enumerate() {
-                    let held = caches[1].get(id[1], layer).expect("submitted");
+                    let held = caches[1].read(id[1], layer).expect("submitted");
                     let held = held.map_or(0, |(key, _)| key.shape()[2]);
                     let most = window.map_or(usize::MAX, |window| window - 1 + 25);
                     assert!(held <= most, "call {call}, layer {layer}: {held} tokens");
@@ -646,7 +646,7 @@ fn prefixes_are_reused_as_far_as_windows_keep_them() {
         }
         let mut sequences: Vec<(SequenceId, usize, usize)> = Vec::new();
         let live = |cache: &SequenceCache, id: SequenceId, layer: usize| {
-            let held = cache.get(id, layer).expect("submitted");
+            let held = cache.read(id, layer).expect("submitted");
             held.map_or(Vec::new(), |(key, _)| key.as_slice::<f32>().expect("floats").to_vec())
         };
         for call in 0..120 {

@@ -40,7 +40,8 @@ extern "C" {
 /// Collects the tests. The compiler calls this in the place of its own test runner.
 pub(crate) fn collect(tests: &[&TestDescAndFn]) {
     std::panic::set_hook(Box::new(|info| failed(&info.to_string())));
-    let tests = tests.iter().filter_map(|test| match test.testfn {
+    let tests = tests.iter().filter(|test| !test.desc.ignore);
+    let tests = tests.filter_map(|test| match test.testfn {
         TestFn::StaticTestFn(run) => Some((test.desc.name.to_string(), run)),
         _ => None,
     });
