@@ -45,10 +45,14 @@ pub(crate) fn read_buffer(gpu: &Gpu, source: &Buffer) -> Vec<u8> {
         mapped.store(true, Ordering::Release);
     });
     gpu.device().poll(PollType::wait_indefinitely()).expect("the device answers");
-    // In a browser no call waits, but the test does.
-    wait(poll_fn(|_| match is_mapped.load(Ordering::Acquire) {
-        true => Poll::Ready(()),
-        false => Poll::Pending,
+    // In a browser no call waits, but the test does. Elsewhere another thread that polls may be about to run the callback,
+    // which wakes nobody.
+    wait(poll_fn(|context| {
+        if is_mapped.load(Ordering::Acquire) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
     }));
     staging.slice(..).get_mapped_range().expect("mapped").to_vec()
 }

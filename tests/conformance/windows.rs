@@ -747,7 +747,7 @@ fn prefixes_are_reused_as_far_as_windows_keep_them() {
 }
 
 /// A prefix goes on in a sequence that was saved, restored and noted again.
-#[cfg(feature = "safetensors")]
+#[cfg(all(feature = "safetensors", not(target_arch = "wasm32")))]
 #[test]
 fn prefixes_of_restored_sequences() {
     let gpu = gpu();
