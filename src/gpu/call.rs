@@ -1,32 +1,23 @@
 //! One call of a cache or of attention: its dispatches, recorded together and counted once.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::gpu::arena::RegionGuard;
 use crate::gpu::kernels::Dispatch;
 use crate::gpu::ledger::Ledger;
-use crate::gpu::memory::Memory;
 
 /// The dispatches of a call, ready to be recorded, and the guards that they need.
 #[derive(Debug, Default)]
 pub(crate) struct Call {
     guards: Vec<RegionGuard>,
     dispatches: Vec<Dispatch>,
-    /// Memory that the dispatches use, and nobody else. It must not go before the pass knows of the call.
-    memory: Vec<Arc<Memory>>,
 }
 
 impl Call {
     /// Holds `guards` until the pass has run.
     pub(crate) fn hold(&mut self, guards: Vec<RegionGuard>) {
         self.guards.extend(guards);
-    }
-
-    /// Keeps memory that the dispatches use, and nobody else.
-    pub(crate) fn keep(&mut self, memory: impl IntoIterator<Item = Arc<Memory>>) {
-        self.memory.extend(memory);
     }
 
     pub(crate) fn add(&mut self, dispatch: Dispatch) {
@@ -40,7 +31,7 @@ impl Call {
     /// pipelines and bind groups do not exist, wgpu panics. The panic is caught and returned as an error, before the
     /// cache has changed its state.
     pub(crate) fn record(self, pass: &mut wgpu::ComputePass<'_>, ledger: &Ledger) -> Result<()> {
-        let Self { mut guards, dispatches, memory: _memory } = self;
+        let Self { mut guards, dispatches } = self;
         let count = dispatches.len();
         if count == 0 && guards.is_empty() {
             return Ok(());

@@ -2,7 +2,7 @@
 //!
 //! Natively their memory is freed with the last handle of it. In a browser it waits for JavaScript's garbage collection,
 //! which knows nothing of its size; so there the buffers are destroyed, once their layer and all views of it are
-//! dropped and the passes that were recorded before have run or were dropped.
+//! dropped and the passes with calls of that time have run or were dropped.
 
 use crate::error::Result;
 use crate::gpu::answer::Answer;
@@ -13,13 +13,13 @@ use crate::gpu::device::DeviceHandle;
 pub(crate) struct Memory {
     buffers: [wgpu::Buffer; 2],
     answers: [Answer; 2],
+    #[cfg(target_arch = "wasm32")]
+    queue: wgpu::Queue,
 }
 
 impl Memory {
     /// Buffers of so many bytes for K and V of a layer.
     pub(crate) fn new(handle: &DeviceHandle, layer: usize, bytes: [u64; 2]) -> Result<Self> {
-        #[cfg(target_arch = "wasm32")]
-        destroy::sweep();
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::COPY_SRC
             | wgpu::BufferUsages::COPY_DST;
@@ -27,7 +27,12 @@ impl Memory {
             handle.create_memory(&format!("kvcache layer {layer} {role}"), bytes, usage)
         };
         let [(key, of_key), (value, of_value)] = [make("key", bytes[0])?, make("value", bytes[1])?];
-        Ok(Self { buffers: [key, value], answers: [of_key, of_value] })
+        Ok(Self {
+            buffers: [key, value],
+            answers: [of_key, of_value],
+            #[cfg(target_arch = "wasm32")]
+            queue: handle.queue.clone(),
+        })
     }
 
     pub(crate) fn buffers(&self) -> &[wgpu::Buffer; 2] {
@@ -51,7 +56,7 @@ impl Memory {
 #[cfg(target_arch = "wasm32")]
 impl Drop for Memory {
     fn drop(&mut self) {
-        destroy::once_unused(&self.buffers);
+        destroy::once_unused(&self.queue, &self.buffers);
     }
 }
 
@@ -68,8 +73,8 @@ pub(crate) mod destroy {
     struct Waiting {
         /// Passes with calls that have neither run nor been dropped.
         passes: Vec<Mark>,
-        /// Buffers to destroy, each with the passes that may still use it.
-        buffers: Vec<(wgpu::Buffer, Vec<Mark>)>,
+        /// Buffers to destroy, each with the passes that may still use it, once these are known.
+        buffers: Vec<(wgpu::Buffer, Option<Vec<Mark>>)>,
     }
 
     thread_local! {
@@ -84,21 +89,23 @@ pub(crate) mod destroy {
         });
     }
 
-    /// Destroys the buffers once the passes that were recorded so far have run or were dropped.
-    pub(super) fn once_unused(buffers: &[wgpu::Buffer]) {
-        WAITING.with_borrow_mut(|waiting| {
-            let Waiting { passes, buffers: all } = waiting;
-            passes.retain(|pass| pass.strong_count() > 0);
-            all.extend(buffers.iter().map(|buffer| (buffer.clone(), passes.clone())));
-        });
-        sweep();
+    /// Destroys the buffers once the passes that use them have run or were dropped.
+    ///
+    /// A call drops memory that its dispatches alone use before they are recorded. So which passes these are is seen in
+    /// a later turn of the event loop, when the call has returned.
+    pub(super) fn once_unused(queue: &wgpu::Queue, buffers: &[wgpu::Buffer]) {
+        let new = buffers.iter().map(|buffer| (buffer.clone(), None));
+        WAITING.with_borrow_mut(|waiting| waiting.buffers.extend(new));
+        queue.on_submitted_work_done(sweep);
     }
 
-    /// Destroys the buffers that no pass uses any more.
-    pub(crate) fn sweep() {
-        WAITING.with_borrow_mut(|waiting| {
-            waiting.buffers.retain(|(buffer, passes)| {
-                let is_used = passes.iter().any(|pass| pass.strong_count() > 0);
+    /// Destroys the buffers that no pass uses any more. Runs in a turn of the event loop of its own.
+    fn sweep() {
+        WAITING.with_borrow_mut(|Waiting { passes, buffers }| {
+            passes.retain(|pass| pass.strong_count() > 0);
+            buffers.retain_mut(|(buffer, users)| {
+                let users = users.get_or_insert_with(|| passes.clone());
+                let is_used = users.iter().any(|pass| pass.strong_count() > 0);
                 if !is_used {
                     buffer.destroy();
                 }

@@ -174,8 +174,6 @@ pub(crate) struct Staged<L> {
     pub(crate) recorded: u64,
     /// Memory that replaces the layer's own.
     pub(crate) store: Option<Store>,
-    /// Memory that the dispatches use besides.
-    pub(crate) copy: Option<Store>,
     pub(crate) arrangement: L,
     /// Tokens that the layer lets go for its window.
     pub(crate) let_go: usize,
@@ -189,16 +187,7 @@ impl<L> Staged<L> {
     /// A change that moves nothing.
     pub(crate) fn unmoved(arrangement: L) -> Self {
         let (dispatches, guards) = (Vec::new(), Vec::new());
-        Self {
-            dispatches,
-            recorded: 0,
-            store: None,
-            copy: None,
-            arrangement,
-            let_go: 0,
-            moved: 0,
-            guards,
-        }
+        Self { dispatches, recorded: 0, store: None, arrangement, let_go: 0, moved: 0, guards }
     }
 
     /// Bytes of new memory.

@@ -98,7 +98,6 @@ impl<L: Arrangement> Layer<L> {
         let (mut change, _) = self.stage_append(gpu, written, shape, kept, write)?;
         change.dispatches.splice(0..0, collect);
         change.moved += bytes.iter().sum::<u64>();
-        change.copy = Some(copy);
         Ok(Some(change))
     }
 }

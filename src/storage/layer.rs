@@ -5,8 +5,6 @@
 //!
 //! Kinds differ in how the tokens lie in the memory: see [`Arrangement`](crate::storage::arrangement::Arrangement).
 
-use std::sync::Arc;
-
 use crate::error::{Error, Result, WindowError};
 use crate::gpu::Gpu;
 use crate::gpu::arena::RegionGuard;
@@ -145,7 +143,6 @@ impl<L: Arrangement> Layer<L> {
         let mut guards = std::mem::take(&mut staged.guards);
         guards.extend(self.guards().cloned());
         call.hold(guards);
-        call.keep(staged.copy.iter().map(|copy| Arc::clone(copy.memory())));
         staged.recorded = staged.dispatches.len() as u64;
         staged.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
     }

@@ -177,8 +177,8 @@ impl Store {
         self.memory.buffers().each_ref()
     }
 
-    /// The buffers, which are destroyed in a browser once nobody holds them.
-    pub(crate) fn memory(&self) -> &Arc<Memory> {
+    /// The buffers, of which a browser may say later that it refused them.
+    pub(crate) fn memory(&self) -> &Memory {
         &self.memory
     }
 

@@ -1,7 +1,5 @@
 //! Keeps some of the latest tokens of a sequence: the accepted path of a tree of drafted ones.
 
-use std::sync::Arc;
-
 use super::SequenceLayers;
 use super::pools::Growth;
 use crate::error::{Error, Result};
@@ -105,7 +103,6 @@ impl SequenceLayers {
             ready.call.add(dispatch);
             ready.dispatches += 1;
         }
-        ready.call.keep([Arc::clone(copy.memory())]);
         ready.moved += grown + moved + bytes.iter().chain(&shape.bytes(1, kept)?).sum::<u64>();
         Ok(())
     }

@@ -1,12 +1,15 @@
 //! What is different in a browser: calls that cannot wait, answers that come later, memory that must be destroyed.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use wgpu_kvcache::{
     BrowserError, Cache, CacheOptions, CachePosition, DType, DynamicKVCache, EncoderDecoderCache,
     Error, ErrorKind, Gpu, HeadlessOptions, KVCache, LayerShape, PagedKVCache, SequenceCache, Side,
     StaticKVCache, TensorView,
 };
 
-use super::{live_bytes, refuse_buffers, rest};
+use super::{live_bytes, pause, refuse_buffers, rest};
 use crate::gpu;
 use crate::wait::wait;
 
@@ -33,6 +36,16 @@ fn append(gpu: &Gpu, cache: &mut dyn KVCache, layer: usize, numbers: &[f32]) -> 
 
 fn numbers(cache: &dyn KVCache, layer: usize) -> Result<Vec<f32>, Error> {
     wait(cache.get_async(layer)).map(|read| read.map_or(vec![], |(key, _)| key.to_f32()))
+}
+
+/// Waits until the browser has answered all that it was asked before, in its order.
+fn answered(gpu: &Gpu) {
+    let is_done = Arc::new(AtomicBool::new(false));
+    let done = Arc::clone(&is_done);
+    gpu.queue().on_submitted_work_done(move || done.store(true, Ordering::Release));
+    while !is_done.load(Ordering::Acquire) {
+        pause();
+    }
 }
 
 #[test]
@@ -130,7 +143,7 @@ fn a_growth_that_was_refused_is_an_error_and_another_cache_goes_on() {
         refuse_buffers("layer 0 key");
         append(&gpu, &mut *cache, 0, &[0.5; 5000]).expect("nobody knows yet");
         refuse_buffers("");
-        rest();
+        answered(&gpu);
         assert!(is_refusal(&append(&gpu, &mut *cache, 0, &[3.0]), "layer 0 key"), "{kind}");
         assert!(is_refusal(&numbers(&*cache, 0), "layer 0 key"), "{kind}");
         cache.reset();
@@ -172,6 +185,16 @@ fn sequences_without_memory_are_an_error() {
     assert!(wait(scope.pop()).is_some());
 }
 
+/// Waits until the browser has told of the loss of the device.
+fn until_lost(gpu: &Gpu) {
+    for _ in 0..100 {
+        rest();
+        if gpu.upload(&[1.0_f32], &[1, 1, 1, 1]).is_err() {
+            return;
+        }
+    }
+}
+
 #[test]
 fn a_lost_device_is_an_error_of_every_call() {
     let gpu = wait(Gpu::headless_async(&HeadlessOptions::default())).expect("a device");
@@ -179,7 +202,7 @@ fn a_lost_device_is_an_error_of_every_call() {
     append(&gpu, &mut cache, 0, &[1.0]).expect("room");
     let token = gpu.upload(&[9.0_f32], &[1, 1, 1, 1]).expect("a token");
     gpu.device().destroy();
-    rest();
+    until_lost(&gpu);
     let update = gpu.submit_pass("late", |pass| {
         cache.update(pass, &token.view(), &token.view(), 0, APPEND).map(|_| ())
     });
@@ -190,7 +213,7 @@ fn a_lost_device_is_an_error_of_every_call() {
     // A new handle of it learns of the loss one turn later.
     let (device, queue) = (gpu.device().clone(), gpu.queue().clone());
     if let Ok(late) = Gpu::new(device, queue) {
-        rest();
+        until_lost(&late);
         assert_eq!(late.upload(&[1.0_f32], &[1, 1, 1, 1]).map(|_| ()), Err(Error::DeviceLost));
     }
 }
@@ -230,6 +253,21 @@ fn a_pair_reads_both_sides() {
     }
 }
 
+/// Each kind is restored into each: the memory that the tokens go through is there until they are written.
+#[test]
+fn what_was_saved_is_restored() {
+    let gpu = gpu();
+    let held = vec![1.0, 2.0, 3.0, 4.0, 5.0];
+    for (from, mut cache) in caches(&gpu) {
+        append(&gpu, &mut *cache, 0, &held).expect("room");
+        let bytes = wait(cache.save_async(0..1)).expect("submitted");
+        for (to, mut other) in caches(&gpu) {
+            gpu.submit_pass("restore", |pass| other.restore(pass, &bytes)).expect("room");
+            assert_eq!(numbers(&*other, 0), Ok(held.clone()), "{from} into {to}");
+        }
+    }
+}
+
 /// Rows that share their pages are more bytes on the host than its addresses reach.
 #[test]
 fn what_the_host_cannot_hold_is_refused() {
@@ -263,7 +301,7 @@ fn buffers_are_destroyed_when_they_are_done_with() {
     let mut cache = DynamicKVCache::new(&gpu);
     fill(&mut cache);
     let _ = wait(cache.get_async(0)).expect("submitted");
-    rest();
+    answered(&gpu);
     let before = live_bytes();
     for _ in 0..40 {
         let _ = wait(cache.get_async(0)).expect("submitted");
@@ -276,7 +314,7 @@ fn buffers_are_destroyed_when_they_are_done_with() {
         fill(&mut other);
         let _ = wait(other.get_async(0)).expect("submitted");
     }
-    rest();
+    answered(&gpu);
     drop(DynamicKVCache::new(&gpu));
     assert!(live_bytes() <= before, "caches: {before} became {}", live_bytes());
 }
@@ -297,9 +335,9 @@ fn buffers_in_use_are_not_destroyed() {
     let view = cache.view(0).expect("whole").expect("written");
     drop(pass);
     drop(cache);
-    rest();
+    answered(&gpu);
     gpu.queue().submit([encoder.finish()]);
-    rest();
+    answered(&gpu);
     // The view still shows what was written.
     let size = view.key().size();
     let bytes = crate::rig::read_buffer(&gpu, view.key());
