@@ -376,7 +376,7 @@ mod tests {
     use super::*;
 
     /// Pages of two tokens of one head of two f16 elements; the bytes of a token are its page and slot.
-    fn layer(pages: &[&[u32]], spans: &[[usize; 2]]) -> SavedLayer {
+    pub(super) fn layer(pages: &[&[u32]], spans: &[[usize; 2]]) -> SavedLayer {
         let count = pages.iter().copied().flatten().max().map_or(0, |last| last + 1);
         let all: Vec<u8> = (0..count)
             .flat_map(|page| {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo, TensorView};
 use serde::Serialize;
 
 use super::bad;
@@ -19,6 +19,14 @@ pub(super) struct NamedTensor<'a> {
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
     pub(super) bytes: Cow<'a, [u8]>,
+}
+
+impl<'a> NamedTensor<'a> {
+    /// A tensor of another file under a name of its own.
+    pub(super) fn of(name: String, tensor: &TensorView<'a>) -> Self {
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        Self { name, dtype, shape, bytes: tensor.data().into() }
+    }
 }
 
 /// A file's header. The writer of the crate safetensors keeps metadata in a hash map, so that their order differs from

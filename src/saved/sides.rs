@@ -41,12 +41,7 @@ pub(crate) fn join(files: [&[u8]; 2], updated: &BTreeSet<usize>) -> Result<Vec<u
             about.insert(if is_of_all { key } else { format!("{side}.{key}") }, text);
         }
         for (name, tensor) in file.iter() {
-            tensors.push(NamedTensor {
-                name: format!("{side}.{name}"),
-                dtype: tensor.dtype(),
-                shape: tensor.shape().to_vec(),
-                bytes: tensor.data().into(),
-            });
+            tensors.push(NamedTensor::of(format!("{side}.{name}"), &tensor));
         }
     }
     let updated: Vec<String> = updated.intersection(&written).map(usize::to_string).collect();
@@ -80,14 +75,8 @@ fn side_of(all: &HashMap<String, String>, file: &SafeTensors<'_>, side: &str) ->
         .filter_map(|key| all.get(key).map(|text| (key.to_owned(), text.clone())));
     let layers = all.iter().filter_map(|(key, text)| own(key).map(|key| (key, text.clone())));
     let about: About = of_all.chain(layers).collect();
-    let tensors = file.iter().filter_map(|(name, tensor)| {
-        own(name).map(|name| NamedTensor {
-            name,
-            dtype: tensor.dtype(),
-            shape: tensor.shape().to_vec(),
-            bytes: tensor.data().into(),
-        })
-    });
+    let tensors =
+        file.iter().filter_map(|(name, tensor)| Some(NamedTensor::of(own(name)?, &tensor)));
     file::write(&about, tensors.collect())
 }
 
@@ -98,25 +87,14 @@ pub(super) fn are_in(about: &HashMap<String, String>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{parse, to_bytes};
+    use super::super::{SavedLayer, parse, tests, to_bytes};
     use super::*;
-    use crate::format::Format;
-    use crate::saved::SavedLayer;
 
+    /// Rows of one page each.
     fn layer(rows: u32) -> SavedLayer {
-        let elements = vec![7; 4 * rows as usize];
-        SavedLayer {
-            heads: 1,
-            dims: [2, 2],
-            formats: [Format::F16; 2],
-            is_value_in_key: false,
-            dropped: 0,
-            let_go: 0,
-            page_tokens: 1,
-            pages: (0..rows).map(|row| vec![row]).collect(),
-            spans: vec![[0, 1]; rows as usize],
-            sides: [[elements.clone(), Vec::new()], [elements, Vec::new()]],
-        }
+        let pages: Vec<[u32; 1]> = (0..rows).map(|row| [row]).collect();
+        let pages: Vec<&[u32]> = pages.iter().map(<[u32; 1]>::as_slice).collect();
+        tests::layer(&pages, &vec![[0, 1]; pages.len()])
     }
 
     #[test]
