@@ -11,16 +11,28 @@ const PROMPT_IDS: &str = "prompt_ids";
 const IDS: &str = "ids";
 const IS_CHAT: &str = "is_chat";
 
-/// The text of a saved sequence.
+/// The text of a sequence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Text {
     pub(crate) prompt: String,
     pub(crate) prompt_ids: Vec<u32>,
+    /// Chosen ids.
     pub(crate) ids: Vec<u32>,
+    /// Whether the chosen ids are a chat's answer, which ends with a token of its own.
     pub(crate) is_chat: bool,
 }
 
 impl Text {
+    /// The ids of the prompt, and those that were chosen.
+    pub(crate) fn all_ids(&self) -> impl Iterator<Item = u32> {
+        self.prompt_ids.iter().chain(&self.ids).copied()
+    }
+
+    /// How many ids these are.
+    pub(crate) fn len(&self) -> usize {
+        self.prompt_ids.len() + self.ids.len()
+    }
+
     /// The file of the cache with this text in its metadata.
     pub(crate) fn add_to(&self, bytes: &[u8]) -> Result<Vec<u8>> {
         let (_, header) = SafeTensors::read_metadata(bytes)?;

@@ -45,21 +45,17 @@ struct Member {
     parent: Option<usize>,
     id: SequenceId,
     status: Status,
-    prompt: String,
-    prompt_ids: Vec<u32>,
-    /// Chosen ids. The last one comes into the cache with the next step.
-    ids: Vec<u32>,
-    /// How many of them there will be.
+    /// Its last chosen id comes into the cache with the next step.
+    text: Text,
+    /// How many chosen ids there will be.
     wanted: usize,
-    /// Whether the ids of a chat's answer are wanted, which ends with a token of its own.
-    is_chat: bool,
 }
 
 impl Member {
     /// The ids that are not in the cache.
     fn rest(&self, cache: &SequenceCache) -> Result<Vec<u32>> {
         let held = cache.len(self.id)?;
-        Ok(self.prompt_ids.iter().chain(&self.ids).skip(held).copied().collect())
+        Ok(self.text.all_ids().skip(held).collect())
     }
 
     /// Whether it is in the batch.
@@ -131,18 +127,8 @@ impl Session {
             "The prompt has {count} tokens, and a sequence has room for {most}; shorten it."
         );
         let id = self.cache.add()?;
-        let (prompt, status) = (prompt.to_owned(), Status::Waits);
-        Ok(self.push(Member {
-            number: 0,
-            parent: None,
-            id,
-            status,
-            prompt,
-            prompt_ids,
-            ids: Vec::new(),
-            wanted,
-            is_chat,
-        }))
+        let text = Text { prompt: prompt.to_owned(), prompt_ids, ids: Vec::new(), is_chat };
+        Ok(self.push(None, id, Status::Waits, text, wanted))
     }
 
     /// Stops a sequence. It stays in the cache.
@@ -168,10 +154,10 @@ impl Session {
         let most = self.max_tokens;
         let member = self.member(number)?;
         ensure!(
-            member.prompt_ids.len() + member.ids.len() < most,
+            member.text.len() < most,
             "The sequence has {most} tokens, as many as the cache allows."
         );
-        member.wanted = member.ids.len() + wanted;
+        member.wanted = member.text.ids.len() + wanted;
         if !member.goes_on() {
             member.status = Status::Waits;
         }
@@ -200,8 +186,8 @@ impl Session {
     /// If the sequence has no token yet, or as many as the cache allows.
     pub async fn fork(&mut self, number: usize, ways: usize, wanted: usize) -> Result<Vec<usize>> {
         let most = self.max_tokens;
-        let Member { id, ref prompt_ids, ref ids, status, .. } = *self.member(number)?;
-        let tokens: Vec<u32> = prompt_ids.iter().chain(ids).copied().collect();
+        let Member { id, ref text, status, .. } = *self.member(number)?;
+        let tokens: Vec<u32> = text.all_ids().collect();
         ensure!(
             !matches!(status, Status::Waits | Status::Prefills),
             "The prompt is not in the cache yet. Fork the sequence once it has a token of its own."
@@ -228,26 +214,14 @@ impl Session {
         let first = best.next().context("the model chose no token")?;
         for token in best {
             let fork = self.cache.fork(id, tokens.len())?;
-            let Member { prompt, prompt_ids, ids, is_chat, .. } = self.member(number)?;
-            let mut ids = ids.clone();
-            ids.push(token);
-            let (wanted, is_chat) = (ids.len() + more, *is_chat);
-            let (prompt, prompt_ids) = (prompt.clone(), prompt_ids.clone());
-            forks.push(self.push(Member {
-                number: 0,
-                parent: Some(number),
-                id: fork,
-                status,
-                prompt,
-                prompt_ids,
-                ids,
-                wanted,
-                is_chat,
-            }));
+            let mut text = self.member(number)?.text.clone();
+            text.ids.push(token);
+            let wanted = text.ids.len() + more;
+            forks.push(self.push(Some(number), fork, status, text, wanted));
         }
         let member = self.member(number)?;
-        member.ids.push(first);
-        (member.wanted, member.status) = (member.ids.len() + more, status);
+        member.text.ids.push(first);
+        (member.wanted, member.status) = (member.text.ids.len() + more, status);
         Ok(forks)
     }
 
@@ -275,10 +249,10 @@ impl Session {
             if end == Some(token) {
                 member.status = Status::Ended;
             } else {
-                member.ids.push(token);
-                if member.prompt_ids.len() + member.ids.len() >= most {
+                member.text.ids.push(token);
+                if member.text.len() >= most {
                     member.status = Status::Full;
-                } else if member.ids.len() >= member.wanted {
+                } else if member.text.ids.len() >= member.wanted {
                     member.status = Status::Stopped;
                 }
             }
@@ -295,10 +269,8 @@ impl Session {
     ///
     /// If it has no token in the cache, or the device is lost.
     pub async fn save(&mut self, number: usize) -> Result<Vec<u8>> {
-        let Member { id, ref prompt, ref prompt_ids, ref ids, is_chat, .. } =
-            *self.member(number)?;
-        let (prompt, prompt_ids, ids) = (prompt.clone(), prompt_ids.clone(), ids.clone());
-        let text = Text { prompt, prompt_ids, ids, is_chat };
+        let Member { id, ref text, .. } = *self.member(number)?;
+        let text = text.clone();
         ensure!(self.cache.len(id)? > 0, "The sequence has no token in the cache yet.");
         text.add_to(&self.cache.save_async(id).await?)
     }
@@ -309,12 +281,11 @@ impl Session {
     ///
     /// If the file is not one that [`Self::save`] made, for this model and these formats.
     pub fn restore(&mut self, bytes: &[u8]) -> Result<usize> {
-        let Text { prompt, prompt_ids, ids, is_chat } = Text::of(bytes)?;
+        let text = Text::of(bytes)?;
         let vocabulary = self.engine.config().vocabulary;
-        let count = prompt_ids.len() + ids.len();
+        let count = text.len();
         ensure!(
-            count <= self.max_tokens
-                && prompt_ids.iter().chain(&ids).all(|&id| (id as usize) < vocabulary),
+            count <= self.max_tokens && text.all_ids().all(|id| (id as usize) < vocabulary),
             "The file is of another model, or of a longer sequence than the cache allows."
         );
         let gpu = self.engine.gpu().clone();
@@ -323,19 +294,8 @@ impl Session {
             self.cache.remove(id)?;
             bail!("The file's text does not belong to its tokens.");
         }
-        let status = Status::Stopped;
-        let wanted = ids.len();
-        Ok(self.push(Member {
-            number: 0,
-            parent: None,
-            id,
-            status,
-            prompt,
-            prompt_ids,
-            ids,
-            wanted,
-            is_chat,
-        }))
+        let wanted = text.ids.len();
+        Ok(self.push(None, id, Status::Stopped, text, wanted))
     }
 
     /// What the page shows.
@@ -345,16 +305,16 @@ impl Session {
     /// If recorded work was lost.
     pub fn state(&self) -> Result<State> {
         let sequences = self.sequences.iter().map(|member| {
-            let text = self.tokenizer.decode(&member.ids)?;
+            let text = self.tokenizer.decode(&member.text.ids)?;
             Ok(Sequence {
                 number: member.number,
                 parent: member.parent,
                 status: member.status,
-                prompt: member.prompt.clone(),
+                prompt: member.text.prompt.clone(),
                 // A character that spans tokens is held back until its last byte.
                 text: text.trim_end_matches('\u{fffd}').to_owned(),
-                prompt_ids: member.prompt_ids.clone(),
-                ids: member.ids.clone(),
+                prompt_ids: member.text.prompt_ids.clone(),
+                ids: member.text.ids.clone(),
                 length: self.cache.len(member.id)?,
                 pages: self.cache.pages(member.id, 0)?.to_vec(),
             })
@@ -387,15 +347,23 @@ impl Session {
                 }
                 self.batch.join(member.number, member.id, rest)?;
                 member.status =
-                    if member.ids.is_empty() { Status::Prefills } else { Status::Decodes };
+                    if member.text.ids.is_empty() { Status::Prefills } else { Status::Decodes };
             }
         }
         Ok(())
     }
 
-    fn push(&mut self, member: Member) -> usize {
+    /// Adds a sequence under a number of its own.
+    fn push(
+        &mut self,
+        parent: Option<usize>,
+        id: SequenceId,
+        status: Status,
+        text: Text,
+        wanted: usize,
+    ) -> usize {
         self.added += 1;
-        self.sequences.push(Member { number: self.added, ..member });
+        self.sequences.push(Member { number: self.added, parent, id, status, text, wanted });
         self.added
     }
 
@@ -406,7 +374,7 @@ impl Session {
 
     /// The token that ends a sequence.
     fn end(&mut self, number: usize) -> Result<Option<u32>> {
-        let is_chat = self.member(number)?.is_chat;
+        let is_chat = self.member(number)?.text.is_chat;
         Ok(self.tokenizer.end_of_turn.filter(|_| is_chat).or(self.tokenizer.end))
     }
 }
