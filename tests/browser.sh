@@ -23,5 +23,5 @@ cp tests/traces/*.json "$out/site/traces/"
 (cd tests/traces && printf '[%s]\n' "$(ls ./*.json | sed 's/.*\///; s/.*/"&"/' | paste -sd,)") >"$out/site/traces.json"
 
 tests/browser/driver.sh "$out"
-cp tests/browser/run.mjs "$out/"
+cp tests/browser/{chromium,run}.mjs "$out/"
 exec node "$out/run.mjs" "$out/site" "$@"

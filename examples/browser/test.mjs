@@ -5,12 +5,10 @@
 // The ids that the page chooses are those of the reference. Everything else is read from what the page draws.
 
 import assert from "node:assert/strict";
-import { createServer } from "node:http";
-import { createReadStream } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
-import { join, normalize } from "node:path";
+import { join } from "node:path";
 import { gzipSync } from "node:zlib";
-import { chromium } from "playwright-core";
+import { launch, listen, serve } from "./chromium.mjs";
 
 const [site, reference, flag, screenshot] = process.argv.slice(2);
 // Tokens after each prompt: more than a page of the cache holds, with those of the prompt.
@@ -24,34 +22,13 @@ const texts = ["The capital of France is", "Water boils at", "My favourite seaso
 const chosen = texts.map((text) => cases.find(({ prompt }) => prompt === text));
 assert(chosen.every(Boolean), "the reference has the prompts");
 
-const types = { ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".wasm": "application/wasm" };
-const server = createServer(async (request, response) => {
-  const path = normalize(new URL(request.url, "http://localhost").pathname);
-  const file = join(site, path === "/" ? "index.html" : path);
-  try {
-    const { size } = await stat(file);
-    const type = types[path === "/" ? ".html" : path.slice(path.lastIndexOf("."))] ?? "application/octet-stream";
-    response.writeHead(200, { "Content-Type": type, "Content-Length": size });
-    createReadStream(file).pipe(response);
-  } catch {
-    response.writeHead(404).end();
-  }
-});
-await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
-const address = `http://127.0.0.1:${server.address().port}/`;
-
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--disable-gpu-watchdog"],
-});
+const { server, address } = await serve(site);
+const browser = await launch();
 const context = await browser.newContext({ viewport: { width: 1000, height: 900 }, acceptDownloads: true });
 const page = await context.newPage();
 // What the page says to nobody: there must be nothing.
 const said = [];
-page.on("console", (message) => {
-  if (["error", "warning"].includes(message.type())) said.push(`${message.type()}: ${message.text()}`);
-});
-page.on("pageerror", (error) => said.push(String(error)));
+listen(page, said);
 
 const began = Date.now();
 const say = (text) => console.log(`${((Date.now() - began) / 1000).toFixed(0).padStart(4)} s  ${text}`);

@@ -14,5 +14,5 @@ if [ -z "${WASM_OPT:=$(command -v wasm-opt || true)}" ]; then
   if [ ! -x "$WASM_OPT" ]; then npm install --silent --no-fund --no-audit --prefix "$out" binaryen >/dev/null; fi
 fi
 site=$(examples/browser/build.sh)
-cp examples/browser/test.mjs "$out/"
+cp tests/browser/chromium.mjs examples/browser/test.mjs "$out/"
 exec node "$out/test.mjs" "$site" examples/decode/tests/reference/smollm2.json "$@"

@@ -5,10 +5,7 @@
 // FOLDER holds the page, the module and the traces. A test runs if its name contains one of the filters, and none of
 // the texts to skip.
 
-import { createServer } from "node:http";
-import { readFile } from "node:fs/promises";
-import { join, normalize } from "node:path";
-import { chromium } from "playwright-core";
+import { launch, listen, serve } from "./chromium.mjs";
 
 const [folder, ...rest] = process.argv.slice(2);
 let histories;
@@ -21,38 +18,13 @@ while (rest.length > 0) {
   else filters.push(word);
 }
 
-const types = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json" };
-const server = createServer(async (request, response) => {
-  const path = normalize(new URL(request.url, "http://localhost").pathname);
-  try {
-    const bytes = await readFile(join(folder, path === "/" ? "index.html" : path));
-    const type = types[path.slice(path.lastIndexOf("."))] ?? "text/html";
-    response.writeHead(200, { "Content-Type": type }).end(bytes);
-  } catch {
-    response.writeHead(404).end();
-  }
-});
-await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
-const address = `http://127.0.0.1:${server.address().port}/${histories ? `?histories=${histories}` : ""}`;
-
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: [
-    "--no-sandbox",
-    "--enable-unsafe-webgpu",
-    "--use-webgpu-adapter=swiftshader",
-    "--enable-features=Vulkan",
-    "--disable-gpu-sandbox",
-  ],
-});
+const { server, address } = await serve(folder);
+const browser = await launch();
 const said = [];
 async function open() {
   const page = await browser.newPage();
-  page.on("console", (message) => {
-    if (["error", "warning"].includes(message.type())) said.push(message.text());
-  });
-  page.on("pageerror", (error) => said.push(String(error)));
-  await page.goto(address);
+  listen(page, said);
+  await page.goto(histories ? `${address}?histories=${histories}` : address);
   await page.waitForFunction(() => globalThis.run !== undefined, undefined, { timeout: 60_000 });
   return page;
 }
