@@ -7,7 +7,8 @@ fn write_side(at: u32, slot: u32, piece: u32, is_zero: bool, is_asked: bool) {
         return;
     }
     let d = 64u * piece;
-    let is_written = is_asked & (SIDE_IS_WHOLE | (d < params.kv.side_dim));
+    // A head of the other one of K and V may have more pieces.
+    let is_written = is_asked & (d < params.kv.side_dim);
     if side_format >= 3u {
         let low = write_side_block(at, slot, 2u * piece, is_zero, is_written);
         let has_high = SIDE_IS_WHOLE | (d + 32u < params.kv.side_dim);

@@ -130,6 +130,36 @@ fn blocks_equal_those_of_a_plain_quantizer_bit_for_bit() {
     }
 }
 
+/// Where K and V are of different width, a head of the narrower one ends before one of the wider: what is written of a
+/// token stays in its slot, in a ring that has wrapped and in pages, in which the next slot may hold an older token.
+#[test]
+fn a_narrower_head_is_written_to_its_end_and_no_further() {
+    let gpu = gpu();
+    let each = [Format::Q8_0, Format::Q4_0, Format::F16].map(Formats::from);
+    let mixed = Formats { key: Some(Format::Q4_0), value: Some(Format::BF16) };
+    for (key_dim, value_dim) in [(64, 128), (128, 64), (192, 128), (64, 256), (40, 128), (64, 72)] {
+        for formats in each.into_iter().chain([mixed]) {
+            let storing = Storing { formats, is_value_in_key: false };
+            let bounded = || Model::fixed(8, 1);
+            let rigs = [
+                Rig::fixed_storing(&gpu, 8, 1, storing),
+                Rig::in_pages_storing(&gpu, 1, None, bounded(), storing),
+                Rig::in_pages_storing(&gpu, 4, None, bounded(), storing),
+            ];
+            for (kind, mut rig) in rigs.into_iter().enumerate() {
+                let context = format!("kind {kind}, {formats:?}, K of {key_dim}, V of {value_dim}");
+                rig.update(0, [2, 3, 8, key_dim], value_dim, APPEND);
+                rig.check(&context);
+                rig.crop(5);
+                for tokens in [1, 2] {
+                    rig.update(0, [2, 3, tokens, key_dim], value_dim, APPEND);
+                    rig.check(&format!("{context}, {tokens} more"));
+                }
+            }
+        }
+    }
+}
+
 /// What has no finite scale shows: the whole block reads as NaN, and no other one.
 #[test]
 fn what_cannot_be_quantized_reads_as_nan() {
