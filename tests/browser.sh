@@ -12,9 +12,9 @@ cd "$(dirname "$0")/.."
 out=target/browser/conformance
 mkdir -p "$out/site/traces"
 log=$(mktemp)
-tests/browser/toolchain.sh test --no-run --profile quick -p browser-tests --features browser --test conformance \
+tests/browser/toolchain.sh test --no-run --profile quick -p browser-tests --features browser --test browser \
   --target-dir target/browser/cargo 2>&1 | tee "$log"
-module=$(sed -n 's/.*(\(target.*\/conformance-[0-9a-f]*\.wasm\)).*/\1/p' "$log" | tail -1)
+module=$(sed -n 's/.*(\(target.*\/browser-[0-9a-f]*\.wasm\)).*/\1/p' "$log" | tail -1)
 rm "$log"
 cp "$module" "$out/conformance.wasm"
 cargo run --quiet --profile quick -p bindgen -- "$out/conformance.wasm" "$out/site"
