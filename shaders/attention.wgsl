@@ -7,8 +7,8 @@
 // (Milakov and Gimelshein, 2018). At the end the lanes are merged here, and the splits in
 // attention_combine.wgsl (flash-decoding: Dao et al., 2023).
 //
-// The text is joined with `attention/` (parameters, and which tokens a row sees), one of `layout/` (the slot of a
-// token) and texts of `element/` (the formats of K and V).
+// The text is joined with `attention/` (parameters, which tokens a row sees, and how four rows take in four tokens), one
+// of `layout/` (the slot of a token) and texts of `element/` (the formats of K and V).
 //
 // A token that a row does not see must not change the row's result, whatever bits it holds. Its weight is
 // zero, but zero times an infinity or a NaN is NaN. So its score and its V are replaced by zeros with
@@ -26,8 +26,6 @@
 // group 1, binding 0: lists          the table of pages, records of ragged rows, items of packed queries
 // group 2, binding 0: params         a uniform, or immediate data where the device has it
 
-// Invocations a workgroup.
-override threads: u32 = 128u;
 // Groups of four quads that an invocation holds. A GPU has registers for one; a software adapter keeps
 // registers in memory, so it can hold more.
 override fours: u32 = 1u;
@@ -35,34 +33,6 @@ override fours: u32 = 1u;
 // adapter, and each lane reads consecutive tokens. On a GPU neighbouring lanes should read neighbouring
 // tokens instead, so that loads are coalesced.
 override is_alone: bool = false;
-// How V of a token that a row does not see is masked.
-// 0: all rows see the same tokens, so V of the others becomes zero when it is loaded.
-// 1: per row, behind a branch that is taken only in rounds with such a token.
-// 2: per row in every round, for a software adapter, which runs both sides of a branch.
-override masking: u32 = 1u;
-// Whether the invocations of a lane hold more elements than a head of K has.
-override has_rest: bool = true;
-
-const ROWS: u32 = 4u;
-
-// Workgroup memory: four vectors an invocation, for 128 invocations at most.
-var<workgroup> shared_vectors: array<vec4<f32>, 512>;
-
-// Four quads of each of the four rows. A matrix holds one quad: column r is row r's.
-struct Quads {
-    x: mat4x4<f32>,
-    y: mat4x4<f32>,
-    z: mat4x4<f32>,
-    w: mat4x4<f32>,
-}
-
-// x to w: query rows; each component: whether the row sees that of four tokens.
-struct Seen {
-    x: vec4<bool>,
-    y: vec4<bool>,
-    z: vec4<bool>,
-    w: vec4<bool>,
-}
 
 @compute @workgroup_size(threads)
 fn main(
@@ -145,8 +115,8 @@ fn main(
         first = begin + lane * rounds;
     }
     loop {
-        let before = highest;
         if is_alone {
+            let before = highest;
             let token = token_at(walk, min(first, last));
             let slot = kv_slot_in_row(kv, kv_b, h, token);
             let product = score_of(slot, quad0, q0, q1, q2, q3);
@@ -188,30 +158,18 @@ fn main(
                 score_of(slot.z, quad0, q0, q1, q2, q3),
                 score_of(slot.w, quad0, q0, q1, q2, q3),
             ));
-            let is_walked = number < vec4(end);
-            let s0 = score_token(item, kv.len, row, sight, token.x, is_walked.x, products[0]);
-            let s1 = score_token(item, kv.len, row, sight, token.y, is_walked.y, products[1]);
-            let s2 = score_token(item, kv.len, row, sight, token.z, is_walked.z, products[2]);
-            let s3 = score_token(item, kv.len, row, sight, token.w, is_walked.w, products[3]);
-            let is_seen = seen_by_rows(s0.is_seen, s1.is_seen, s2.is_seen, s3.is_seen);
-            highest = max(max(highest, max(s0.score, s1.score)), max(s2.score, s3.score));
-            let fade = exp(before - highest);
-            // As above: weight zero for unseen tokens.
-            let w0 = select(vec4(0.0), exp(s0.score - highest), s0.is_seen);
-            let w1 = select(vec4(0.0), exp(s1.score - highest), s1.is_seen);
-            let w2 = select(vec4(0.0), exp(s2.score - highest), s2.is_seen);
-            let w3 = select(vec4(0.0), exp(s3.score - highest), s3.is_seen);
-            total = total * fade + (w0 + w1) + (w2 + w3);
-            let weights = transpose(mat4x4(w0, w1, w2, w3));
-            sum0 = with_values(sum0, fade, slot, quad0, weights, is_seen);
+            let four = four_tokens(item, kv.len, row, sight, token, number < vec4(end), products, Softmax(highest, total));
+            highest = four.softmax.highest;
+            total = four.softmax.total;
+            sum0 = with_values(sum0, slot, quad0, four);
             if fours > 1u {
-                sum1 = with_values(sum1, fade, slot, quad1, weights, is_seen);
+                sum1 = with_values(sum1, slot, quad1, four);
             }
             if fours > 2u {
-                sum2 = with_values(sum2, fade, slot, quad2, weights, is_seen);
+                sum2 = with_values(sum2, slot, quad2, four);
             }
             if fours > 3u {
-                sum3 = with_values(sum3, fade, slot, quad3, weights, is_seen);
+                sum3 = with_values(sum3, slot, quad3, four);
             }
         }
         first += step;
@@ -239,35 +197,6 @@ fn main(
     }
 }
 
-// Four quads of four query rows, scaled.
-fn query_quads(item: Item, row: vec4<u32>, quad: vec4<u32>) -> Quads {
-    return Quads(
-        query_rows(item, row, quad.x),
-        query_rows(item, row, quad.y),
-        query_rows(item, row, quad.z),
-        query_rows(item, row, quad.w),
-    );
-}
-
-fn query_rows(item: Item, row: vec4<u32>, quad: u32) -> mat4x4<f32> {
-    return mat4x4(
-        query_quad(item, row.x, quad),
-        query_quad(item, row.y, quad),
-        query_quad(item, row.z, quad),
-        query_quad(item, row.w, quad),
-    );
-}
-
-// From which rows see each of four tokens.
-fn seen_by_rows(x: vec4<bool>, y: vec4<bool>, z: vec4<bool>, w: vec4<bool>) -> Seen {
-    return Seen(
-        vec4(x.x, y.x, z.x, w.x),
-        vec4(x.y, y.y, z.y, w.y),
-        vec4(x.z, y.z, z.z, w.z),
-        vec4(x.w, y.w, z.w, w.w),
-    );
-}
-
 // An invocation's part of a token's four scores.
 fn score_of(slot: u32, quad: vec4<u32>, q0: Quads, q1: Quads, q2: Quads, q3: Quads) -> vec4<f32> {
     var sum = score(slot, quad, q0);
@@ -292,48 +221,7 @@ fn score(slot: u32, quad: vec4<u32>, q: Quads) -> vec4<f32> {
         let k = kv_key_run(params.kv, slot, quad.x / 4u);
         return k[0] * q.x + k[1] * q.y + (k[2] * q.z + k[3] * q.w);
     }
-    return key_quad(slot, quad.x) * q.x + key_quad(slot, quad.y) * q.y
-        + (key_quad(slot, quad.z) * q.z + key_quad(slot, quad.w) * q.w);
-}
-
-// The scores of a lane's tokens. All slices add the same numbers in the same order, so they agree bit for bit.
-fn over_slices(local: u32, part: mat4x4<f32>) -> mat4x4<f32> {
-    workgroupBarrier();
-    shared_vectors[local] = part[0];
-    shared_vectors[local + threads] = part[1];
-    shared_vectors[local + 2u * threads] = part[2];
-    shared_vectors[local + 3u * threads] = part[3];
-    workgroupBarrier();
-    var sums = mat4x4<f32>();
-    var i = local - local % params.slices;
-    let end = i + params.slices;
-    loop {
-        sums += mat4x4(shared_vectors[i], shared_vectors[i + threads], shared_vectors[i + 2u * threads], shared_vectors[i + 3u * threads]);
-        i++;
-        if i == end {
-            break;
-        }
-    }
-    return sums;
-}
-
-// sums * fade + V of four tokens * weights, for four quads.
-fn with_values(
-    sums: Quads,
-    fade: vec4<f32>,
-    slot: vec4<u32>,
-    quad: vec4<u32>,
-    weights: mat4x4<f32>,
-    is_seen: Seen,
-) -> Quads {
-    // Quads past head_dim are clamped to the last one; their sums are not written.
-    let at = min(quad, vec4(params.value_quads - 1u));
-    return Quads(
-        scaled(sums.x, fade) + weighed(values(slot, at.x, is_seen), weights, is_seen),
-        scaled(sums.y, fade) + weighed(values(slot, at.y, is_seen), weights, is_seen),
-        scaled(sums.z, fade) + weighed(values(slot, at.z, is_seen), weights, is_seen),
-        scaled(sums.w, fade) + weighed(values(slot, at.w, is_seen), weights, is_seen),
-    );
+    return product_of(slot, quad, q);
 }
 
 // sums * fade + V of one token * weight, for four quads.
@@ -377,46 +265,6 @@ fn outer(quad: vec4<f32>, weight: vec4<f32>, is_seen: vec4<bool>) -> mat4x4<f32>
     );
 }
 
-// The same quad of V of four tokens: column t is token t's.
-fn values(slot: vec4<u32>, quad: u32, is_seen: Seen) -> mat4x4<f32> {
-    let x = value_quad(slot.x, quad);
-    let y = value_quad(slot.y, quad);
-    let z = value_quad(slot.z, quad);
-    let w = value_quad(slot.w, quad);
-    if masking == 0u {
-        return masked(mat4x4(x, y, z, w), is_seen.x);
-    }
-    return mat4x4(x, y, z, w);
-}
-
-// V of four tokens (column t: token t) times the rows' weights; column r of the result is row r's.
-fn weighed(values: mat4x4<f32>, weights: mat4x4<f32>, is_seen: Seen) -> mat4x4<f32> {
-    if masking == 2u || (masking == 1u && !all(is_seen.x & is_seen.y & is_seen.z & is_seen.w)) {
-        return mat4x4(
-            masked(values, is_seen.x) * weights[0],
-            masked(values, is_seen.y) * weights[1],
-            masked(values, is_seen.z) * weights[2],
-            masked(values, is_seen.w) * weights[3],
-        );
-    }
-    return values * weights;
-}
-
-// Unseen tokens replaced by zeros.
-fn masked(values: mat4x4<f32>, is_seen: vec4<bool>) -> mat4x4<f32> {
-    return mat4x4(
-        select(vec4(0.0), values[0], is_seen.x),
-        select(vec4(0.0), values[1], is_seen.y),
-        select(vec4(0.0), values[2], is_seen.z),
-        select(vec4(0.0), values[3], is_seen.w),
-    );
-}
-
-// Column r times by[r].
-fn scaled(sums: mat4x4<f32>, by: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4(sums[0] * by.x, sums[1] * by.y, sums[2] * by.z, sums[3] * by.w);
-}
-
 // The maximum or the sum of `mine` over the lanes. All slices of a lane pass the same value.
 fn over_lanes(local: u32, mine: vec4<f32>, is_max: bool) -> vec4<f32> {
     // Wait until all have read the earlier content.
@@ -432,16 +280,6 @@ fn over_lanes(local: u32, mine: vec4<f32>, is_max: bool) -> vec4<f32> {
         workgroupBarrier();
     }
     return shared_vectors[threads];
-}
-
-// What write_fours needs beside the sums.
-struct Sums {
-    item: Item,
-    row: vec4<u32>,
-    // The factor that makes an invocation's sums relative to the highest score of all.
-    fade: vec4<f32>,
-    highest: vec4<f32>,
-    total: vec4<f32>,
 }
 
 // Adds up quads i to i + 3 of each invocation over all lanes, and writes them.
@@ -507,29 +345,6 @@ fn write_shared(local: u32, sums: Sums, i: u32, count: u32) {
     }
 }
 
-// Writes one quad of row r: to the output or, with several splits, to this split's partial result.
-fn write_sum(sums: Sums, r: u32, quad: u32, sum: vec4<f32>) {
-    let item = sums.item;
-    if params.splits == 1u {
-        let total = sums.total[r];
-        let elements = select(sum / total, vec4(0.0), total == 0.0);
-        write_output(row_start(params.output, item, sums.row[r]), quad, elements);
-    } else {
-        let rows = params.group * params.tokens;
-        let all = params.batch * params.kv.heads * rows;
-        var number = item.part * all + item.row_of_kv * rows + sums.row[r];
-        if is_packed {
-            number = (item.part * params.kv.heads + item.h) * ROWS + r;
-        }
-        let at = number * (params.kv.value_dim + 2u);
-        write_floats(at, quad, sum);
-        if quad == 0u {
-            result[at + params.kv.value_dim] = bitcast<u32>(sums.highest[r]);
-            result[at + params.kv.value_dim + 1u] = bitcast<u32>(sums.total[r]);
-        }
-    }
-}
-
 // The sum of one quad in workgroup memory over `count` lanes; `number` is row * slices + slice.
 fn sum_over_lanes(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
     let slices = params.slices;
@@ -544,4 +359,17 @@ fn sum_over_lanes(number: u32, first_lane: u32, count: u32) -> vec4<f32> {
         }
     }
     return sum;
+}
+
+// Zeros past the end of a head: there q is zero, too, but zero times an infinity would be a NaN.
+fn key_quad(slot: u32, quad: u32) -> vec4<f32> {
+    if has_rest {
+        let elements = kv_key_quad(params.kv, slot, min(quad, params.key_quads - 1u));
+        return select(vec4(0.0), elements, quad < params.key_quads);
+    }
+    return kv_key_quad(params.kv, slot, quad);
+}
+
+fn value_quad(slot: u32, quad: u32) -> vec4<f32> {
+    return kv_value_quad(params.kv, slot, quad);
 }

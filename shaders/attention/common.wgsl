@@ -222,19 +222,6 @@ fn kv_value_unit(i: u32) -> ValueUnit {
     return value_cache[i];
 }
 
-// Zeros past the end of a head: there q is zero, too, but zero times an infinity would be a NaN.
-fn key_quad(slot: u32, quad: u32) -> vec4<f32> {
-    if has_rest {
-        let elements = kv_key_quad(params.kv, slot, min(quad, params.key_quads - 1u));
-        return select(vec4(0.0), elements, quad < params.key_quads);
-    }
-    return kv_key_quad(params.kv, slot, quad);
-}
-
-fn value_quad(slot: u32, quad: u32) -> vec4<f32> {
-    return kv_value_quad(params.kv, slot, quad);
-}
-
 // Writes a quad of the output, whose head begins at element `at`.
 fn write_output(at: u32, quad: u32, elements: vec4<f32>) {
     if output_type == 0u {

@@ -15,7 +15,7 @@ use crate::gpu::Gpu;
 use crate::gpu::bind_groups::{Keepers, Purpose};
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{AttentionShape, Items, LayerShape, ROWS, Rules, most_tokens};
+use crate::gpu::kernels::{AttentionShape, Items, LayerShape, ROWS, Rules, Tiles, most_tokens};
 use crate::gpu::ledger::Ledger;
 use crate::host::work::{ITEM_WORDS, Work, WorkLimits};
 use crate::layout::{KvLayout, Layout};
@@ -34,7 +34,8 @@ use extras::Extras;
 /// [`AttentionOptions`]. A token that a query does
 /// not see changes no bit of its result, whatever K and V hold there, NaN included.
 /// Where the new tokens are few, the live ones are split over workgroups and put together afterwards, so
-/// that a long cache fills a GPU (flash-decoding: Dao et al., 2023).
+/// that a long cache fills a GPU (flash-decoding: Dao et al., 2023). Where they are many, as in a prefill, the queries of a
+/// workgroup share the tokens that it reads, on a GPU in tiles of its own memory.
 ///
 /// One `Attention` serves all layers and caches of a device. In a steady loop a call creates nothing: a few
 /// bind groups a layer are kept if their buffers have come twice, and a scratch buffer for splits. A bind group
@@ -159,8 +160,11 @@ impl Attention {
         }
         let batch = query.shape[0];
         let rows = group * tokens;
-        let walked = walked(view.len, &rules, group, tokens);
-        let (mut split, mut splits) = self.splits(view, batch, rows, walked);
+        let bytes = gpu.limits().max_compute_workgroup_storage_size;
+        let tiles = Tiles::of([view.key_dim, view.value_dim], rows, self.is_cpu, bytes);
+        let together = tiles.map_or(ROWS, |tiles| tiles.rows);
+        let walked = walked(view.len, &rules, group, tokens, together);
+        let (mut split, mut splits) = self.splits(view, batch, rows, together, walked);
         let mut is_pooled = splits == 1 && query.buffer == output.buffer;
         if is_pooled {
             if let Some(joined) = joined([from, to], binding_limit(gpu.limits())) {
@@ -176,6 +180,7 @@ impl Attention {
             batch,
             query: &from,
             output: &to,
+            tiles,
             group,
             tokens,
             split,
@@ -232,6 +237,8 @@ impl Attention {
             batch: view.batch,
             query: &from,
             output: &to,
+            // The items are of four rows.
+            tiles: None,
             group: packed.group,
             tokens: packed.step.rows.iter().map(|row| row.tokens).max().unwrap_or(0),
             split: 0,
@@ -329,9 +336,16 @@ impl Attention {
     /// Tokens of a split, and how many: enough workgroups to fill the device, and enough tokens for each
     /// to be worth putting together; but no more tokens than a workgroup can go through. `walked` is the most tokens
     /// that a workgroup goes through.
-    fn splits(&self, view: &LayerView, batch: usize, rows: usize, walked: usize) -> (usize, usize) {
+    fn splits(
+        &self,
+        view: &LayerView,
+        batch: usize,
+        rows: usize,
+        together: usize,
+        walked: usize,
+    ) -> (usize, usize) {
         let (wanted, least) = self.wanted();
-        let workgroups = rows.div_ceil(ROWS).saturating_mul(batch * view.heads);
+        let workgroups = rows.div_ceil(together).saturating_mul(batch * view.heads);
         let splits = wanted_splits(workgroups, wanted, walked, least);
         let fit = binding_limit(self.gpu.limits()) / scratch_bytes(view, batch * rows, 1);
         let splits = splits.min(usize::try_from(fit).unwrap_or(usize::MAX));
@@ -404,10 +418,10 @@ fn part_bytes(view: &LayerView, parts: usize) -> u64 {
 }
 
 /// The most tokens that four query rows go through: with a window, those of the rows together.
-fn walked(len: usize, rules: &Rules, group: usize, tokens: usize) -> usize {
+fn walked(len: usize, rules: &Rules, group: usize, tokens: usize, together: usize) -> usize {
     let Some([window, first]) = rules.window else { return len };
-    // Tokens of four rows in a row of them.
-    let spanned = tokens.min((ROWS - 1).div_ceil(group) + 1);
+    // Tokens of the rows of a workgroup.
+    let spanned = tokens.min((together - 1).div_ceil(group) + 1);
     let latest = if rules.is_causal { spanned } else { tokens };
     first.saturating_add(window).saturating_add(latest - 1).min(len)
 }

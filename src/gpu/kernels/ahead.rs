@@ -51,6 +51,7 @@ impl Kernels {
             &self.attention,
             &self.attention_combine,
             &self.append_converted,
+            &self.attention_tiles,
         ];
         for layer in layers {
             let dims = [layer.key_dim, layer.value_dim];
@@ -78,7 +79,8 @@ impl Kernels {
                 if scope == CompileScope::CachesAndAttention {
                     let (rules, types) = (super::Rules::default(), [DType::F32; 2]);
                     let attention = self.attention_ahead(layer, stored, layout, &rules, types);
-                    wanted.extend(attention.into_iter().map(|it| (4, it)));
+                    let numbered = |(is_tiled, it)| (if is_tiled { 7 } else { 4 }, it);
+                    wanted.extend(attention.into_iter().map(numbered));
                     let is_packed = layout == Layout::RaggedPaged;
                     wanted.insert((5, super::attention::combine_variant(is_packed, DType::F32)));
                 }

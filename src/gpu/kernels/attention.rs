@@ -1,13 +1,17 @@
-//! `shaders/attention.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's view.
+//! `shaders/attention.wgsl`, `shaders/attention_tiles.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's
+//! view.
 
 use std::collections::HashSet;
 
 use super::ahead::compile_all;
+use super::form::{
+    CONSTANT_NAMES, Form, PLAIN_CONSTANTS, PLAIN_TILE_CONSTANTS, TILE_CONSTANT_NAMES, masking,
+};
 use super::params::{Strided, params};
-use super::rules::{Has, Rules};
-use super::spread::{MOST_DIM, Spread};
-use super::variant::{CONSTANTS, constants};
-use super::{Dispatch, Elements, Kernels, LayerShape, Variant};
+use super::rules::Rules;
+use super::spread::{MOST_DIM, Spread, Tiles};
+use super::variant::constants;
+use super::{Dispatch, Elements, Kernel, Kernels, LayerShape, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::format::{Format, Formats};
@@ -19,7 +23,7 @@ use crate::view::LayerView;
 pub(super) const SOURCE: super::Source = super::Source {
     label: "kvcache attention",
     wgsl: include_str!("../../../shaders/attention.wgsl"),
-    joined: &[COMMON, include_str!("../../../shaders/attention/no_extras.wgsl"), PAIRS],
+    joined: &[COMMON, QUADS, NO_EXTRAS, PAIRS],
     sides: None,
     writes: &[false, false, false, true],
     params_bytes: Params::BYTES,
@@ -39,10 +43,26 @@ pub(super) const SOURCE: super::Source = super::Source {
 pub(super) const EXTRAS: super::Source = super::Source {
     label: "kvcache attention with masks",
     wgsl: include_str!("../../../shaders/attention.wgsl"),
-    joined: &[COMMON, include_str!("../../../shaders/attention/extras.wgsl"), PAIRS],
+    joined: &[COMMON, QUADS, WITH_EXTRAS, PAIRS],
     writes: &[false, false, false, true, false, false, false],
     constants: &CONSTANT_NAMES,
     ..SOURCE
+};
+
+/// For many query rows, on a GPU. Its bindings are those of [`SOURCE`].
+pub(super) const TILES: super::Source = super::Source {
+    label: "kvcache attention in tiles",
+    wgsl: include_str!("../../../shaders/attention_tiles.wgsl"),
+    constants: TILE_CONSTANT_NAMES.first_chunk::<PLAIN_TILE_CONSTANTS>().expect("fewer than all"),
+    ..SOURCE
+};
+
+/// As [`EXTRAS`] to [`SOURCE`].
+pub(super) const TILES_EXTRAS: super::Source = super::Source {
+    label: "kvcache attention in tiles with masks",
+    wgsl: TILES.wgsl,
+    constants: &TILE_CONSTANT_NAMES,
+    ..EXTRAS
 };
 
 pub(super) const COMBINE: super::Source = super::Source {
@@ -58,28 +78,10 @@ pub(super) const COMBINE: super::Source = super::Source {
 };
 
 const COMMON: &str = include_str!("../../../shaders/attention/common.wgsl");
+const QUADS: &str = include_str!("../../../shaders/attention/quads.wgsl");
+const NO_EXTRAS: &str = include_str!("../../../shaders/attention/no_extras.wgsl");
+const WITH_EXTRAS: &str = include_str!("../../../shaders/attention/extras.wgsl");
 const PAIRS: &str = include_str!("../../../shaders/element/pairs.wgsl");
-
-/// The pipeline constants; those after the first [`PLAIN_CONSTANTS`] are of masks, biases, sinks and row starts.
-const CONSTANT_NAMES: [&str; 16] = [
-    "threads",
-    "fours",
-    "is_alone",
-    "masking",
-    "has_rest",
-    "is_pooled",
-    "is_packed",
-    "query_type",
-    "output_type",
-    "has_window",
-    "has_cap",
-    "has_mask",
-    "has_bits",
-    "has_slopes",
-    "has_sinks",
-    "has_starts",
-];
-const PLAIN_CONSTANTS: usize = 11;
 
 params! {
     /// `struct Params` of the shader, which says what each field is.
@@ -120,47 +122,8 @@ params! {
     }
 }
 
-/// Query rows of a workgroup, as in the shader.
+/// Query rows of a workgroup or, of a kernel in tiles, of a team.
 pub(crate) const ROWS: usize = 4;
-
-impl Spread {
-    /// The pipeline constants.
-    fn constants(self, masking: Masking, key_dim: u32, form: Form) -> [u32; CONSTANTS] {
-        let has_rest = 16 * self.fours * self.slices > key_dim;
-        let [query, output] = form.types.map(|dtype| Format::from(dtype).number());
-        let Has { mask, bits, slopes, sinks, starts } = form.has;
-        constants([
-            self.threads,
-            self.fours,
-            self.is_alone.into(),
-            masking as u32,
-            has_rest.into(),
-            form.is_pooled.into(),
-            form.is_packed.into(),
-            query,
-            output,
-            form.has_window.into(),
-            form.has_cap.into(),
-            mask.into(),
-            bits.into(),
-            slopes.into(),
-            sinks.into(),
-            starts.into(),
-        ])
-    }
-}
-
-/// What a call needs of the kernel beside the spread of a head.
-#[derive(Clone, Copy, Debug)]
-struct Form {
-    is_pooled: bool,
-    is_packed: bool,
-    /// Of q and of the output.
-    types: [DType; 2],
-    has_window: bool,
-    has_cap: bool,
-    has: Has,
-}
 
 /// What attention reads and writes, and how it is split.
 #[derive(Clone, Copy, Debug)]
@@ -171,6 +134,8 @@ pub(crate) struct AttentionShape<'a> {
     /// q and the output, [B, Hq, Tq, D].
     pub(crate) query: &'a Source,
     pub(crate) output: &'a Source,
+    /// How the query rows are taken together, if a workgroup shares what it reads.
+    pub(crate) tiles: Option<Tiles>,
     /// Query heads of a K/V head.
     pub(crate) group: usize,
     /// New tokens of a batch row.
@@ -262,16 +227,22 @@ impl Kernels {
         };
         let strides = [view.key_strides()[2], view.value_strides()[2]];
         let masking = masking(shape.is_cpu, rules.differ(shape.tokens));
+        let key_dim = params.kv.key_dim;
+        let constants = match shape.tiles {
+            Some(tiles) => spread.tile_constants(tiles.tokens, key_dim, form),
+            None => spread.constants(masking, key_dim, form),
+        };
         let variant = Variant {
             layout: Some(view.layout()),
             elements: Some(Elements::new(view.formats, strides)),
-            constants: spread.constants(masking, params.kv.key_dim, form),
+            constants,
             ..Variant::default()
         };
         let (tiles, rows, splits) = match shape.items {
             Some(items) => (items.count as usize, view.heads, 1),
             None => {
-                let tiles = (shape.group * shape.tokens).div_ceil(ROWS);
+                let rows = shape.tiles.map_or(ROWS, |tiles| tiles.rows);
+                let tiles = (shape.group * shape.tokens).div_ceil(rows);
                 (tiles, shape.batch * view.heads, shape.splits)
             }
         };
@@ -283,10 +254,19 @@ impl Kernels {
             Some(items) => Some(items.lists.clone()),
             None => view.table().cloned(),
         };
-        let kernel = if rules.has.any() { &self.attention_extras } else { &self.attention };
+        let kernel = self.attention_kernel(rules, shape.tiles.is_some());
         let mut dispatch = kernel.prepare_sides(variant, bindings, table, &params, groups)?;
         dispatch.reads.extend(shape.extras.map(|extras| extras.guard.clone()));
         Ok(dispatch)
+    }
+
+    fn attention_kernel(&self, rules: &Rules, is_tiled: bool) -> &Kernel {
+        match (is_tiled, rules.has.any()) {
+            (false, false) => &self.attention,
+            (false, true) => &self.attention_extras,
+            (true, false) => &self.attention_tiles,
+            (true, true) => &self.attention_tiles_extras,
+        }
     }
 
     pub(crate) fn attention_combine(
@@ -323,25 +303,9 @@ pub(super) fn combine_variant(is_packed: bool, output: DType) -> Variant {
     Variant { constants, ..Variant::default() }
 }
 
-/// How V of a token that a row does not see is masked, as in the shader.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Masking {
-    AllRows = 0,
-    SomeRounds = 1,
-    EveryRound = 2,
-}
-
-fn masking(is_cpu: bool, has_unseen: bool) -> Masking {
-    match (is_cpu, has_unseen) {
-        (false, _) => Masking::SomeRounds,
-        (true, true) => Masking::EveryRound,
-        (true, false) => Masking::AllRows,
-    }
-}
-
 impl Kernels {
-    /// The variants for one new token and for several, of queries and outputs of these types; none for heads that the
-    /// kernel does not support. Ragged pages are read with packed queries.
+    /// The variants for one new token, for several and for many, of queries and outputs of these types, and whether each
+    /// is of the kernel in tiles; none for heads that the kernels do not support. Ragged pages are read with packed queries.
     pub(super) fn attention_ahead(
         &self,
         layer: &LayerShape,
@@ -349,31 +313,31 @@ impl Kernels {
         layout: Layout,
         rules: &Rules,
         types: [DType; 2],
-    ) -> Vec<Variant> {
+    ) -> Vec<(bool, Variant)> {
         let dims = [layer.key_dim, layer.value_dim];
         let Some(key_dim) = u32::try_from(layer.key_dim).ok() else { return Vec::new() };
         if dims.iter().any(|&dim| dim > MOST_DIM) {
             return Vec::new();
         }
-        let is_cpu = self.uploads.device().is_cpu;
+        let device = self.uploads.device();
+        let (is_cpu, bytes) = (device.is_cpu, device.limits.max_compute_workgroup_storage_size);
         let spread = Spread::of(dims, is_cpu);
-        let variants = [1, 2].map(|tokens| {
-            let form = Form {
-                is_pooled: false,
-                is_packed: layout == Layout::RaggedPaged,
-                types,
-                has_window: rules.window_words().is_some(),
-                has_cap: rules.cap.is_some(),
-                has: rules.has,
-            };
-            Variant {
-                layout: Some(layout),
-                elements: Some(Elements::new(formats, dims)),
-                constants: spread.constants(masking(is_cpu, rules.differ(tokens)), key_dim, form),
-                ..Variant::default()
-            }
-        });
-        variants.into()
+        let form = Form::ahead(layout, rules, types);
+        let variant = |constants| Variant {
+            layout: Some(layout),
+            elements: Some(Elements::new(formats, dims)),
+            constants,
+            ..Variant::default()
+        };
+        let mut variants: Vec<(bool, Variant)> = [1, 2]
+            .map(|tokens| masking(is_cpu, rules.differ(tokens)))
+            .map(|masking| (false, variant(spread.constants(masking, key_dim, form))))
+            .into();
+        let tiles = Tiles::of(dims, usize::MAX / 2, is_cpu, bytes);
+        if let Some(tiles) = tiles.filter(|_| !form.is_packed) {
+            variants.push((true, variant(spread.tile_constants(tiles.tokens, key_dim, form))));
+        }
+        variants
     }
 
     /// Compiles attention over layers of these shapes whose views have one of these layouts, split or not.
@@ -385,27 +349,23 @@ impl Kernels {
         rules: &Rules,
         types: [DType; 2],
     ) -> Result<()> {
-        let kernel = if rules.has.any() { &self.attention_extras } else { &self.attention };
         let mut wanted = HashSet::new();
         for (layer, &layout) in
             layers.iter().flat_map(|layer| layouts.iter().map(move |it| (layer, it)))
         {
             let stored = formats.of(layer.dtype);
-            wanted.extend(
-                self.attention_ahead(layer, stored, layout, rules, types)
-                    .into_iter()
-                    .map(|it| (false, it)),
-            );
-            let parts = [types[0], DType::F32];
-            wanted.extend(
-                self.attention_ahead(layer, stored, layout, rules, parts)
-                    .into_iter()
-                    .map(|it| (false, it)),
-            );
-            wanted.insert((true, combine_variant(layout == Layout::RaggedPaged, types[1])));
+            // Into the output, and into partial results.
+            for types in [types, [types[0], DType::F32]] {
+                let variants = self.attention_ahead(layer, stored, layout, rules, types);
+                wanted.extend(variants.into_iter().map(|(is_tiled, it)| (Some(is_tiled), it)));
+            }
+            wanted.insert((None, combine_variant(layout == Layout::RaggedPaged, types[1])));
         }
-        let of = |is_combine| if is_combine { &self.attention_combine } else { kernel };
-        let wanted = wanted.into_iter().map(|(is_combine, variant)| (of(is_combine), variant));
+        let of = |is_tiled: Option<bool>| match is_tiled {
+            Some(is_tiled) => self.attention_kernel(rules, is_tiled),
+            None => &self.attention_combine,
+        };
+        let wanted = wanted.into_iter().map(|(kernel, variant)| (of(kernel), variant));
         compile_all(wanted.collect())
     }
 }

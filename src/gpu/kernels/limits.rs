@@ -4,8 +4,11 @@ use super::WORKGROUP;
 use crate::error::{Error, Result};
 use crate::gpu::arena::{CHUNK_BYTES, PARAMS_BYTES};
 
-/// Bytes of workgroup memory in the kernel that uses most.
+/// Bytes of workgroup memory in the kernel that uses most, of those that every device must run.
 pub(super) const WORKGROUP_BYTES: u32 = 8 << 10;
+
+/// Bytes of workgroup memory of attention in tiles, which is left out where a device has less.
+pub(super) const TILES_BYTES: u32 = 16 << 10;
 
 /// Refuses a device with a limit that is lower than the kernels need, and names the limit.
 pub(crate) fn check_limits(limits: &wgpu::Limits) -> Result<()> {

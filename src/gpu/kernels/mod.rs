@@ -5,6 +5,7 @@ mod append;
 mod append_converted;
 mod attention;
 mod collect;
+mod form;
 mod gather;
 mod limits;
 mod params;
@@ -23,7 +24,7 @@ pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;
 pub(crate) use rules::{Has, Rules};
-pub(crate) use spread::{MOST_DIM, most_tokens};
+pub(crate) use spread::{MOST_DIM, Tiles, most_tokens};
 pub(crate) use variant::Unit;
 use variant::{Elements, ParamsPath, Variant};
 
@@ -53,6 +54,9 @@ pub(crate) struct Kernels {
     attention: Kernel,
     /// With masks, biases, sinks or row starts.
     attention_extras: Kernel,
+    /// For many query rows, on a GPU.
+    attention_tiles: Kernel,
+    attention_tiles_extras: Kernel,
     attention_combine: Kernel,
     gather: Kernel,
     collect: Kernel,
@@ -74,6 +78,8 @@ impl Kernels {
             append_converted: kernel(&append_converted::CONVERTED),
             attention: kernel(&attention::SOURCE),
             attention_extras: kernel(&attention::EXTRAS),
+            attention_tiles: kernel(&attention::TILES),
+            attention_tiles_extras: kernel(&attention::TILES_EXTRAS),
             attention_combine: kernel(&attention::COMBINE),
             gather: kernel(&gather::SOURCE),
             collect: kernel(&collect::SOURCE),
@@ -91,6 +97,8 @@ impl Kernels {
             &self.append_converted,
             &self.attention,
             &self.attention_extras,
+            &self.attention_tiles,
+            &self.attention_tiles_extras,
             &self.attention_combine,
             &self.gather,
             &self.collect,
@@ -137,11 +145,13 @@ impl Source {
 
 /// Every kernel.
 #[cfg(test)]
-const SOURCES: [&Source; 8] = [
+const SOURCES: [&Source; 10] = [
     &append::SOURCE,
     &append_converted::CONVERTED,
     &attention::SOURCE,
     &attention::EXTRAS,
+    &attention::TILES,
+    &attention::TILES_EXTRAS,
     &attention::COMBINE,
     &gather::SOURCE,
     &repeat_interleave::SOURCE,

@@ -86,11 +86,13 @@ mod tests {
 
     #[test]
     fn parameters_are_laid_out_as_the_shaders_read_them() {
-        let all: [(&Source, Fields); 8] = [
+        let all: [(&Source, Fields); 10] = [
             (&append::SOURCE, append::Params::FIELDS),
             (&append_converted::CONVERTED, append::Params::FIELDS),
             (&attention::SOURCE, attention::Params::FIELDS),
             (&attention::EXTRAS, attention::Params::FIELDS),
+            (&attention::TILES, attention::Params::FIELDS),
+            (&attention::TILES_EXTRAS, attention::Params::FIELDS),
             (&attention::COMBINE, attention::CombineParams::FIELDS),
             (&collect::SOURCE, collect::Params::FIELDS),
             (&gather::SOURCE, gather::Params::FIELDS),

@@ -1,6 +1,8 @@
 //! How attention spreads a head over the invocations of a workgroup.
 
 use super::Unit;
+use super::attention::ROWS;
+use super::limits::TILES_BYTES;
 use crate::view::LayerView;
 
 /// How a head is spread over a workgroup.
@@ -55,6 +57,41 @@ impl Spread {
     }
 }
 
+/// How many query rows share the K and V that a workgroup reads: `shaders/attention_tiles.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tiles {
+    /// Query rows of a workgroup.
+    pub(crate) rows: usize,
+    /// Tokens that are in workgroup memory at once.
+    pub(crate) tokens: u32,
+}
+
+impl Tiles {
+    /// Quads that workgroup memory has for a tile, and the most tokens: with more, the last tile of a walk is mostly empty.
+    const QUADS: u32 = 512;
+    const MOST_TOKENS: u32 = 16;
+
+    /// For `rows` query rows over heads of these many elements, of K and of V, on a device with this much workgroup memory.
+    /// None on a CPU, whose caches keep what four rows have read for the next four; for fewer rows than make half a
+    /// workgroup; and for heads of which four tokens do not fit.
+    pub(crate) fn of(
+        dims: [usize; 2],
+        rows: usize,
+        is_cpu: bool,
+        workgroup_bytes: u32,
+    ) -> Option<Self> {
+        let quads: usize = dims.iter().map(|dim| dim.div_ceil(4)).sum();
+        let fit = Self::QUADS / u32::try_from(quads).ok()? / 4 * 4;
+        if is_cpu || fit == 0 || workgroup_bytes < TILES_BYTES {
+            return None;
+        }
+        let Spread { threads, slices, .. } = Spread::of(dims, false);
+        let all = ROWS * (threads / slices) as usize;
+        let tiles = Self { rows: all, tokens: fit.min(Self::MOST_TOKENS) };
+        (2 * rows >= all).then_some(tiles)
+    }
+}
+
 /// What K and V of heads of these many elements are read in.
 pub(super) fn unit_of(dims: [usize; 2]) -> Unit {
     let is_whole = dims.iter().all(|dim| dim % 4 == 0);
@@ -86,6 +123,32 @@ mod tests {
                 // Each quad that is told has a thread or more to add it up.
                 let told = if threads <= 32 { 16 } else { 4 } * slices;
                 assert!(threads % told == 0 && slices.is_power_of_two(), "{dim}");
+            }
+        }
+    }
+
+    /// A tile holds whole fours of tokens, all invocations belong to a team, and none of it depends on how many rows
+    /// there are beyond a half workgroup of them.
+    #[test]
+    fn tiles_fit_into_workgroup_memory() {
+        for key_dim in 1..=MOST_DIM {
+            for value_dim in [1, 4, 64, 128, key_dim, 512] {
+                let dims = [key_dim, value_dim];
+                let quads: u32 =
+                    dims.iter().map(|dim| u32::try_from(dim.div_ceil(4)).unwrap()).sum();
+                let Some(Tiles { rows, tokens }) =
+                    Tiles::of(dims, usize::MAX / 2, false, TILES_BYTES)
+                else {
+                    assert!(4 * quads > Tiles::QUADS, "{dims:?}");
+                    continue;
+                };
+                assert!(tokens > 0 && tokens.is_multiple_of(4) && tokens * quads <= Tiles::QUADS);
+                let Spread { threads, slices, fours, .. } = Spread::of(dims, false);
+                assert_eq!((fours, rows), (1, ROWS * (threads / slices) as usize), "{dims:?}");
+                assert!(Tiles::of(dims, rows / 2, false, TILES_BYTES).is_some());
+                assert!(Tiles::of(dims, rows / 2 - 1, false, TILES_BYTES).is_none());
+                assert!(Tiles::of(dims, rows, true, TILES_BYTES).is_none());
+                assert!(Tiles::of(dims, rows, false, TILES_BYTES - 1).is_none());
             }
         }
     }

@@ -126,6 +126,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+    use crate::gpu::kernels::limits::{TILES_BYTES, WORKGROUP_BYTES};
 
     fn some_or_none<T: Copy>(all: &[T]) -> Vec<Option<T>> {
         if all.is_empty() { vec![None] } else { all.iter().copied().map(Some).collect() }
@@ -184,7 +185,8 @@ mod tests {
                 .filter(|(_, it)| it.space == naga::AddressSpace::WorkGroup)
                 .map(|(_, it)| module.types[it.ty].inner.size(module.to_ctx()))
                 .sum();
-            let most = super::super::limits::WORKGROUP_BYTES;
+            let is_tiled = name.contains("in tiles");
+            let most = if is_tiled { TILES_BYTES } else { WORKGROUP_BYTES };
             assert!(shared <= most, "{name}: {shared} bytes shared");
         }
     }
