@@ -79,7 +79,7 @@ fn loops(shared: &SharedDevice, capacity: usize) -> Vec<(&'static str, Box<dyn A
 
 /// The numbers of a tensor.
 fn read(tensor: Tensor<3>) -> Result<Vec<f32>, Error> {
-    tensor.into_data().to_vec::<f32>().map_err(|error| format!("{error:?}").into())
+    tensor.try_into_vec_as::<f32>().map_err(|error| format!("{error:?}").into())
 }
 
 /// Decodes the same tokens with all loops.

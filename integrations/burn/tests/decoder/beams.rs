@@ -32,7 +32,7 @@ fn compare<C: KVCache>(mut cache: BurnCache<C>) {
     let expected = decoder.forward(&prompt, &positions, &mut alone).narrow(1, last, 1);
     let got = decoder.forward(&prompt, &positions, &mut through(&mut cache, Order::Bthd));
     assert!(difference(expected.clone(), got.narrow(1, last, 1)) < 1e-4);
-    let mut logits = expected.into_data().to_vec::<f32>().expect("f32");
+    let mut logits = expected.try_into_vec_as::<f32>().expect("f32");
     let mut sums = vec![0.0];
     let mut moved = 0;
     for step in 0..25 {
@@ -47,7 +47,7 @@ fn compare<C: KVCache>(mut cache: BurnCache<C>) {
         let got = decoder.forward(&tokens, &positions, &mut through(&mut cache, Order::Bthd));
         let difference = difference(expected.clone(), got);
         assert!(difference < 1e-4, "step {step}: {difference}");
-        logits = expected.into_data().to_vec::<f32>().expect("f32");
+        logits = expected.try_into_vec_as::<f32>().expect("f32");
     }
     assert!(moved > 3, "the beams should change places: {moved}");
 }

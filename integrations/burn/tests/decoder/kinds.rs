@@ -23,7 +23,7 @@ fn greedy_is_that_of_burn_in_every_kind_and_order_of_axes() {
     let gpu = shared.gpu();
     for order in [Order::Bthd, Order::Bhtd] {
         compare_greedy(dynamic(CacheOptions::default()), order);
-        let cache = StaticKVCache::new(gpu, bounded).expect("a cache");
+        let cache = StaticKVCache::with_options(gpu, bounded).expect("a cache");
         compare_greedy(BurnCache::new(&shared, cache), order);
         let cache = PagedKVCache::with_options(gpu, paged).expect("a cache");
         compare_greedy(BurnCache::new(&shared, cache), order);
@@ -69,14 +69,14 @@ fn sixteen_bits_and_quantised_formats_are_near_f32() {
     for (key, value, bound) in
         [(Format::F16, Format::F16, 1e-3), (Format::Q8_0, Format::Q8_0, 2e-2)]
     {
-        let formats = Formats { key, value };
+        let formats = Formats { key: Some(key), value: Some(value) };
         let shared = shared();
         let options = CacheOptions::default().with_formats(formats);
         let cache = PagedKVCache::with_options(shared.gpu(), options).expect("a cache");
         let mut cache = BurnCache::new(&shared, cache);
         let mut alone = Concatenated::new(Form::Matmul, 1);
         let seed = &mut 5;
-        let mut wide = |tokens, heads| {
+        let mut wide = |tokens: usize, heads: usize| {
             let values = noise(seed, tokens * heads * 32);
             let data = TensorData::new(values, [1, tokens, heads, 32]);
             Tensor::<4>::from_data(data, shared.device())

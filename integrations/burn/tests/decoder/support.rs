@@ -49,7 +49,7 @@ pub(crate) fn through<C: KVCache>(
 
 /// The largest difference of two tensors.
 pub(crate) fn difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
-    let [a, b] = [a, b].map(|x| x.into_data().to_vec::<f32>().expect("f32"));
+    let [a, b] = [a, b].map(|x| x.try_into_vec_as::<f32>().expect("f32"));
     assert_eq!(a.len(), b.len());
     a.iter()
         .zip(&b)
@@ -60,7 +60,7 @@ pub(crate) fn difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
 /// The most likely next token of each row, after the last one.
 pub(crate) fn best(logits: &Tensor<3>) -> Vec<u32> {
     let [batch, count, words] = logits.dims();
-    let logits = logits.clone().into_data().to_vec::<f32>().expect("f32");
+    let logits = logits.try_to_vec_as::<f32>().expect("f32");
     let row = |b: usize| &logits[((b + 1) * count - 1) * words..][..words];
     let most = |row: &[f32]| (0..words).max_by(|&i, &j| row[i].total_cmp(&row[j])).expect("words");
     (0..batch).map(|b| most(row(b)) as u32).collect()
