@@ -20,3 +20,7 @@ pub use error::{Error, Result};
 pub use options::AttendOptions;
 pub use sequences::BurnSequenceCache;
 pub use wgpu_kvcache;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -3,12 +3,13 @@
 //!
 //! `cargo run --release --example decoder -- --help`
 
+#[allow(dead_code, reason = "the tests use the rest")]
 mod model;
 
 use std::time::{Duration, Instant};
 
-use burn::tensor::Tensor;
-use model::{Assigned, Attend, Concatenated, Decoder, Form, Shape};
+use burn::tensor::{Tensor, TensorData};
+use model::{Assigned, Attend, Concatenated, Decoder, Form, Shape, noise};
 use wgpu_kvcache_burn::wgpu_kvcache::DynamicKVCache;
 use wgpu_kvcache_burn::{AttendOptions, BurnCache, SharedDevice};
 
@@ -19,12 +20,12 @@ wgpu-kvcache. Prints the tokens of each and the largest difference of the logits
 usage: decoder [--tokens N] [--bench [--lengths A,B,..] [--steps N]]
 
   --tokens N       tokens to decode (default 40)
-  --bench          measure a step at several lengths instead, in turns, and print a table
+  --bench          measure a step at several lengths instead, in turns, and print tables
   --lengths A,B    the lengths (default 64,512,2048,8192)
   --steps N        steps a turn (default 5)
 ";
 
-const SHAPE: Shape = Shape { layers: 2, heads: 8, kv_heads: 4, head_dim: 64, vocabulary: 256 };
+const SHAPE: Shape = Shape { layers: 2, heads: 8, kv_heads: 8, head_dim: 32, vocabulary: 256 };
 
 /// This crate's cache as the attention of the decoder: all that a model needs to change.
 struct Cached(BurnCache<DynamicKVCache>);
@@ -66,14 +67,18 @@ fn main() -> Result<(), Error> {
     compare(&shared, &decoder, number("--tokens", 40)?)
 }
 
+/// The loops.
+const NAMES: [&str; 4] = ["cat, matmul", "cat, attention", "slice_assign, attention", "this crate"];
+const TURNS: usize = 5;
+
 /// The loops by name.
 fn loops(shared: &SharedDevice, capacity: usize) -> Vec<(&'static str, Box<dyn Attend>)> {
     let assigned = Assigned::new(Form::Module, SHAPE, 1, capacity, shared.device());
     vec![
-        ("cat, matmul", Box::new(Concatenated::new(Form::Matmul, SHAPE.layers))),
-        ("cat, attention", Box::new(Concatenated::new(Form::Module, SHAPE.layers))),
-        ("slice_assign, attention", Box::new(assigned)),
-        ("this crate", Box::new(Cached::new(shared))),
+        (NAMES[0], Box::new(Concatenated::new(Form::Matmul, SHAPE.layers))),
+        (NAMES[1], Box::new(Concatenated::new(Form::Module, SHAPE.layers))),
+        (NAMES[2], Box::new(assigned)),
+        (NAMES[3], Box::new(Cached::new(shared))),
     ]
 }
 
@@ -113,57 +118,95 @@ fn compare(shared: &SharedDevice, decoder: &Decoder, tokens: usize) -> Result<()
     Ok(())
 }
 
-/// Fills the caches to a length and measures steps there, in turns.
+/// A loop and what was measured of it.
+struct Measured {
+    attend: Box<dyn Attend>,
+    position: usize,
+    times: Vec<Duration>,
+}
+
+impl Measured {
+    /// The median, in milliseconds.
+    fn median(&mut self) -> f64 {
+        self.times.sort();
+        self.times[self.times.len() / 2].as_secs_f64() * 1e3
+    }
+}
+
+/// Random q, K and V of some tokens, (1, T, heads, D).
+fn random(shared: &SharedDevice, tokens: usize) -> [Tensor<4>; 3] {
+    [SHAPE.heads, SHAPE.kv_heads, SHAPE.kv_heads].map(|heads| {
+        let values = noise(&mut 5, tokens * heads * SHAPE.head_dim);
+        let data = TensorData::new(values, [1, tokens, heads, SHAPE.head_dim]);
+        Tensor::from_data(data, shared.device())
+    })
+}
+
+/// Measures steps at these lengths, in turns: of the whole decoder, then of attention alone.
 fn bench(
     shared: &SharedDevice,
     decoder: &Decoder,
     lengths: &[usize],
     steps: usize,
 ) -> Result<(), Error> {
-    println!("| tokens | loop | ms a step | this crate's time / its |");
-    println!("| --- | --- | --- | --- |");
-    for &length in lengths {
-        let turns = 5;
-        let mut loops = loops(shared, length + steps * (turns + 2));
-        let mut positions = vec![0; loops.len()];
-        for ((_, attend), position) in loops.iter_mut().zip(&mut positions) {
-            // In pieces, so that no matrix of scores is large.
-            while *position < length {
-                let count = (length - *position).min(256);
-                let tokens = vec![vec![5; count]];
-                let at = vec![(*position..*position + count).collect::<Vec<_>>()];
-                read(decoder.forward(&tokens, &at, &mut **attend).narrow(1, 0, 1))?;
-                *position += count;
-            }
-        }
-        let mut times = vec![Vec::new(); loops.len()];
-        // The first turn compiles and tunes.
-        for turn in 0..=turns {
-            let each = loops.iter_mut().zip(&mut positions).zip(&mut times);
-            for (((_, attend), position), times) in each {
-                for _ in 0..steps {
-                    let start = Instant::now();
-                    let at = vec![vec![*position]];
-                    read(decoder.forward(&[vec![5]], &at, &mut **attend))?;
-                    *position += 1;
-                    if turn > 0 {
-                        times.push(start.elapsed());
+    println!("{SHAPE:?}");
+    for what in ["a step of the decoder", "attention of all layers alone"] {
+        println!("\n{what}, ms; in brackets this crate's part of it");
+        println!("| tokens | {} | {} | {} | {} |", NAMES[0], NAMES[1], NAMES[2], NAMES[3]);
+        println!("| --: | --: | --: | --: | --: |");
+        for &length in lengths {
+            let mut loops = filled(shared, length, steps * (TURNS + 1))?;
+            let [q, k, v] = random(shared, 1);
+            // The first turn compiles and tunes.
+            for turn in 0..=TURNS {
+                for measured in &mut loops {
+                    for _ in 0..steps {
+                        let start = Instant::now();
+                        let attend = &mut *measured.attend;
+                        if what == "a step of the decoder" {
+                            let at = vec![vec![measured.position]];
+                            read(decoder.forward(&[vec![5]], &at, attend))?;
+                        } else {
+                            for layer in 0..SHAPE.layers {
+                                let [q, k, v] = [&q, &k, &v].map(Tensor::clone);
+                                let context = attend.attend(layer, q, k, v);
+                                if layer + 1 == SHAPE.layers {
+                                    read(context.flatten(0, 1))?;
+                                }
+                            }
+                        }
+                        measured.position += 1;
+                        if turn > 0 {
+                            measured.times.push(start.elapsed());
+                        }
                     }
                 }
             }
-        }
-        let medians: Vec<Duration> = times
-            .iter_mut()
-            .map(|times| {
-                times.sort();
-                times[times.len() / 2]
-            })
-            .collect();
-        let own = medians[medians.len() - 1].as_secs_f64();
-        for ((name, _), median) in loops.iter().zip(&medians) {
-            let its = median.as_secs_f64();
-            println!("| {length} | {name} | {:.2} | {:.2} |", its * 1e3, own / its);
+            let medians: Vec<f64> = loops.iter_mut().map(Measured::median).collect();
+            let own = medians[medians.len() - 1];
+            let cells = medians.iter().map(|its| format!("{its:.1} ({:.2})", own / its));
+            println!("| {length} | {} |", cells.collect::<Vec<_>>().join(" | "));
         }
     }
     Ok(())
+}
+
+/// The loops, with caches that hold `length` tokens and have space for more.
+fn filled(shared: &SharedDevice, length: usize, more: usize) -> Result<Vec<Measured>, Error> {
+    let mut all = Vec::new();
+    for (_, mut attend) in loops(shared, length + more) {
+        let mut position = 0;
+        // In pieces, so that no matrix of scores is large.
+        while position < length {
+            let count = (length - position).min(256);
+            let [q, k, v] = random(shared, count);
+            for layer in 0..SHAPE.layers {
+                let [q, k, v] = [&q, &k, &v].map(Tensor::clone);
+                read(attend.attend(layer, q, k, v).narrow(1, 0, 1).flatten(0, 1))?;
+            }
+            position += count;
+        }
+        all.push(Measured { attend, position, times: Vec::new() });
+    }
+    Ok(all)
 }

@@ -43,13 +43,14 @@ impl<F: FnMut(usize, Tensor<4>, Tensor<4>, Tensor<4>) -> Tensor<4>> Attend for F
     }
 }
 
-/// A decoder: pre-normed attention and a gated MLP, tied embeddings, sinusoidal positions.
+/// A decoder: pre-normed attention and a gated MLP, sinusoidal positions.
 #[derive(Debug)]
 pub(crate) struct Decoder {
     pub(crate) shape: Shape,
     device: Device,
     embeddings: Tensor<2>,
     layers: Vec<Layer>,
+    head: Tensor<2>,
 }
 
 /// Random numbers from -1 to 1, the same on each machine.
@@ -71,7 +72,8 @@ impl Decoder {
             Tensor::<2>::from_data(TensorData::new::<f32, _>(values, [rows, columns]), device)
         };
         let (hidden, kv) = (shape.hidden(), shape.kv_heads * shape.head_dim);
-        let embeddings = matrix(shape.vocabulary, hidden) * 8.0;
+        let embeddings = matrix(shape.vocabulary, hidden) * (shape.vocabulary as f32 / 3.0).sqrt();
+        let head = matrix(hidden, shape.vocabulary);
         let layers = (0..shape.layers).map(|_| Layer {
             query: matrix(hidden, hidden),
             key: matrix(hidden, kv),
@@ -82,7 +84,7 @@ impl Decoder {
             down: matrix(2 * hidden, hidden),
         });
         let layers = layers.collect();
-        Self { shape, device: device.clone(), embeddings, layers }
+        Self { shape, device: device.clone(), embeddings, layers, head }
     }
 
     /// Logits (B, T, vocabulary) of B rows of T tokens at these positions.
@@ -121,7 +123,7 @@ impl Decoder {
             let gate = silu(normed.matmul(layer.gate.clone().unsqueeze()));
             x = x + (up * gate).matmul(layer.down.clone().unsqueeze());
         }
-        norm(x).matmul(self.embeddings.clone().transpose().unsqueeze())
+        norm(x).matmul(self.head.clone().unsqueeze())
     }
 }
 
