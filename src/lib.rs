@@ -41,6 +41,7 @@ mod format;
 mod gpu;
 mod host;
 mod layout;
+pub mod pooled;
 #[cfg(feature = "safetensors")]
 mod saved;
 mod sequence;
@@ -53,6 +54,7 @@ mod view;
 pub use attention::{Attention, AttentionOptions, BitMask};
 #[cfg(feature = "safetensors")]
 pub use cache::SaveFuture;
+pub use cache::attend::LayerTensors;
 pub use cache::dynamic::DynamicKVCache;
 pub use cache::encoder_decoder::{EncoderDecoderCache, Side};
 pub use cache::fixed::StaticKVCache;
@@ -74,7 +76,7 @@ pub use layout::Layout;
 pub use sequence::SequenceId;
 pub use stats::Stats;
 pub use stored::StoredTensor;
-pub use tensor::{HostTensor, Tensor, TensorView};
+pub use tensor::{AxisOrder, HeldTensor, HostTensor, Tensor, TensorView};
 pub use view::{LayerView, Rings};
 pub use wgpu;
 

@@ -1,6 +1,12 @@
 //! Tensors of the public interface: [`TensorView`] is an input, [`HostTensor`] a result.
 
+mod held;
+
+use std::ops::Range;
 use std::sync::Arc;
+
+pub(crate) use held::Guard;
+pub use held::HeldTensor;
 
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
@@ -13,19 +19,24 @@ use crate::gpu::device::{DeviceHandle, binding_limit};
 /// D), the offset and the other strides are multiples of 4 bytes, and the buffer has
 /// [`wgpu::BufferUsages::STORAGE`].
 ///
+/// A view must stay true until its work has run: what it shows must not be freed, or reused for something else, before.
+/// An engine that allocates from pools of its own hands in a [`HeldTensor`], which sees to that; the module
+/// [`pooled`](crate::pooled) has the rules.
+///
 /// # Examples
 ///
-/// Q, K and V of 8 query heads and 2 K/V heads, of 64 elements each, in one (B, T, 12, 64) tensor:
+/// Q, K and V of 8 query heads and 2 K/V heads, of 64 elements each, in one (B, T, 12, 64) tensor, which lies somewhere in
+/// a pool:
 ///
 /// ```
-/// # use wgpu_kvcache::{wgpu, DType, Error, TensorView};
-/// # fn views(qkv: &wgpu::Buffer, batch: usize, tokens: usize) -> Result<(), Error> {
-/// let row = 12 * 64;
-/// let strides = [tokens * row, 64, row, 1];
-/// let shape = [batch, 2, tokens, 64];
-/// let key = TensorView::new(qkv, DType::F32, &shape)?.with_offset(8 * 64 * 4).with_strides(strides);
-/// let value = TensorView::new(qkv, DType::F32, &shape)?.with_offset(10 * 64 * 4).with_strides(strides);
-/// # let _ = (key, value);
+/// # use wgpu_kvcache::{wgpu, AxisOrder, DType, Error, TensorView};
+/// # fn views(qkv: wgpu::BufferBinding<'_>, batch: usize, tokens: usize) -> Result<(), Error> {
+/// let qkv = TensorView::from_binding(qkv, DType::F32, AxisOrder::Bthd, &[batch, tokens, 12, 64])?;
+/// let query = qkv.with_heads(0..8)?;
+/// let key = qkv.with_heads(8..10)?;
+/// let value = qkv.with_heads(10..12)?;
+/// assert_eq!(key.shape(), [batch, 2, tokens, 64]);
+/// # let _ = (query, value);
 /// # Ok(())
 /// # }
 /// ```
@@ -33,11 +44,42 @@ use crate::gpu::device::{DeviceHandle, binding_limit};
 pub struct TensorView<'a> {
     pub(crate) buffer: &'a wgpu::Buffer,
     pub(crate) dtype: DType,
+    /// Bytes from the buffer's start.
     pub(crate) offset: u64,
     pub(crate) shape: [usize; 4],
     pub(crate) strides: [usize; 4],
+    /// The bytes of the buffer that are the tensor's to lie in; `end` may lie past the buffer's.
+    begin: u64,
+    end: u64,
     /// The device, if it is known.
     pub(crate) device: Option<&'a Arc<DeviceHandle>>,
+    /// What is kept until the work has run.
+    pub(crate) guard: Option<&'a Guard>,
+}
+
+/// In which order the axes of a tensor lie in memory, the slowest first; elements of a head are next to each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AxisOrder {
+    /// (B, H, T, D).
+    #[default]
+    Bhtd,
+    /// (B, T, H, D), as a projection writes it.
+    Bthd,
+}
+
+impl AxisOrder {
+    /// A shape given in this order as (B, H, T, D), and its strides in that order, in elements.
+    fn place(self, shape: [usize; 4]) -> ([usize; 4], [usize; 4]) {
+        let product =
+            |extents: &[usize]| extents.iter().fold(1, |all: usize, &n| all.saturating_mul(n));
+        let [a, b, c, d] = shape;
+        let [slow, middle] = [product(&[b, c, d]), product(&[c, d])];
+        match self {
+            Self::Bhtd => (shape, [slow, middle, d, 1]),
+            Self::Bthd => ([a, c, b, d], [slow, d, middle, 1]),
+        }
+    }
 }
 
 impl<'a> TensorView<'a> {
@@ -47,10 +89,7 @@ impl<'a> TensorView<'a> {
     ///
     /// [`Error::WrongRank`] and [`Error::ZeroExtent`]. The call that takes the view checks the buffer.
     pub fn new(buffer: &'a wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let shape = checked_shape(shape)?;
-        let [_, h, t, d] = shape;
-        let strides = [h.saturating_mul(t).saturating_mul(d), t.saturating_mul(d), d, 1];
-        Ok(Self { buffer, dtype, offset: 0, shape, strides, device: None })
+        Self::from_binding(whole(buffer), dtype, AxisOrder::Bhtd, shape)
     }
 
     /// A row-major [B, T, H, D] tensor, as a projection writes it. `shape` is given in that order; the
@@ -60,9 +99,26 @@ impl<'a> TensorView<'a> {
     ///
     /// As for [`TensorView::new`].
     pub fn bthd(buffer: &'a wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let [b, t, h, d] = checked_shape(shape)?;
-        let strides = [t.saturating_mul(h).saturating_mul(d), d, h.saturating_mul(d), 1];
-        Ok(Self { buffer, dtype, offset: 0, shape: [b, h, t, d], strides, device: None })
+        Self::from_binding(whole(buffer), dtype, AxisOrder::Bthd, shape)
+    }
+
+    /// A tensor in a range of a buffer: of a pool, say. `shape` is given in the order in which the axes lie there. The view
+    /// ends where the binding does, whatever the buffer holds behind it; a binding without a size ends with the buffer.
+    ///
+    /// # Errors
+    ///
+    /// As for [`TensorView::new`]. The call that takes the view checks that the tensor fits the binding.
+    pub fn from_binding(
+        binding: wgpu::BufferBinding<'a>,
+        dtype: DType,
+        order: AxisOrder,
+        shape: &[usize],
+    ) -> Result<Self> {
+        let (shape, strides) = order.place(checked_shape(shape)?);
+        let wgpu::BufferBinding { buffer, offset, size } = binding;
+        let end = size.map_or(buffer.size(), |size| offset.saturating_add(size.get()));
+        let (begin, device, guard) = (offset, None, None);
+        Ok(Self { buffer, dtype, offset, shape, strides, begin, end, device, guard })
     }
 
     /// Packed tokens [T, H, D], as a projection of the tokens of several sequences writes them: one batch row,
@@ -76,10 +132,10 @@ impl<'a> TensorView<'a> {
         Self::bthd(buffer, dtype, &[1, tokens, heads, dim])
     }
 
-    /// The same view with its first element at byte `offset` of the buffer: a multiple of 4.
+    /// The same view with its first element at byte `offset` of the buffer, or of the binding: a multiple of 4.
     #[must_use]
     pub fn with_offset(self, offset: u64) -> Self {
-        Self { offset, ..self }
+        Self { offset: self.begin.saturating_add(offset), ..self }
     }
 
     /// The same view with other strides, in elements, for (B, H, T, D). D's stride must be 1; for
@@ -94,6 +150,26 @@ impl<'a> TensorView<'a> {
     pub fn with_head_dim(self, head_dim: usize) -> Self {
         let [b, h, t, _] = self.shape;
         Self { shape: [b, h, t, head_dim], ..self }
+    }
+
+    /// The same view of some of the heads: K of a fused tensor of q, K and V, say.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SizeOverflow`] for heads that the view does not have, and [`Error::ZeroExtent`] for none.
+    ///
+    /// # Examples
+    ///
+    /// See [`TensorView`].
+    pub fn with_heads(self, heads: Range<usize>) -> Result<Self> {
+        let [b, all, t, d] = self.shape;
+        if heads.end > all {
+            let asked = format!("{heads:?}");
+            return Err(Error::overflow("end of a range of heads", asked, all as u64));
+        }
+        let shape = checked_shape(&[b, heads.len(), t, d])?;
+        let first = heads.start.saturating_mul(self.strides[1]).saturating_mul(self.dtype.size());
+        Ok(Self { offset: self.offset.saturating_add(first as u64), shape, ..self })
     }
 
     /// Whether it is the first elements of each head of `whole`, in the same memory.
@@ -118,7 +194,7 @@ impl<'a> TensorView<'a> {
         self.dtype
     }
 
-    /// Byte offset of element (0, 0, 0, 0).
+    /// Byte offset of element (0, 0, 0, 0) in the buffer.
     pub fn offset(&self) -> u64 {
         self.offset
     }
@@ -147,7 +223,7 @@ impl<'a> TensorView<'a> {
     }
 
     /// One past the view's last byte, counted from the buffer's start.
-    fn end(&self) -> Option<u64> {
+    fn last_byte(&self) -> Option<u64> {
         let mut last = 0_usize;
         for (extent, stride) in self.shape.iter().zip(self.strides) {
             last = last.checked_add((extent - 1).checked_mul(stride)?)?;
@@ -164,7 +240,7 @@ impl<'a> TensorView<'a> {
             return Err(Error::InnerStride { what, stride: self.strides[3] });
         }
         check_whole_words(what, d, self.dtype)?;
-        let needed = self.end().ok_or_else(|| {
+        let needed = self.last_byte().ok_or_else(|| {
             let Self { offset, shape, strides, .. } = self;
             let asked = format!("{shape:?} with strides {strides:?} from byte {offset}");
             Error::overflow("extent of a view", asked, u64::MAX)
@@ -187,12 +263,13 @@ impl<'a> TensorView<'a> {
                 });
             }
         }
-        if needed > self.buffer.size() {
+        let end = self.end.min(self.buffer.size());
+        if needed > end {
             return Err(Error::BufferTooShort {
                 what,
-                needed,
-                size: self.buffer.size(),
-                offset: self.offset,
+                needed: needed - self.begin,
+                size: end.saturating_sub(self.begin),
+                offset: self.offset - self.begin,
                 shape: self.shape,
                 strides: self.strides,
             });
@@ -257,6 +334,10 @@ pub(crate) fn check_whole_words(what: &'static str, head_dim: usize, dtype: DTyp
     Ok(())
 }
 
+fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
+    wgpu::BufferBinding { buffer, offset: 0, size: None }
+}
+
 /// Checks a shape given as a slice: rank 4, no extent of zero.
 pub(crate) fn checked_shape(shape: &[usize]) -> Result<[usize; 4]> {
     let four: [usize; 4] =
@@ -281,14 +362,17 @@ pub struct Tensor {
 impl Tensor {
     /// The whole tensor, as an input of `update`.
     pub fn view(&self) -> TensorView<'_> {
-        let [_, h, t, d] = self.shape;
+        let (shape, strides) = AxisOrder::Bhtd.place(self.shape);
         TensorView {
             buffer: &self.buffer,
             dtype: self.dtype,
             offset: 0,
-            shape: self.shape,
-            strides: [h * t * d, t * d, d, 1],
+            shape,
+            strides,
+            begin: 0,
+            end: self.buffer.size(),
             device: Some(&self.device),
+            guard: None,
         }
     }
 

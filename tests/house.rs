@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// What the files of a folder may import beside their own. The files at the top, which hold the types that
 /// every folder speaks of, may be imported by all but `host`, which knows of errors, element types and names alone.
 const ALLOWED: [(&str, &[&str]); 5] = [
-    ("cache", &["storage", "host", "gpu", "top"]),
+    ("cache", &["storage", "attention", "host", "gpu", "top"]),
     ("attention", &["host", "gpu", "top"]),
     ("storage", &["host", "gpu", "top"]),
     ("gpu", &["top"]),

@@ -9,39 +9,67 @@ use crate::gpu::kernels::{MOST_DIM, Rules};
 use crate::tensor::{Source, TensorView};
 use crate::view::LayerView;
 
+/// K and V as a query must fit them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Live {
+    /// (B, H, T, D), of K and of V.
+    key: [usize; 4],
+    value: [usize; 4],
+    /// New tokens of all sequences, if queries are packed.
+    packed: Option<usize>,
+    /// Whether T counts all live tokens, and not those alone that are to be written.
+    is_written: bool,
+}
+
+impl Live {
+    pub(super) fn of(view: &LayerView) -> Self {
+        let (key, value) = (view.key_shape(), view.value_shape());
+        let packed = view.step.as_ref().map(|step| step.total);
+        Self { key, value, packed, is_written: true }
+    }
+
+    /// Before they are written.
+    pub(super) fn to_be(key: &TensorView<'_>, value: &TensorView<'_>, is_packed: bool) -> Self {
+        let packed = is_packed.then_some(key.shape[2]);
+        Self { key: key.shape, value: value.shape, packed, is_written: false }
+    }
+}
+
 /// Query heads of a K/V head, and new tokens.
 pub(super) fn shapes(
     query: &TensorView<'_>,
-    view: &LayerView,
+    live: Live,
     output: &TensorView<'_>,
-    options: AttentionOptions<'_>,
+    options: &AttentionOptions<'_>,
 ) -> Result<(usize, usize)> {
+    let [rows, kv_heads, len, key_dim] = live.key;
+    let value_dim = live.value[3];
     let [batch, heads, tokens, dim] = query.shape;
     let refused = |reason, remedy| Error::AttentionShape {
         reason,
         remedy,
         query: query.shape,
         what: "K",
-        other: view.key_shape(),
+        other: live.key,
     };
     let fit = "hand in a query that fits the view";
-    if let Some(step) = &view.step {
-        if batch != 1 || tokens != step.total {
+    if let Some(total) = live.packed {
+        if batch != 1 || tokens != total {
             return Err(refused(
                 "the query of a step is packed: (1, Hq, tokens of the step, D)",
                 "hand in one query token for each new token of the step, in its order",
             ));
         }
-    } else if batch != view.batch && view.batch != 1 {
+    } else if batch != rows && rows != 1 {
         return Err(refused("the query and the cache differ in batch rows", fit));
     }
-    if heads % view.heads != 0 {
+    if heads % kv_heads != 0 {
         return Err(refused("the query's heads are no multiple of the cache's", fit));
     }
-    if dim != view.key_dim {
+    if dim != key_dim {
         return Err(refused("the query and K differ in head_dim", fit));
     }
-    if output.shape != [batch, heads, tokens, view.value_dim] {
+    if output.shape != [batch, heads, tokens, value_dim] {
         return Err(Error::AttentionShape {
             reason: "the output must be (B, Hq, Tq, D of V)",
             remedy: "hand in an output of the query's B, Hq and Tq, and of V's D",
@@ -50,10 +78,8 @@ pub(super) fn shapes(
             other: output.shape,
         });
     }
-    for (what, dim, shape) in
-        [("K", view.key_dim, view.key_shape()), ("V", view.value_dim, view.value_shape())]
-    {
-        if dim > MOST_DIM {
+    for (what, shape) in [("K", live.key), ("V", live.value)] {
+        if shape[3] > MOST_DIM {
             return Err(Error::AttentionShape {
                 reason: "head_dim is more than the 1024 that this kernel supports",
                 remedy: "read the view with an attention shader of your own, joined with its layout's text",
@@ -63,17 +89,17 @@ pub(super) fn shapes(
             });
         }
     }
-    if view.len == 0 {
+    if len == 0 {
         let remedy = "update the layer before attention reads it";
         return Err(refused("the cache holds no token to attend to", remedy));
     }
-    if options.is_causal && view.step.is_none() && tokens > view.len {
+    if options.is_causal && live.packed.is_none() && live.is_written && tokens > len {
         return Err(refused(
             "causal attention needs every new token in the cache first",
             "record the update that adds them before attention, and take its view",
         ));
     }
-    Ok((heads / view.heads, tokens))
+    Ok((heads / kv_heads, tokens))
 }
 
 /// What queries see and how scores are made, as the kernel takes it.

@@ -6,6 +6,7 @@ mod options;
 
 use std::sync::PoisonError;
 
+use checks::Live;
 pub use options::{AttentionOptions, BitMask};
 
 use crate::dtype::DType;
@@ -106,6 +107,16 @@ impl Attention {
         self.gpu.kernels().compile_attention(layers, formats, layouts, &rules, query_and_output)
     }
 
+    /// Refuses shapes and options of q, K, V and the output with which attention would be refused once K and V are written.
+    pub(crate) fn check_new(
+        [query, key, value, output]: [&TensorView<'_>; 4],
+        is_packed: bool,
+        options: &AttentionOptions<'_>,
+    ) -> Result<()> {
+        checks::shapes(query, Live::to_be(key, value, is_packed), output, options)?;
+        checks::rules(options, key.shape[3]).map(|_| ())
+    }
+
     /// Records attention of `query` over `view` into `output`.
     ///
     /// `query` is [B, Hq, Tq, D of K] and `output` [B, Hq, Tq, D of V], of any type and with any strides: a
@@ -144,7 +155,7 @@ impl Attention {
         options: AttentionOptions<'_>,
     ) -> Result<()> {
         let gpu = self.gpu.clone();
-        let (group, tokens) = checks::shapes(query, view, output, options)?;
+        let (group, tokens) = checks::shapes(query, Live::of(view), output, &options)?;
         let rules = checks::rules(&options, view.key_dim)?;
         view.check(gpu.handle(), pass, [("query", query), ("output", output)])?;
         let mut from = query.source("query", gpu.limits())?;
@@ -153,10 +164,12 @@ impl Attention {
         checks::masks(&gpu, &options, output)?;
         let extras = Extras::new(&gpu, view, query.shape, &options)?;
 
+        let mut call = Call::default();
+        call.borrow([query, output].into_iter().chain(&options.mask));
         if let Some(step) = &view.step {
             let extras = extras.as_ref();
-            let call = Packed { view, step, group, rules, extras, query, output };
-            return self.record_packed(pass, &call, [from, to]);
+            let packed = Packed { view, step, group, rules, extras, query, output };
+            return self.record_packed(pass, call, &packed, [from, to]);
         }
         let batch = query.shape[0];
         let rows = group * tokens;
@@ -196,7 +209,6 @@ impl Attention {
         let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
         let output = to.binding(output.buffer);
         let extras = extras.as_ref();
-        let mut call = Call::default();
         if splits == 1 {
             let bindings = with_extras([q, k, v, output], extras);
             let bindings = self.bind(view, Purpose::Attention, &bindings)?;
@@ -218,6 +230,7 @@ impl Attention {
     fn record_packed(
         &mut self,
         pass: &mut wgpu::ComputePass<'_>,
+        mut call: Call,
         packed: &Packed<'_>,
         [mut from, mut to]: [Source; 2],
     ) -> Result<()> {
@@ -254,7 +267,6 @@ impl Attention {
             (shape(list.whole, 1), shape(list.parts, 2), shape(list.merged, 2));
         let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
         let output = to.binding(packed.output.buffer);
-        let mut call = Call::default();
         if list.whole[1] > 0 {
             let q = if is_pooled { k.clone() } else { from.binding(packed.query.buffer) };
             let bindings = [q, k.clone(), v.clone(), output.clone()];

@@ -293,6 +293,11 @@ impl<S: KVCache, C: KVCache> Cache for EncoderDecoderCache<S, C> {
         self.updated.clear();
     }
 
+    fn release(&mut self) {
+        self.self_attention.release();
+        self.cross_attention.release();
+    }
+
     fn crop(&mut self, max_length: usize) {
         let_go(&mut self.cross_attention);
         self.self_attention.crop(max_length);

@@ -9,6 +9,10 @@ macro_rules! implement_cache {
                 self.layers.reset();
             }
 
+            fn release(&mut self) {
+                self.layers.release();
+            }
+
             fn crop(&mut self, max_length: usize) {
                 self.layers.cut(&crate::host::rows::Cut::Crop(max_length));
             }

@@ -1,5 +1,6 @@
 //! The contract: the traits [`Cache`] and [`KVCache`].
 
+pub(crate) mod attend;
 pub(crate) mod dynamic;
 pub(crate) mod encoder_decoder;
 pub(crate) mod fixed;
@@ -58,6 +59,11 @@ use crate::view::LayerView;
 pub trait Cache {
     /// Empties every layer and keeps the memory for reuse. A layer may have another shape afterwards.
     fn reset(&mut self);
+
+    /// Lets go of the bind groups that the layers keep for buffers that come again, and so of an engine's buffers: see
+    /// [`pooled`](crate::pooled). Tokens stay. What is recorded still runs. A cache of one's own that keeps none has no need of
+    /// this method.
+    fn release(&mut self) {}
 
     /// Keeps the latest `max_length` tokens of every layer: a sliding window. Moves no bytes. The
     /// oldest token kept becomes position 0.
@@ -350,7 +356,8 @@ pub trait KVCache: Cache {
     ///
     /// `key` and `value` are read where they lie, when the pass runs. Their bind group is kept where
     /// the same buffers come again, which keeps these buffers alive until others take their place, or
-    /// until [`reset`](Cache::reset). In a steady loop a call creates nothing.
+    /// until [`release`](Cache::release) or [`reset`](Cache::reset). In a steady loop a call creates nothing. Memory that the
+    /// engine may use again before the pass has run comes as a [`HeldTensor`](crate::HeldTensor).
     ///
     /// # Errors
     ///

@@ -468,6 +468,11 @@ impl SequenceCache {
         self.layers.reset();
     }
 
+    /// Lets go of the bind groups that the layers keep, as [`Cache::release`](crate::Cache::release) does.
+    pub fn release(&mut self) {
+        self.layers.release();
+    }
+
     /// The number of layers.
     pub fn num_layers(&self) -> usize {
         self.layers.layer_count()

@@ -152,16 +152,16 @@ pub enum Error {
 
     /// A buffer ends before its view does.
     #[error(
-        "{what} needs {needed} bytes of its buffer (offset {offset}, shape {shape:?}, strides {strides:?} elements), but the buffer has {size}; check offset, shape and strides, or make the buffer larger"
+        "{what} needs {needed} bytes of its buffer or binding (offset {offset}, shape {shape:?}, strides {strides:?} elements), which has {size}; check offset, shape and strides, or make the buffer larger"
     )]
     BufferTooShort {
         /// Which tensor.
         what: &'static str,
-        /// Bytes from the buffer's start to the view's end.
+        /// Bytes from the start of the buffer, or of the binding, to the view's end.
         needed: u64,
-        /// Bytes that the buffer has.
+        /// Bytes that the buffer or the binding has.
         size: u64,
-        /// Byte offset of the view.
+        /// Byte offset of the view, from the same start.
         offset: u64,
         /// Shape, (B, H, T, D).
         shape: [usize; 4],

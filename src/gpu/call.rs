@@ -6,11 +6,14 @@ use crate::error::{Error, Result};
 use crate::gpu::arena::RegionGuard;
 use crate::gpu::kernels::Dispatch;
 use crate::gpu::ledger::Ledger;
+use crate::tensor::{Guard, TensorView};
 
 /// The dispatches of a call, ready to be recorded, and the guards that they need.
 #[derive(Debug, Default)]
 pub(crate) struct Call {
     guards: Vec<RegionGuard>,
+    /// What keeps the engine's tensors as they are.
+    lent: Vec<Guard>,
     dispatches: Vec<Dispatch>,
 }
 
@@ -18,6 +21,11 @@ impl Call {
     /// Holds `guards` until the pass has run.
     pub(crate) fn hold(&mut self, guards: Vec<RegionGuard>) {
         self.guards.extend(guards);
+    }
+
+    /// Keeps the guards of the engine's tensors until the pass has run, or was dropped.
+    pub(crate) fn borrow<'a>(&mut self, views: impl IntoIterator<Item = &'a TensorView<'a>>) {
+        self.lent.extend(views.into_iter().filter_map(|view| view.guard.cloned()));
     }
 
     pub(crate) fn add(&mut self, dispatch: Dispatch) {
@@ -31,7 +39,7 @@ impl Call {
     /// pipelines and bind groups do not exist, wgpu panics. The panic is caught and returned as an error, before the
     /// cache has changed its state.
     pub(crate) fn record(self, pass: &mut wgpu::ComputePass<'_>, ledger: &Ledger) -> Result<()> {
-        let Self { mut guards, dispatches } = self;
+        let Self { mut guards, lent, dispatches } = self;
         let count = dispatches.len();
         if count == 0 && guards.is_empty() {
             return Ok(());
@@ -42,7 +50,7 @@ impl Call {
                 let witness = witness.filter(|_| at + 1 == count);
                 dispatch.record(pass, witness, &mut guards);
             }
-            ledger.record(pass, guards);
+            ledger.record(pass, guards, lent);
         }));
         if recorded.is_err() {
             return Err(Error::OtherDevice { what: "the pass" });

@@ -8,6 +8,7 @@ use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::pass_number;
 use crate::gpu::uploads::Uploads;
 use crate::gpu::witness::Witness;
+use crate::tensor::Guard;
 
 /// The state of the calls that a cache has recorded since its last reset.
 ///
@@ -95,11 +96,17 @@ impl Ledger {
         self.0.witness.get()
     }
 
-    /// Counts one recorded call, and holds `guards` until the GPU has run it.
-    pub(crate) fn record(&self, pass: &wgpu::ComputePass<'_>, guards: Vec<RegionGuard>) {
+    /// Counts one recorded call, and holds `guards` and what the engine has lent until the GPU has run it.
+    pub(crate) fn record(
+        &self,
+        pass: &wgpu::ComputePass<'_>,
+        guards: Vec<RegionGuard>,
+        lent: Vec<Guard>,
+    ) {
         self.0.recorded.fetch_add(1, Ordering::Relaxed);
         let mark = self.passes().mark(pass_number(pass));
-        let ticket = Ticket { ledger: self.clone(), is_done: false, guards, _pass: mark };
+        let ticket =
+            Ticket { ledger: self.clone(), is_done: false, guards, _lent: lent, _pass: mark };
         pass.on_submitted_work_done(move || ticket.finish());
     }
 
@@ -171,6 +178,8 @@ struct Ticket {
     ledger: Ledger,
     is_done: bool,
     guards: Vec<RegionGuard>,
+    /// Keeps the engine's tensors as they are: what was dropped with its pass reads them no more.
+    _lent: Vec<Guard>,
     /// Keeps the pass among those that may still run.
     _pass: Arc<()>,
 }

@@ -227,13 +227,25 @@ impl Gpu {
     ) -> R {
         let descriptor = wgpu::CommandEncoderDescriptor { label: Some(label) };
         let mut encoder = self.device().create_command_encoder(&descriptor);
-        let result = {
-            let descriptor =
-                wgpu::ComputePassDescriptor { label: Some(label), timestamp_writes: None };
-            record(&mut encoder.begin_compute_pass(&descriptor))
-        };
+        let result = self.encode(&mut encoder, label, record);
         self.queue().submit([encoder.finish()]);
         result
+    }
+
+    /// Opens a compute pass in an engine's encoder and runs `record` in it: for engines that do not lend a pass. What was
+    /// recorded before into the encoder is seen, as between any two passes.
+    ///
+    /// # Examples
+    ///
+    /// See [`HeldTensor`](crate::HeldTensor).
+    pub fn encode<R>(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        label: &str,
+        record: impl FnOnce(&mut wgpu::ComputePass<'_>) -> R,
+    ) -> R {
+        let descriptor = wgpu::ComputePassDescriptor { label: Some(label), timestamp_writes: None };
+        record(&mut encoder.begin_compute_pass(&descriptor))
     }
 
     /// Uploads a host slice, row-major (B, H, T, D), to a storage buffer of its own.

@@ -119,7 +119,7 @@ impl<L: Arrangement> Layer<L> {
         self.retired.clear();
         // Memory that a browser has refused is not used again.
         self.store = self.store.take().filter(|store| store.memory().check().is_ok());
-        if let Some(store) = &mut self.store {
+        if let Some(store) = &self.store {
             // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
             store.bind_groups.clear();
         }

@@ -90,6 +90,11 @@ impl<L: Arrangement> Layers<L> {
         L::bound(&self.policy)
     }
 
+    /// Lets go of the bind groups that are kept.
+    pub(crate) fn release(&mut self) {
+        self.layers.values().filter_map(Layer::store).for_each(|store| store.bind_groups.clear());
+    }
+
     pub(crate) fn reset(&mut self) {
         self.prepared = None;
         self.abandon();
@@ -159,6 +164,7 @@ impl<L: Arrangement> Layers<L> {
         let (mut staged, view) =
             layer.stage_update(&self.gpu, &mut self.policy, key, value, position)?;
         let mut call = Call::default();
+        call.borrow([key, value]);
         layer.hand_over(&mut staged, &mut call);
         call.record(pass, &self.ledger)?;
         self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));

@@ -58,6 +58,7 @@ mod pages;
 mod passes;
 mod plain_formats;
 mod plans;
+mod pooled;
 mod ragged;
 mod ragged_attention;
 #[cfg(not(target_arch = "wasm32"))]

@@ -81,6 +81,11 @@ impl SequenceGroups {
         self.places.len()
     }
 
+    /// Lets go of the bind groups that are kept.
+    pub(crate) fn release(&mut self) {
+        self.groups.iter().for_each(SequenceLayers::release);
+    }
+
     /// The sequences of the layers that keep most.
     pub(crate) fn sequences(&self) -> Result<&Sequences> {
         self.groups.iter().try_for_each(|group| group.sequences().map(|_| ()))?;

@@ -143,6 +143,11 @@ impl SequenceLayers {
         Ok(&mut self.sequences)
     }
 
+    /// Lets go of the bind groups that are kept.
+    fn release(&self) {
+        self.stores.iter().for_each(|store| store.bind_groups.clear());
+    }
+
     fn reset(&mut self) {
         self.abandon();
         self.latest = None;
@@ -153,7 +158,7 @@ impl SequenceLayers {
             (self.stores, self.pool) = (Vec::new(), 0);
         }
         // Bind groups keep the engine's buffers alive; nothing says that they will be used again.
-        self.stores.iter().for_each(|store| store.bind_groups.clear());
+        self.release();
     }
 
     /// Makes a step ready for all layers: with memory for pools that grow, and copies of shared pages. Changes nothing
@@ -233,6 +238,7 @@ impl SequenceLayers {
         let lists = Some(&step.allocation);
         let append = inputs.write(gpu, &shape, Target { store, view: &view, positions, lists })?;
         let mut call = Call::default();
+        call.borrow([key, value]);
         call.add(append);
         call.record(pass, &self.ledger)?;
         self.dispatches += 1;
