@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use wgpu_kvcache::wgpu::ComputePass;
-use wgpu_kvcache::{CachePosition, KVCache};
+use wgpu_kvcache::{CachePosition, KVCache, LayerTensors};
 
 use crate::device::SharedDevice;
 use crate::error::{Error, Result};
@@ -69,8 +69,8 @@ impl<C: KVCache> BurnCache<C> {
     /// # Errors
     ///
     /// [`Error::OtherDevice`], [`Error::Backend`] and [`Error::DType`] for tensors that the cache cannot read;
-    /// [`Error::Memory`]; [`Error::Cache`] as for [`KVCache::update`] and
-    /// [`Attention::record`](wgpu_kvcache::Attention::record).
+    /// [`Error::Memory`]; [`Error::Cache`] as for
+    /// [`Attention::update`](wgpu_kvcache::Attention::update), which says what is written after an error.
     pub fn attend(
         &mut self,
         layer_idx: usize,
@@ -87,8 +87,10 @@ impl<C: KVCache> BurnCache<C> {
         let value_dim = value.shape()[3];
         let request = Request { query, value_dim, mask, order, options: attention };
         let (key, value) = (key.view()?, value.view()?);
-        self.attender.attend(request, |pass| {
-            Ok(self.inner.update(pass, &key, &value, layer_idx, position)?)
+        let inner = &mut self.inner;
+        self.attender.attend(request, |pass, attention, [query, output], options| {
+            let tensors = LayerTensors { query, key, value, output };
+            attention.update(pass, inner, layer_idx, &tensors, position, options).map(|_| ())
         })
     }
 
@@ -113,9 +115,11 @@ impl<C: KVCache> BurnCache<C> {
         let query = Lent::new(shared, "the query", query, order)?;
         let request = Request { query, value_dim, mask, order, options: attention };
         let key = key.view()?;
-        self.attender.attend(request, |pass| {
+        let inner = &mut self.inner;
+        self.attender.attend(request, |pass, attention, [query, output], options| {
             let value = key.with_head_dim(value_dim);
-            Ok(self.inner.update(pass, &key, &value, layer_idx, position)?)
+            let tensors = LayerTensors { query, key, value, output };
+            attention.update(pass, inner, layer_idx, &tensors, position, options).map(|_| ())
         })
     }
 
@@ -136,7 +140,9 @@ impl<C: KVCache> BurnCache<C> {
         let view = self.inner.view(layer_idx)?.ok_or(Error::EmptyLayer { layer: layer_idx })?;
         let value_dim = view.value_shape()[3];
         let request = Request { query, value_dim, mask, order, options: attention };
-        self.attender.attend(request, |_| Ok(view))
+        self.attender.attend(request, |pass, attention, [query, output], options| {
+            attention.record(pass, &query, &view, &output, options)
+        })
     }
 
     /// Writes the new tokens of layer `layer_idx`, `key` (B, H, T, D) and `value` (B, H, T, Dv), without attention.
@@ -235,10 +241,10 @@ impl<C: KVCache> BurnCache<C> {
         &mut self.inner
     }
 
-    /// Lets go of attention's bind groups, which keep pages of burn's memory from going back to the device. They
-    /// are made again when they are needed. For the moment before burn's `memory_cleanup`; a reset of the cache lets go
-    /// of the others.
+    /// Lets go of all bind groups, which keep pages of burn's memory from going back to the device. They are made
+    /// again when they are needed. For the moment before burn's `memory_cleanup`.
     pub fn release(&mut self) {
+        self.inner.release();
         self.attender.release();
     }
 }

@@ -2,10 +2,10 @@
 
 use burn::tensor::Tensor;
 use wgpu_kvcache::wgpu::{self, ComputePass};
-use wgpu_kvcache::{Attention, AttentionOptions, LayerView, TensorView};
+use wgpu_kvcache::{Attention, AttentionOptions, TensorView};
 
 use crate::device::SharedDevice;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::{Lent, Order};
 
 /// Attention on a device, and what it keeps from call to call.
@@ -44,36 +44,38 @@ impl Attender {
         self.mask = None;
     }
 
-    /// Submits a pass in which `view` makes the layer's view and attention reads it; returns the output.
+    /// Submits a pass in which `record` records attention of the query into the output; returns the output.
     ///
     /// All tensors are looked up before, the output last: so whatever burn had queued is submitted first, and what
     /// burn submits later comes later.
     pub(crate) fn attend<const D: usize>(
         &mut self,
         request: Request<'_>,
-        view: impl FnOnce(&mut ComputePass<'_>) -> Result<LayerView>,
+        record: impl for<'b> FnOnce(
+            &mut ComputePass<'_>,
+            &mut Attention,
+            [TensorView<'b>; 2],
+            AttentionOptions<'b>,
+        ) -> wgpu_kvcache::Result<()>,
     ) -> Result<Tensor<D>> {
         let Request { query, value_dim, mask, order, options } = request;
-        let shape = query.shape();
-        let dims = order.arrange_back([shape[0], shape[1], shape[2], value_dim]);
+        let [batch, heads, tokens, _] = query.shape();
+        let dims = order.arrange_back([batch, heads, tokens, value_dim]);
         let mask = mask.map(|mask| Lent::new(&self.shared, "the mask", mask, Order::Bhtd));
         let mask = mask.transpose()?;
-        let options_of = (self.shared.device(), query.burn_dtype());
-        let tensor = Tensor::<D>::empty(dims, options_of);
+        let tensor = Tensor::<D>::empty(dims, (self.shared.device(), query.burn_dtype()));
         let output = Lent::new(&self.shared, "the output", tensor.clone(), order)?;
 
         let copy = mask.as_ref().map(|mask| self.copy_mask(mask)).transpose()?;
-        let mask = match (&copy, &mask) {
-            (Some(copy), Some(mask)) => Some(mask.view_of(copy)?),
-            _ => None,
+        let options = match (&copy, &mask) {
+            (Some(copy), Some(mask)) => options.with_mask(mask.view_of(copy)?),
+            _ => options,
         };
-        let options = if mask.is_some() { options.with_mask(mask) } else { options };
-        let (query, result): (TensorView<'_>, _) = (query.view()?, output.view()?);
+        let views = [query.view()?, output.view()?];
         let attention = &mut self.attention;
-        self.shared.gpu().submit_pass("burn attention", |pass| {
-            let view = view(pass)?;
-            attention.record(pass, &query, &view, &result, options).map_err(Error::from)
-        })?;
+        let gpu = self.shared.gpu();
+        gpu.submit_pass("burn attention", |pass| record(pass, attention, views, options))?;
+        // The tensors were lent until here: the pass is submitted.
         Ok(tensor)
     }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use wgpu_kvcache::wgpu::ComputePass;
-use wgpu_kvcache::{SequenceCache, SequenceId, Step};
+use wgpu_kvcache::{LayerTensors, SequenceCache, SequenceId, Step};
 
 use crate::device::SharedDevice;
 use crate::error::Result;
@@ -64,7 +64,8 @@ impl BurnSequenceCache {
     ///
     /// # Errors
     ///
-    /// As for [`BurnCache::attend`](crate::BurnCache::attend), and [`SequenceCache::update`].
+    /// As for [`BurnCache::attend`](crate::BurnCache::attend), and
+    /// [`Attention::update_step`](wgpu_kvcache::Attention::update_step).
     pub fn attend(
         &mut self,
         step: &Step,
@@ -82,8 +83,11 @@ impl BurnSequenceCache {
         let value_dim = value.shape()[3];
         let request = Request { query, value_dim, mask, order, options: attention };
         let (key, value) = (key.view()?, value.view()?);
-        self.attender
-            .attend(request, |pass| Ok(self.inner.update(pass, step, layer_idx, &key, &value)?))
+        let inner = &mut self.inner;
+        self.attender.attend(request, |pass, attention, [query, output], options| {
+            let tensors = LayerTensors { query, key, value, output };
+            attention.update_step(pass, inner, step, layer_idx, &tensors, options).map(|_| ())
+        })
     }
 
     /// Attention over what the step has written to layer `layer_idx` already, for a layer that reads the K and V of
@@ -105,7 +109,9 @@ impl BurnSequenceCache {
         let view = self.inner.view(step, layer_idx)?;
         let value_dim = view.value_shape()[3];
         let request = Request { query, value_dim, mask, order, options: attention };
-        self.attender.attend(request, |_| Ok(view))
+        self.attender.attend(request, |pass, attention, [query, output], options| {
+            attention.record(pass, &query, &view, &output, options)
+        })
     }
 
     /// Records calls of the cache into a pass and submits it: for calls that take a pass, such as `keep_latest`.
@@ -133,6 +139,7 @@ impl BurnSequenceCache {
 
     /// As [`BurnCache::release`](crate::BurnCache::release).
     pub fn release(&mut self) {
+        self.inner.release();
         self.attender.release();
     }
 }

@@ -7,7 +7,7 @@ use burn::backend::wgpu::{AutoCompiler, CubeBackend, CubeTensor, WgpuResource};
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::cubecl::wgpu::WgpuServer;
 use burn_cubecl::kernel::into_contiguous;
-use wgpu_kvcache::{DType as Stored, TensorView, wgpu};
+use wgpu_kvcache::{AxisOrder, DType as Stored, TensorView, wgpu};
 
 use crate::device::SharedDevice;
 use crate::error::{Error, Result};
@@ -137,11 +137,13 @@ impl Lent {
         &self.resource
     }
 
-    /// The view that a pass reads or writes.
+    /// The view that a pass reads or writes. It ends with the tensor's own range.
     pub(crate) fn view(&self) -> Result<TensorView<'_>> {
-        let WgpuResource { buffer, offset, .. } = &self.resource;
-        let view = TensorView::new(buffer, self.dtype, &self.shape)?;
-        Ok(view.with_offset(*offset).with_strides(self.strides))
+        let WgpuResource { buffer, offset, size, .. } = &self.resource;
+        let size = wgpu::BufferSize::new(*size);
+        let binding = wgpu::BufferBinding { buffer, offset: *offset, size };
+        let view = TensorView::from_binding(binding, self.dtype, AxisOrder::Bhtd, &self.shape)?;
+        Ok(view.with_strides(self.strides))
     }
 
     /// The view of a copy of its bytes, at the start of `buffer`.

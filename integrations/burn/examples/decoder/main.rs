@@ -20,7 +20,7 @@ wgpu-kvcache. Prints the tokens of each and the largest difference of the logits
 usage: decoder [--tokens N] [--bench [--lengths A,B,..] [--steps N]]
 
   --tokens N       tokens to decode (default 40)
-  --bench          measure a step at several lengths instead, in turns, and print tables
+  --bench          measure a step at several lengths instead, in turns, and print a table
   --lengths A,B    the lengths (default 64,512,2048,8192)
   --steps N        steps a turn (default 5)
 ";
@@ -142,20 +142,19 @@ fn random(shared: &SharedDevice, tokens: usize) -> [Tensor<4>; 3] {
     })
 }
 
-/// Measures steps at these lengths, in turns: of the whole decoder, then of attention alone.
+/// Measures steps at these lengths, in turns: of the whole decoder, and of attention of all layers alone.
 fn bench(
     shared: &SharedDevice,
     decoder: &Decoder,
     lengths: &[usize],
     steps: usize,
 ) -> Result<(), Error> {
-    println!("{SHAPE:?}");
-    for what in ["a step of the decoder", "attention of all layers alone"] {
-        println!("\n{what}, ms; in brackets this crate's part of it");
-        println!("| tokens | {} | {} | {} | {} |", NAMES[0], NAMES[1], NAMES[2], NAMES[3]);
-        println!("| --: | --: | --: | --: | --: |");
-        for &length in lengths {
-            let mut loops = filled(shared, length, steps * (TURNS + 1))?;
+    println!("{SHAPE:?}; ms a step, in brackets this crate's time as a part of it");
+    println!("| tokens | of | {} |", NAMES.join(" | "));
+    println!("| --: | :-- | --: | --: | --: | --: |");
+    for &length in lengths {
+        let mut loops = filled(shared, length, 2 * steps * (TURNS + 1))?;
+        for what in ["the decoder", "attention alone"] {
             let [q, k, v] = random(shared, 1);
             // The first turn compiles and tunes.
             for turn in 0..=TURNS {
@@ -163,7 +162,7 @@ fn bench(
                     for _ in 0..steps {
                         let start = Instant::now();
                         let attend = &mut *measured.attend;
-                        if what == "a step of the decoder" {
+                        if what == "the decoder" {
                             let at = vec![vec![measured.position]];
                             read(decoder.forward(&[vec![5]], &at, attend))?;
                         } else {
@@ -185,7 +184,8 @@ fn bench(
             let medians: Vec<f64> = loops.iter_mut().map(Measured::median).collect();
             let own = medians[medians.len() - 1];
             let cells = medians.iter().map(|its| format!("{its:.1} ({:.2})", own / its));
-            println!("| {length} | {} |", cells.collect::<Vec<_>>().join(" | "));
+            println!("| {length} | {what} | {} |", cells.collect::<Vec<_>>().join(" | "));
+            loops.iter_mut().for_each(|measured| measured.times.clear());
         }
     }
     Ok(())

@@ -176,6 +176,7 @@ fn a_refused_call_says_why_and_changes_nothing() {
     assert_eq!(cache.seq_length(0).expect("a length"), 2);
     let error = cache.attend(0, random(seed, 2, 3), of(&k), of(&v), bthd());
     assert!(matches!(error, Err(Error::Cache(_))), "3 query heads of 2 K/V heads");
+    assert_eq!(cache.seq_length(0).expect("a length"), 2);
     let wide = of(&k).cast(DType::F64);
     let error = cache.attend(0, of(&q), wide, of(&v), bthd()).expect_err("f64");
     assert!(error.to_string().contains("F64"), "{error}");
