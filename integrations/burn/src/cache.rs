@@ -2,13 +2,13 @@
 
 use burn::tensor::Tensor;
 use wgpu_kvcache::wgpu::ComputePass;
-use wgpu_kvcache::{CachePosition, KVCache, LayerTensors};
+use wgpu_kvcache::{CachePosition, KVCache};
 
 use crate::device::SharedDevice;
 use crate::error::{Error, Result};
 use crate::options::AttendOptions;
 use crate::record::{Attender, Request};
-use crate::tensor::{Lent, Order};
+use crate::tensor::{Order, Wanted, lend};
 
 /// A K/V cache of any kind, and attention over it, for burn's tensors.
 ///
@@ -81,15 +81,15 @@ impl<C: KVCache> BurnCache<C> {
     ) -> Result<Tensor<4>> {
         let AttendOptions { attention, position, mask, order } = options;
         let shared = self.attender.shared();
-        let key = Lent::new(shared, "the key", key, order)?;
-        let value = Lent::new(shared, "the value", value, order)?;
-        let query = Lent::new(shared, "the query", query, order)?;
+        let key = Wanted::new(shared, "the key", key, order)?;
+        let value = Wanted::new(shared, "the value", value, order)?;
+        let query = Wanted::new(shared, "the query", query, order)?;
         let value_dim = value.shape()[3];
-        let request = Request { query, value_dim, mask, order, options: attention };
-        let (key, value) = (key.view()?, value.view()?);
+        let new = vec![key, value];
+        let request = Request { query, new, value_dim, mask, options: attention };
         let inner = &mut self.inner;
-        self.attender.attend(request, |pass, attention, [query, output], options| {
-            let tensors = LayerTensors { query, key, value, output };
+        self.attender.attend(request, |pass, attention, views, options| {
+            let tensors = views.layer();
             attention.update(pass, inner, layer_idx, &tensors, position, options).map(|_| ())
         })
     }
@@ -111,14 +111,13 @@ impl<C: KVCache> BurnCache<C> {
     ) -> Result<Tensor<4>> {
         let AttendOptions { attention, position, mask, order } = options;
         let shared = self.attender.shared();
-        let key = Lent::new(shared, "the key", key, order)?;
-        let query = Lent::new(shared, "the query", query, order)?;
-        let request = Request { query, value_dim, mask, order, options: attention };
-        let key = key.view()?;
+        let key = Wanted::new(shared, "the key", key, order)?;
+        let query = Wanted::new(shared, "the query", query, order)?;
+        let new = vec![key];
+        let request = Request { query, new, value_dim, mask, options: attention };
         let inner = &mut self.inner;
-        self.attender.attend(request, |pass, attention, [query, output], options| {
-            let value = key.with_head_dim(value_dim);
-            let tensors = LayerTensors { query, key, value, output };
+        self.attender.attend(request, |pass, attention, views, options| {
+            let tensors = views.latent(value_dim);
             attention.update(pass, inner, layer_idx, &tensors, position, options).map(|_| ())
         })
     }
@@ -136,12 +135,13 @@ impl<C: KVCache> BurnCache<C> {
         options: AttendOptions<'_>,
     ) -> Result<Tensor<4>> {
         let AttendOptions { attention, mask, order, .. } = options;
-        let query = Lent::new(self.attender.shared(), "the query", query, order)?;
+        let query = Wanted::new(self.attender.shared(), "the query", query, order)?;
         let view = self.inner.view(layer_idx)?.ok_or(Error::EmptyLayer { layer: layer_idx })?;
         let value_dim = view.value_shape()[3];
-        let request = Request { query, value_dim, mask, order, options: attention };
-        self.attender.attend(request, |pass, attention, [query, output], options| {
-            attention.record(pass, &query, &view, &output, options)
+        let new = Vec::new();
+        let request = Request { query, new, value_dim, mask, options: attention };
+        self.attender.attend(request, |pass, attention, views, options| {
+            attention.record(pass, &views.query, &view, &views.output, options)
         })
     }
 
@@ -158,9 +158,10 @@ impl<C: KVCache> BurnCache<C> {
         position: CachePosition<'_>,
     ) -> Result<()> {
         let shared = self.attender.shared();
-        let key = Lent::new(shared, "the key", key, Order::Bhtd)?;
-        let value = Lent::new(shared, "the value", value, Order::Bhtd)?;
-        let (key, value) = (key.view()?, value.view()?);
+        let key = Wanted::new(shared, "the key", key, Order::Bhtd)?;
+        let value = Wanted::new(shared, "the value", value, Order::Bhtd)?;
+        let (lent, _) = lend(vec![key, value], None)?;
+        let (key, value) = (lent[0].view()?, lent[1].view()?);
         self.record(|inner, pass| inner.update(pass, &key, &value, layer_idx, position).map(|_| ()))
     }
 

@@ -1,12 +1,13 @@
 //! Attention over burn's tensors, recorded and submitted: [`Attender`].
 
+use burn::backend::Cube;
 use burn::tensor::Tensor;
 use wgpu_kvcache::wgpu::{self, ComputePass};
-use wgpu_kvcache::{Attention, AttentionOptions, TensorView};
+use wgpu_kvcache::{Attention, AttentionOptions, LayerTensors, TensorView};
 
 use crate::device::SharedDevice;
 use crate::error::Result;
-use crate::tensor::{Lent, Order};
+use crate::tensor::{Lent, Order, Wanted, lend};
 
 /// Attention on a device, and what it keeps from call to call.
 #[derive(Debug)]
@@ -18,14 +19,37 @@ pub(crate) struct Attender {
     mask: Option<wgpu::Buffer>,
 }
 
-/// What a call reads, in a form that the pass can take.
+/// What a call reads.
 pub(crate) struct Request<'a> {
-    pub(crate) query: Lent,
+    pub(crate) query: Wanted,
+    /// K and V, if they are new.
+    pub(crate) new: Vec<Wanted>,
     /// D of V, of each head.
     pub(crate) value_dim: usize,
     pub(crate) mask: Option<Tensor<4>>,
-    pub(crate) order: Order,
     pub(crate) options: AttentionOptions<'a>,
+}
+
+/// What a pass reads and writes.
+pub(crate) struct Views<'a> {
+    pub(crate) query: TensorView<'a>,
+    pub(crate) output: TensorView<'a>,
+    /// K and V, if they are new.
+    pub(crate) new: Vec<TensorView<'a>>,
+}
+
+impl<'a> Views<'a> {
+    /// With K and V.
+    pub(crate) fn layer(&self) -> LayerTensors<'a> {
+        let (query, output) = (self.query, self.output);
+        LayerTensors { query, key: self.new[0], value: self.new[1], output }
+    }
+
+    /// With K alone: V is the first elements of each head.
+    pub(crate) fn latent(&self, value_dim: usize) -> LayerTensors<'a> {
+        let (query, output, key) = (self.query, self.output, self.new[0]);
+        LayerTensors { query, key, value: key.with_head_dim(value_dim), output }
+    }
 }
 
 impl Attender {
@@ -45,38 +69,42 @@ impl Attender {
     }
 
     /// Submits a pass in which `record` records attention of the query into the output; returns the output.
-    ///
-    /// All tensors are looked up before, the output last: so whatever burn had queued is submitted first, and what
-    /// burn submits later comes later.
     pub(crate) fn attend<const D: usize>(
         &mut self,
         request: Request<'_>,
         record: impl for<'b> FnOnce(
             &mut ComputePass<'_>,
             &mut Attention,
-            [TensorView<'b>; 2],
+            Views<'b>,
             AttentionOptions<'b>,
         ) -> wgpu_kvcache::Result<()>,
     ) -> Result<Tensor<D>> {
-        let Request { query, value_dim, mask, order, options } = request;
+        let Request { query, new, value_dim, mask, options } = request;
         let [batch, heads, tokens, _] = query.shape();
-        let dims = order.arrange_back([batch, heads, tokens, value_dim]);
-        let mask = mask.map(|mask| Lent::new(&self.shared, "the mask", mask, Order::Bhtd));
-        let mask = mask.transpose()?;
-        let tensor = Tensor::<D>::empty(dims, (self.shared.device(), query.burn_dtype()));
-        let output = Lent::new(&self.shared, "the output", tensor.clone(), order)?;
-
-        let copy = mask.as_ref().map(|mask| self.copy_mask(mask)).transpose()?;
-        let options = match (&copy, &mask) {
-            (Some(copy), Some(mask)) => options.with_mask(mask.view_of(copy)?),
+        let count = new.len();
+        let mut wanted = vec![query];
+        wanted.extend(new);
+        if let Some(mask) = mask {
+            wanted.push(Wanted::new(&self.shared, "the mask", mask, Order::Bhtd)?);
+        }
+        let (lent, output) = lend(wanted, Some([batch, heads, tokens, value_dim]))?;
+        let (Some(output), [query, others @ .., result]) = (output, &lent[..]) else {
+            unreachable!("a query and an output are lent");
+        };
+        let (new, mask) = others.split_at(count);
+        let copy = mask.first().map(|mask| self.copy_mask(mask)).transpose()?;
+        let options = match (&copy, mask) {
+            (Some(copy), [mask]) => options.with_mask(mask.view_of(copy)?),
             _ => options,
         };
-        let views = [query.view()?, output.view()?];
+        let new = new.iter().map(Lent::view).collect::<Result<_>>()?;
+        let views = Views { query: query.view()?, output: result.view()?, new };
         let attention = &mut self.attention;
         let gpu = self.shared.gpu();
         gpu.submit_pass("burn attention", |pass| record(pass, attention, views, options))?;
-        // The tensors were lent until here: the pass is submitted.
-        Ok(tensor)
+        // The pass is submitted: the tensors need not be lent any longer.
+        drop(lent);
+        Ok(Tensor::from_primitive::<Cube>(output))
     }
 
     /// Copies the bytes of a mask into a buffer of this crate.

@@ -2,13 +2,13 @@
 
 use burn::tensor::Tensor;
 use wgpu_kvcache::wgpu::ComputePass;
-use wgpu_kvcache::{LayerTensors, SequenceCache, SequenceId, Step};
+use wgpu_kvcache::{SequenceCache, SequenceId, Step};
 
 use crate::device::SharedDevice;
 use crate::error::Result;
 use crate::options::AttendOptions;
 use crate::record::{Attender, Request};
-use crate::tensor::{Lent, Order};
+use crate::tensor::{Order, Wanted};
 
 /// Sequences that differ in length, join, leave and fork, and attention over them, for burn's tensors.
 ///
@@ -77,15 +77,15 @@ impl BurnSequenceCache {
     ) -> Result<Tensor<3>> {
         let AttendOptions { attention, mask, .. } = options;
         let (shared, order) = (self.attender.shared(), Order::Thd);
-        let key = Lent::new(shared, "the key", key, order)?;
-        let value = Lent::new(shared, "the value", value, order)?;
-        let query = Lent::new(shared, "the query", query, order)?;
+        let key = Wanted::new(shared, "the key", key, order)?;
+        let value = Wanted::new(shared, "the value", value, order)?;
+        let query = Wanted::new(shared, "the query", query, order)?;
         let value_dim = value.shape()[3];
-        let request = Request { query, value_dim, mask, order, options: attention };
-        let (key, value) = (key.view()?, value.view()?);
+        let new = vec![key, value];
+        let request = Request { query, new, value_dim, mask, options: attention };
         let inner = &mut self.inner;
-        self.attender.attend(request, |pass, attention, [query, output], options| {
-            let tensors = LayerTensors { query, key, value, output };
+        self.attender.attend(request, |pass, attention, views, options| {
+            let tensors = views.layer();
             attention.update_step(pass, inner, step, layer_idx, &tensors, options).map(|_| ())
         })
     }
@@ -105,12 +105,13 @@ impl BurnSequenceCache {
     ) -> Result<Tensor<3>> {
         let AttendOptions { attention, mask, .. } = options;
         let order = Order::Thd;
-        let query = Lent::new(self.attender.shared(), "the query", query, order)?;
+        let query = Wanted::new(self.attender.shared(), "the query", query, order)?;
         let view = self.inner.view(step, layer_idx)?;
         let value_dim = view.value_shape()[3];
-        let request = Request { query, value_dim, mask, order, options: attention };
-        self.attender.attend(request, |pass, attention, [query, output], options| {
-            attention.record(pass, &query, &view, &output, options)
+        let new = Vec::new();
+        let request = Request { query, new, value_dim, mask, options: attention };
+        self.attender.attend(request, |pass, attention, views, options| {
+            attention.record(pass, &views.query, &view, &views.output, options)
         })
     }
 
