@@ -44,10 +44,6 @@ use crate::tensor::{Order, Wanted, lend};
 /// pass is submitted. What burn does later comes later on the same queue.
 ///
 /// A call takes its tensors. Clone one that is needed afterwards; a clone copies nothing.
-///
-/// # Panics
-///
-/// As burn's own operations do, a call panics if an operation that should have made one of its tensors has failed.
 #[derive(Debug)]
 pub struct BurnCache<C> {
     inner: C,

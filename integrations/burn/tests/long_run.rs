@@ -1,7 +1,7 @@
 //! Thousands of steps in which burn allocates and frees memory around the cache: memory stays flat, and nothing differs
 //! from burn alone.
 //!
-//! `WGPU_KVCACHE_BURN_STEPS=10000 cargo test --release --test long_run` runs more steps than the 150 of the default.
+//! `WGPU_KVCACHE_BURN_STEPS=10000 cargo test --test long_run` runs more steps than the 150 of the default.
 
 #[path = "decoder/support.rs"]
 #[allow(dead_code, reason = "the other tests use the rest")]

@@ -1,7 +1,7 @@
 //! A small decoder in burn, four loops side by side: K and V that grow by `cat`, with two matmuls or with burn's
 //! attention; K and V that are written by `slice_assign`, with burn's attention; and this crate.
 //!
-//! `cargo run --release --example decoder -- --help`
+//! `cargo run --example decoder -- --help`
 
 #[allow(dead_code, reason = "the tests use the rest")]
 mod model;
