@@ -1,19 +1,25 @@
 // Drives the page in headless Chromium.
 //
-// usage: node test.mjs SITE REFERENCE.json [--screenshot FILE.png]
+// usage: node test.mjs SITE REFERENCE.json [--screenshot FILE.png] [--frames]
 //
+// --frames asks that 99 of 100 frames take less than 50 ms, too: for a machine that does nothing else.
 // The ids that the page chooses are those of the reference. Everything else is read from what the page draws.
 
 import assert from "node:assert/strict";
 import { readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
+import { parseArgs } from "node:util";
 import { gzipSync } from "node:zlib";
 import { launch, listen, serve } from "./chromium.mjs";
 
-const [site, reference, flag, screenshot] = process.argv.slice(2);
+const { values, positionals } = parseArgs({
+  options: { screenshot: { type: "string" }, frames: { type: "boolean" } },
+  allowPositionals: true,
+});
+const [site, reference] = positionals;
 // Tokens after each prompt: more than a page of the cache holds, with those of the prompt.
 const WANTED = 13;
-// Milliseconds that a frame may take while the page decodes.
+// Milliseconds that a frame may take while the page decodes, if frames are asked for.
 const FRAME = 50;
 
 const { cases } = JSON.parse(await readFile(reference, "utf8"));
@@ -141,7 +147,7 @@ try {
   assert.deepEqual(ids(own), chosen[0].greedy.slice(0, WANTED + 3), "the first way is the best");
   assert.equal(new Set([own, ...forks].map((it) => ids(it)[WANTED])).size, 3, "three ways");
   say("three ways share their pages until they write");
-  if (flag === "--screenshot") await page.screenshot({ path: screenshot, fullPage: true });
+  if (values.screenshot) await page.screenshot({ path: values.screenshot, fullPage: true });
 
   // Saved, removed, loaded, and continued as if nothing had been.
   const [download] = await Promise.all([page.waitForEvent("download"), click(3, "save")]);
@@ -178,7 +184,7 @@ try {
   const figures = JSON.parse(await page.getAttribute("#frames", "data-figures"));
   const times = Object.entries(figures).map(([name, time]) => `${name} ${Math.round(time)}`);
   say(`frames while it decodes, in ms: ${times.join(", ")}`);
-  assert(figures.p99 < FRAME, `a frame takes ${figures.p99} ms; it should take less than ${FRAME}`);
+  assert(!values.frames || figures.p99 < FRAME, `a frame takes ${figures.p99} ms; it should take less than ${FRAME}`);
   assert.deepEqual(said, [], "errors and warnings in the console");
 
   // The device goes away while the page decodes.
