@@ -4,7 +4,7 @@
 //! `WGPU_KVCACHE_BURN_STEPS=10000 cargo test --test long_run` runs more steps than the 150 of the default.
 
 #[path = "decoder/support.rs"]
-#[allow(dead_code, reason = "the other tests use the rest")]
+#[expect(dead_code, reason = "the other tests use the rest")]
 mod support;
 
 use burn::tensor::{Tensor, TensorData};
@@ -63,7 +63,7 @@ fn memory_is_flat_and_nothing_differs_while_burn_allocates_and_frees() {
     let mut most = 0.0_f32;
     for step in 0..steps {
         let size = 1 + (step * 7919) % 20_000;
-        let value = (step % 100) as f32;
+        let value = f32::from(u8::try_from(step % 100).expect("below 100"));
         held.push((Tensor::full([size], value, device) + 1.0, value + 1.0));
         if held.len() > 6 {
             let (tensor, value) = held.swap_remove((step * 31) % 6);

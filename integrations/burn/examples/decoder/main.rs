@@ -3,7 +3,7 @@
 //!
 //! `cargo run --example decoder -- --help`
 
-#[allow(dead_code, reason = "the tests use the rest")]
+#[expect(dead_code, reason = "the tests use the rest")]
 mod model;
 
 use std::time::{Duration, Instant};

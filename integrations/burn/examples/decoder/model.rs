@@ -1,5 +1,7 @@
 //! A small decoder with random weights, written in burn, and three ways to attend in it.
 
+#![expect(clippy::cast_precision_loss, reason = "the numbers are small")]
+
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;

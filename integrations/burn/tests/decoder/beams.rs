@@ -18,8 +18,8 @@ fn continue_beams(logits: &[f32], sums: &[f32]) -> (Vec<u32>, Vec<u32>, Vec<f32>
     }
     all.sort_by(|a, b| b.0.total_cmp(&a.0));
     all.truncate(BEAMS);
-    let parents = all.iter().map(|&(_, beam, _)| beam as u32).collect();
-    let words = all.iter().map(|&(_, _, word)| word as u32).collect();
+    let parents = all.iter().map(|&(_, beam, _)| u32::try_from(beam).expect("few beams")).collect();
+    let words = all.iter().map(|&(_, _, word)| u32::try_from(word).expect("few words")).collect();
     (parents, words, all.iter().map(|&(sum, _, _)| sum).collect())
 }
 

@@ -4,5 +4,5 @@
 mod beams;
 mod kinds;
 mod sequences;
-#[allow(dead_code, reason = "the example uses the rest of the decoder")]
+#[expect(dead_code, reason = "the example uses the rest of the decoder")]
 mod support;

@@ -1,7 +1,6 @@
 //! What the tests share: the device, the decoder of the example, and a comparison of greedy runs.
 
 #[path = "../../examples/decoder/model.rs"]
-#[allow(missing_docs, reason = "it is the example's")]
 pub(crate) mod model;
 
 use std::sync::OnceLock;
@@ -63,7 +62,7 @@ pub(crate) fn best(logits: &Tensor<3>) -> Vec<u32> {
     let logits = logits.try_to_vec_as::<f32>().expect("f32");
     let row = |b: usize| &logits[((b + 1) * count - 1) * words..][..words];
     let most = |row: &[f32]| (0..words).max_by(|&i, &j| row[i].total_cmp(&row[j])).expect("words");
-    (0..batch).map(|b| most(row(b)) as u32).collect()
+    (0..batch).map(|b| u32::try_from(most(row(b))).expect("a small vocabulary")).collect()
 }
 
 /// Decodes with `cat` and with `cache`, side by side.
