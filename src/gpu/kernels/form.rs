@@ -2,7 +2,7 @@
 
 use super::rules::{Has, Rules};
 use super::spread::Spread;
-use super::variant::{CONSTANTS, constants};
+use super::variant::CONSTANTS;
 use crate::dtype::DType;
 use crate::format::Format;
 use crate::layout::Layout;
@@ -60,6 +60,17 @@ pub(super) struct Form {
 }
 
 impl Form {
+    /// The constants of a kernel: its own first ones, then those that both kernels have, in the same order.
+    fn constants(self, own: &[u32]) -> [u32; CONSTANTS] {
+        let [query, output] = self.types.map(|dtype| Format::from(dtype).number());
+        let Has { mask, bits, slopes, sinks, starts } = self.has;
+        let flags = [self.has_window, self.has_cap, mask, bits, slopes, sinks, starts];
+        let mut all = [0; CONSTANTS];
+        let values = own.iter().copied().chain([query, output]).chain(flags.map(u32::from));
+        all.iter_mut().zip(values).for_each(|(constant, value)| *constant = value);
+        all
+    }
+
     /// What calls will need whose q and output do not lie in one buffer.
     pub(super) fn ahead(layout: Layout, rules: &Rules, types: [DType; 2]) -> Self {
         Self {
@@ -93,48 +104,14 @@ impl Spread {
     /// The pipeline constants.
     pub(super) fn constants(self, masking: Masking, key_dim: u32, form: Form) -> [u32; CONSTANTS] {
         let has_rest = 16 * self.fours * self.slices > key_dim;
-        let [query, output] = form.types.map(|dtype| Format::from(dtype).number());
-        let Has { mask, bits, slopes, sinks, starts } = form.has;
-        constants([
-            self.threads,
-            self.fours,
-            self.is_alone.into(),
-            masking as u32,
-            has_rest.into(),
-            form.is_pooled.into(),
-            form.is_packed.into(),
-            query,
-            output,
-            form.has_window.into(),
-            form.has_cap.into(),
-            mask.into(),
-            bits.into(),
-            slopes.into(),
-            sinks.into(),
-            starts.into(),
-        ])
+        let own = [self.threads, self.fours, self.is_alone.into(), masking as u32, has_rest.into()];
+        form.constants(&[&own[..], &[form.is_pooled.into(), form.is_packed.into()]].concat())
     }
 
     /// Those of the kernel in tiles of `tokens` tokens.
     pub(super) fn tile_constants(self, tokens: u32, key_dim: u32, form: Form) -> [u32; CONSTANTS] {
         let has_rest = 16 * self.slices > key_dim;
-        let [query, output] = form.types.map(|dtype| Format::from(dtype).number());
-        let Has { mask, bits, slopes, sinks, starts } = form.has;
-        constants([
-            self.threads,
-            tokens,
-            Masking::SomeRounds as u32,
-            has_rest.into(),
-            form.is_pooled.into(),
-            query,
-            output,
-            form.has_window.into(),
-            form.has_cap.into(),
-            mask.into(),
-            bits.into(),
-            slopes.into(),
-            sinks.into(),
-            starts.into(),
-        ])
+        let masking = Masking::SomeRounds as u32;
+        form.constants(&[self.threads, tokens, masking, has_rest.into(), form.is_pooled.into()])
     }
 }
