@@ -58,6 +58,7 @@ pub use cache::attend::LayerTensors;
 pub use cache::dynamic::DynamicKVCache;
 pub use cache::encoder_decoder::{EncoderDecoderCache, Side};
 pub use cache::fixed::StaticKVCache;
+pub use cache::layer_memory::LayerMemory;
 pub use cache::memory::{CacheKind, CacheLoad, CachePlan};
 pub use cache::options::CacheOptions;
 pub use cache::paged::PagedKVCache;

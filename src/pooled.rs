@@ -27,6 +27,7 @@
 //! | q and masks of attention | the pass has run |
 //! | the output of attention | the engine has read it |
 //! | slices: positions, indices, slopes, sinks, row starts | the call returns |
+//! | memory that is given to a cache | the cache and its views are dropped, and the passes have run |
 //! | buffers of a [`LayerView`](crate::LayerView) | nothing: the view holds them. What the slots contain changes with the next call that writes |
 //!
 //! # Order
@@ -40,6 +41,14 @@
 //! q and the output of attention may lie in one buffer, in ranges or columns that do not overlap: it is bound once then. K and
 //! V of an update may lie in one buffer anyhow. A view that was made from a binding never reaches past it: where shape and
 //! strides would, the call answers [`Error::BufferTooShort`](crate::Error::BufferTooShort).
+//!
+//! # A cache in the engine's memory
+//!
+//! A [`StaticKVCache`](crate::StaticKVCache) keeps its tokens in ranges that the engine gives, if it is made
+//! [`in_memory`](crate::StaticKVCache::in_memory): a [`LayerMemory`](crate::LayerMemory) for each layer. What a view of it shows is
+//! the engine's own tensor then, [B, H, capacity, D]. Its `held_by` keeps the allocator's handle until nothing uses
+//! the memory. New K and V, and the output of attention, must lie in other buffers than this memory: so give the
+//! cache buffers that the allocator puts no other tensor into.
 //!
 //! # Bind groups that are kept
 //!

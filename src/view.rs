@@ -10,10 +10,11 @@ use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::device::DeviceHandle;
 use crate::gpu::ledger::Ledger;
 use crate::gpu::memory::Memory;
+use crate::gpu::range::BufferRange;
 use crate::host::rows::Span;
 use crate::host::work::{StepRow, WorkLimits};
 use crate::layout::{KvLayout, Layout};
-use crate::tensor::TensorView;
+use crate::tensor::{Guard, TensorView};
 
 /// A layer's K and V as they lie on the GPU, for an attention kernel to read in place.
 ///
@@ -49,10 +50,10 @@ use crate::tensor::TensorView;
 /// length from a fresh view at every step.
 #[derive(Clone, Debug)]
 pub struct LayerView {
-    pub(crate) key: wgpu::Buffer,
-    pub(crate) value: wgpu::Buffer,
+    pub(crate) key: BufferRange,
+    pub(crate) value: BufferRange,
     /// Keeps the buffers of a cache from being destroyed; `None` for a view [of rings](Self::of_rings).
-    pub(crate) _memory: Option<Arc<Memory>>,
+    pub(crate) memory: Option<Arc<Memory>>,
     /// How K and V are stored.
     pub(crate) formats: [Format; 2],
     /// Slots of one head that the buffers have room for, after which the scales of quantized formats begin.
@@ -247,8 +248,8 @@ impl LayerView {
         check_tokens(start, len, capacity)?;
         let (bind_groups, pages, rows, step, owner) = (Arc::default(), None, None, None, None);
         Ok(Self {
-            key,
-            value,
+            key: BufferRange::whole(key),
+            value: BufferRange::whole(value),
             formats,
             scale_slots: (batch * heads * capacity) as u64,
             batch,
@@ -263,7 +264,7 @@ impl LayerView {
             step,
             bind_groups,
             owner,
-            _memory: None,
+            memory: None,
         })
     }
 
@@ -301,24 +302,45 @@ impl LayerView {
         tensors.into_iter().try_for_each(|(what, tensor)| tensor.check_device(what, device))
     }
 
-    /// The buffer of K. Bind it read-only.
+    /// What keeps memory that an engine gave in use.
+    pub(crate) fn guard(&self) -> Option<&Guard> {
+        self.memory.as_ref()?.guard()
+    }
+
+    /// K and V, as kernels bind them.
+    pub(crate) fn bindings(&self) -> [wgpu::BufferBinding<'_>; 2] {
+        [self.key_binding(), self.value_binding()]
+    }
+
+    /// The buffer of K. Of it a shader binds [`key_binding`](Self::key_binding).
     pub fn key(&self) -> &wgpu::Buffer {
-        &self.key
+        &self.key.buffer
     }
 
-    /// The buffer of V. Bind it read-only.
+    /// The buffer of V. Of it a shader binds [`value_binding`](Self::value_binding).
     pub fn value(&self) -> &wgpu::Buffer {
-        &self.value
+        &self.value.buffer
     }
 
-    /// Byte offset of K's row 0, head 0, slot 0.
+    /// K, to bind read-only: the whole buffer, but for a cache [in memory that the engine gave](crate::LayerMemory). The
+    /// layout's text counts from where it begins.
+    pub fn key_binding(&self) -> wgpu::BufferBinding<'_> {
+        self.key.binding()
+    }
+
+    /// V, likewise.
+    pub fn value_binding(&self) -> wgpu::BufferBinding<'_> {
+        self.value.binding()
+    }
+
+    /// Byte of the buffer at which K's row 0, head 0, slot 0 lies.
     pub fn key_offset(&self) -> u64 {
-        0
+        self.key.offset
     }
 
-    /// Byte offset of V's row 0, head 0, slot 0.
+    /// Byte of the buffer at which V's row 0, head 0, slot 0 lies.
     pub fn value_offset(&self) -> u64 {
-        0
+        self.value.offset
     }
 
     /// Shape of the live K, (B, H, T, D).

@@ -177,7 +177,7 @@ pub(super) fn output(
         });
     }
     for (what, buffer) in
-        [("K", Some(&view.key)), ("V", Some(&view.value)), ("the page table", view.page_table())]
+        [("K", Some(view.key())), ("V", Some(view.value())), ("the page table", view.page_table())]
     {
         if buffer == Some(output.buffer) {
             return Err(Error::OutputIsRead { what });

@@ -166,6 +166,7 @@ impl Attention {
 
         let mut call = Call::default();
         call.borrow([query, output].into_iter().chain(&options.mask));
+        call.keep(view.guard());
         if let Some(step) = &view.step {
             let extras = extras.as_ref();
             let packed = Packed { view, step, group, rules, extras, query, output };
@@ -205,7 +206,7 @@ impl Attention {
             is_pooled,
             items: None,
         };
-        let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
+        let [k, v] = view.bindings();
         let q = if is_pooled { k.clone() } else { from.binding(query.buffer) };
         let output = to.binding(output.buffer);
         let extras = extras.as_ref();
@@ -265,7 +266,7 @@ impl Attention {
         };
         let (whole, parts, merged) =
             (shape(list.whole, 1), shape(list.parts, 2), shape(list.merged, 2));
-        let [k, v] = [&view.key, &view.value].map(wgpu::Buffer::as_entire_buffer_binding);
+        let [k, v] = view.bindings();
         let output = to.binding(packed.output.buffer);
         if list.whole[1] > 0 {
             let q = if is_pooled { k.clone() } else { from.binding(packed.query.buffer) };

@@ -1,8 +1,9 @@
 //! The kind of fixed length and layer count.
 
 use crate::cache::kind::implement_cache;
+use crate::cache::layer_memory::{LayerMemory, stores};
 use crate::cache::options::{CacheOptions, windows_of};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, StoringError};
 use crate::gpu::Gpu;
 use crate::host::capacity::Growth;
 use crate::storage::layers::Layers;
@@ -58,6 +59,28 @@ impl StaticKVCache {
         let windows = windows_of(options, true)?;
         let layers = Layers::new(gpu, Growth::Static { tokens }, Some(layers));
         Ok(Self { layers: layers.with_windows(windows).with_storing(options.storing()) })
+    }
+
+    /// An empty cache that keeps its tokens in memory of an engine's own, a [`LayerMemory`] for each layer, and never
+    /// in other memory. Takes the options of [`with_options`](Self::with_options); `num_layers` need not be given.
+    ///
+    /// As many batch rows fit as the memory of a layer has room for. An update with more of them, or a change of the batch to
+    /// more, is [`StoringError::MemoryTooShort`]. A change of the batch moves rows in place. The memory counts in
+    /// [`Stats::bytes_allocated`](crate::Stats::bytes_allocated).
+    ///
+    /// # Errors
+    ///
+    /// As for [`with_options`](Self::with_options); [`StoringError::MemoryRange`] and [`Error::MissingUsage`] for a range that a
+    /// kernel cannot bind, [`StoringError::MemoryOverlaps`] for one that is given twice, [`StoringError::MemorySides`], and
+    /// [`StoringError::MemoryCount`] if `num_layers` is given and another number.
+    pub fn in_memory(gpu: &Gpu, options: CacheOptions<'_>, memory: &[LayerMemory]) -> Result<Self> {
+        let given = memory.len();
+        let num_layers = options.num_layers().unwrap_or(given);
+        if num_layers != given {
+            return Err(StoringError::MemoryCount { given, num_layers }.into());
+        }
+        let Self { layers } = Self::with_options(gpu, options.with_num_layers(given))?;
+        Ok(Self { layers: layers.with_memory(stores(gpu, options.storing(), memory)?) })
     }
 }
 

@@ -66,6 +66,7 @@ pub struct CachePlan {
     peak_bytes_allocated: u64,
     buffers: u64,
     largest_buffer: u64,
+    bytes_of_layers: Vec<[u64; 2]>,
     pages_used: u64,
     longest: Option<usize>,
     misfit: Option<Error>,
@@ -117,6 +118,7 @@ impl CachePlan {
             peak_bytes_allocated: 0,
             buffers: simulated.iter().map(|layer| layer.shape.buffers()).sum(),
             largest_buffer: 0,
+            bytes_of_layers: Vec::with_capacity(layers.len()),
             pages_used: 0,
             longest: None,
             misfit: None,
@@ -153,7 +155,9 @@ impl CachePlan {
             plan.peak_bytes_allocated += memory.peak;
         }
         for layer in &simulated {
-            plan.largest_buffer = plan.largest_buffer.max(layer.largest());
+            let bytes = layer.bytes().unwrap_or([u64::MAX; 2]);
+            plan.largest_buffer = plan.largest_buffer.max(bytes[0]).max(bytes[1]);
+            plan.bytes_of_layers.push(bytes);
             plan.pages_used = plan.pages_used.max(layer.used as u64);
         }
         plan.longest = simulated.iter().filter_map(|layer| layer.longest(chunk)).min();
@@ -179,6 +183,12 @@ impl CachePlan {
     /// Bytes of the largest buffer, which is bound whole.
     pub fn largest_buffer(&self) -> u64 {
         self.largest_buffer
+    }
+
+    /// Bytes of K and of V of each layer, in the end; V's are zero if K alone is stored. Of a
+    /// [`CacheKind::Static`] what an engine [gives](crate::LayerMemory) to have room for the batch.
+    pub fn bytes_of_layers(&self) -> &[[u64; 2]] {
+        &self.bytes_of_layers
     }
 
     /// Storage buffers that a shader binds to read a layer: K, V if it is stored, and the page table if there is one.
@@ -401,12 +411,12 @@ impl Simulated {
         std::mem::replace(&mut self.held, bytes)
     }
 
-    fn largest(&self) -> u64 {
-        let bytes = match self.rule {
+    /// Bytes of K and of V.
+    fn bytes(&self) -> Result<[u64; 2]> {
+        match self.rule {
             Rule::Ring { .. } => self.shape.bytes(self.shape.batch, self.capacity),
             Rule::Pages { page_tokens, .. } => self.shape.bytes(self.capacity, page_tokens),
-        };
-        bytes.map_or(u64::MAX, |[key, value]| key.max(value))
+        }
     }
 
     /// The most tokens of a row that fit; `None` where there is no bound.

@@ -5,6 +5,7 @@ pub(crate) mod dynamic;
 pub(crate) mod encoder_decoder;
 pub(crate) mod fixed;
 mod kind;
+pub(crate) mod layer_memory;
 pub(crate) mod memory;
 pub(crate) mod options;
 pub(crate) mod paged;

@@ -1,6 +1,6 @@
 //! What an engine can do about an error.
 
-use super::{BrowserError, Error};
+use super::{BrowserError, Error, StoringError};
 
 /// The message of wgpu, or of the driver, about a failure: the [`source`](std::error::Error::source) of an [`Error`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,7 +52,11 @@ impl Error {
             Self::WrongRank { .. }
             | Self::ZeroExtent { .. }
             | Self::KeyValueShape { .. }
-            | Self::Storing(_)
+            | Self::Storing(StoringError::ValueNotInKey { .. } | StoringError::BadSave { .. })
+            | Self::Storing(
+                StoringError::MemoryRange { .. } | StoringError::MemoryOverlaps { .. },
+            )
+            | Self::Storing(StoringError::MemorySides { .. } | StoringError::MemoryCount { .. })
             | Self::WrongDType { .. }
             | Self::SliceType { .. }
             | Self::BatchChanged { .. }
@@ -91,6 +95,7 @@ impl Error {
             | Self::Sequence(_) => ErrorKind::Input,
             Self::LayerTooLarge { .. }
             | Self::OutOfPages { .. }
+            | Self::Storing(StoringError::MemoryTooShort { .. })
             | Self::PoolTooLarge { .. }
             | Self::ListTooLarge { .. }
             | Self::OutOfMemory { .. }

@@ -28,6 +28,11 @@ impl Call {
         self.lent.extend(views.into_iter().filter_map(|view| view.guard.cloned()));
     }
 
+    /// Keeps what an engine gave until the pass has run, or was dropped.
+    pub(crate) fn keep(&mut self, guard: Option<&Guard>) {
+        self.lent.extend(guard.cloned());
+    }
+
     pub(crate) fn add(&mut self, dispatch: Dispatch) {
         self.dispatches.push(dispatch);
     }

@@ -7,56 +7,109 @@
 use crate::error::Result;
 use crate::gpu::answer::Answer;
 use crate::gpu::device::DeviceHandle;
+use crate::gpu::range::BufferRange;
+use crate::tensor::Guard;
 
 /// K and V of a layer.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    buffers: [wgpu::Buffer; 2],
-    answers: [Answer; 2],
+    ranges: [BufferRange; 2],
+    /// Of the buffers that were made for this memory, the last ones.
+    made: Vec<Answer>,
+    /// Whether an engine gave it, and what keeps it in use.
+    given: Option<Option<Guard>>,
     #[cfg(target_arch = "wasm32")]
     queue: wgpu::Queue,
 }
 
+/// Bytes of a buffer that is bound and not used: a unit of the kernels.
+const UNUSED_BYTES: u64 = 16;
+
 impl Memory {
     /// Buffers of so many bytes for K and V of a layer.
     pub(crate) fn new(handle: &DeviceHandle, layer: usize, bytes: [u64; 2]) -> Result<Self> {
-        let usage = wgpu::BufferUsages::STORAGE
-            | wgpu::BufferUsages::COPY_SRC
-            | wgpu::BufferUsages::COPY_DST;
-        let make = |role: &str, bytes| {
-            handle.create_memory(&format!("kvcache layer {layer} {role}"), bytes, usage)
-        };
-        let [(key, of_key), (value, of_value)] = [make("key", bytes[0])?, make("value", bytes[1])?];
+        let (key, of_key) = make(handle, layer, "key", bytes[0])?;
+        let (value, of_value) = make(handle, layer, "value", bytes[1])?;
         Ok(Self {
-            buffers: [key, value],
-            answers: [of_key, of_value],
+            ranges: [key, value],
+            made: vec![of_key, of_value],
+            given: None,
             #[cfg(target_arch = "wasm32")]
             queue: handle.queue.clone(),
         })
     }
 
-    pub(crate) fn buffers(&self) -> &[wgpu::Buffer; 2] {
-        &self.buffers
+    /// What an engine gave for K, and for V if it is stored.
+    pub(crate) fn given(
+        handle: &DeviceHandle,
+        layer: usize,
+        (key, value): (BufferRange, Option<BufferRange>),
+        guard: Option<Guard>,
+    ) -> Result<Self> {
+        let (value, made) = match value {
+            Some(value) => (value, Vec::new()),
+            None => {
+                let (value, answer) = make(handle, layer, "value", 0)?;
+                (value, vec![answer])
+            }
+        };
+        Ok(Self {
+            ranges: [key, value],
+            made,
+            given: Some(guard),
+            #[cfg(target_arch = "wasm32")]
+            queue: handle.queue.clone(),
+        })
+    }
+
+    pub(crate) fn ranges(&self) -> [&BufferRange; 2] {
+        self.ranges.each_ref()
+    }
+
+    /// Whether an engine gave the memory.
+    pub(crate) fn is_given(&self) -> bool {
+        self.given.is_some()
+    }
+
+    /// What keeps an engine's memory in use.
+    pub(crate) fn guard(&self) -> Option<&Guard> {
+        self.given.as_ref()?.as_ref()
     }
 
     /// Returns an error if it is known that the memory was refused.
     pub(crate) fn check(&self) -> Result<()> {
-        self.answers.iter().try_for_each(Answer::check)
+        self.made.iter().try_for_each(Answer::check)
     }
 
     /// Completes when it is known whether there is memory.
     pub(crate) async fn arrive(&self) -> Result<()> {
-        for answer in &self.answers {
+        for answer in &self.made {
             answer.arrive().await?;
         }
         Ok(())
     }
 }
 
+/// A buffer of a layer; one that is bound and not used has no bytes asked for.
+fn make(
+    handle: &DeviceHandle,
+    layer: usize,
+    role: &str,
+    bytes: u64,
+) -> Result<(BufferRange, Answer)> {
+    let usage =
+        wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+    let label = format!("kvcache layer {layer} {role}");
+    let (buffer, answer) = handle.create_memory(&label, bytes.max(UNUSED_BYTES), usage)?;
+    Ok((BufferRange::whole(buffer), answer))
+}
+
 #[cfg(target_arch = "wasm32")]
 impl Drop for Memory {
     fn drop(&mut self) {
-        destroy::once_unused(&self.queue, &self.buffers);
+        // What an engine gave is its own to destroy.
+        let own = self.ranges.iter().skip(2 - self.made.len()).map(|range| range.buffer.clone());
+        destroy::once_unused(&self.queue, own.collect());
     }
 }
 
@@ -93,8 +146,8 @@ pub(crate) mod destroy {
     ///
     /// A call drops memory that its dispatches alone use before they are recorded. So which passes these are is seen in
     /// a later turn of the event loop, when the call has returned.
-    pub(super) fn once_unused(queue: &wgpu::Queue, buffers: &[wgpu::Buffer]) {
-        let new = buffers.iter().map(|buffer| (buffer.clone(), None));
+    pub(super) fn once_unused(queue: &wgpu::Queue, buffers: Vec<wgpu::Buffer>) {
+        let new = buffers.into_iter().map(|buffer| (buffer, None));
         WAITING.with_borrow_mut(|waiting| waiting.buffers.extend(new));
         queue.on_submitted_work_done(sweep);
     }

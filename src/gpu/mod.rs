@@ -10,6 +10,7 @@ pub(crate) mod kernels;
 pub(crate) mod ledger;
 pub(crate) mod memory;
 pub(crate) mod own_buffers;
+pub(crate) mod range;
 pub(crate) mod read;
 pub(crate) mod readback;
 pub(crate) mod uploads;

@@ -16,6 +16,7 @@ use crate::gpu::arrivals::PAUSES;
 use crate::gpu::call::Call;
 use crate::gpu::device::{answer_now, binding_limit};
 use crate::gpu::ledger::{Ledger, Snapshot, Verdict};
+use crate::gpu::range::BufferRange;
 use crate::stored::StoredTensor;
 use crate::view::LayerView;
 
@@ -79,10 +80,14 @@ impl Readback {
         let descriptor = wgpu::CommandEncoderDescriptor { label: Some("kvcache get") };
         let mut encoder = gpu.device().create_command_encoder(&descriptor);
         let is_quantized = tensors.iter().any(|tensor| tensor.format.is_quantized());
-        if view.layout().has_table() || is_quantized {
+        // Buffers of an engine need not be for copies.
+        let is_copied =
+            |buffer: &wgpu::Buffer| buffer.usage().contains(wgpu::BufferUsages::COPY_SRC);
+        let is_copied = is_copied(view.key()) && is_copied(view.value());
+        if view.layout().has_table() || is_quantized || !is_copied {
             collect_rows(gpu, &mut encoder, view, &tensors, rows)?;
         } else {
-            for (tensor, from) in tensors.iter().zip([view.key(), view.value()]) {
+            for (tensor, from) in tensors.iter().zip([&view.key, &view.value]) {
                 tensor.copy(&mut encoder, view, &ring_slots, from);
             }
         }
@@ -291,7 +296,7 @@ fn rows_per_piece(gpu: &Gpu, view: &LayerView) -> usize {
     usize::try_from(rows).unwrap_or(view.batch).clamp(1, view.batch)
 }
 
-/// Copies the live tokens of a paged, ragged or quantized view, oldest first, through buffers of a few batch rows.
+/// Copies the live tokens of a view of which a plain copy would not do, oldest first, through buffers of a few batch rows.
 fn collect_rows(
     gpu: &Gpu,
     encoder: &mut wgpu::CommandEncoder,
@@ -317,8 +322,8 @@ fn collect_rows(
         for first in (start..end).step_by(rows) {
             let some = first..end.min(first + rows);
             let (count, all) = (some.len() as u64, (end - start) as u64);
-            let [keys, values] = &gathered;
-            let collect = gpu.kernels().collect(view, some, [keys, values])?;
+            let targets = gathered.each_ref().map(wgpu::Buffer::as_entire_buffer_binding);
+            let collect = gpu.kernels().collect(view, some, targets)?;
             let descriptor =
                 wgpu::ComputePassDescriptor { label: Some("kvcache get"), timestamp_writes: None };
             let mut pass = encoder.begin_compute_pass(&descriptor);
@@ -402,7 +407,7 @@ impl Staging {
         encoder: &mut wgpu::CommandEncoder,
         view: &LayerView,
         ring_slots: &[Range<usize>; 2],
-        from: &wgpu::Buffer,
+        from: &BufferRange,
     ) {
         // A ring has all rows in one piece, because the ring itself is one buffer.
         let Some((buffer, _)) = self.pieces.first() else { return };
@@ -412,7 +417,8 @@ impl Staging {
         let mut copy = |slot: usize, slots: usize| {
             let bytes = slots as u64 * token;
             if bytes > 0 {
-                encoder.copy_buffer_to_buffer(from, slot as u64 * token, buffer, to, bytes);
+                let at = from.offset + slot as u64 * token;
+                encoder.copy_buffer_to_buffer(&from.buffer, at, buffer, to, bytes);
             }
             to += bytes;
         };

@@ -65,6 +65,7 @@ pub(crate) trait Arrangement: Clone + Debug + Sized {
         &self,
         gpu: &Gpu,
         layer: usize,
+        store: &Store,
         policy: &Self::Policy,
         batch: usize,
     ) -> Result<()>;

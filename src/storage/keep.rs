@@ -73,7 +73,7 @@ impl<L: Arrangement> Layer<L> {
         let latest = latest(arrangement.view(gpu, store)?, count);
         let bytes = shape.bytes(shape.batch, count)?;
         let copy = Store::new(gpu, self.index, bytes)?;
-        let collect = gpu.kernels().collect(&latest, 0..shape.batch, copy.buffers())?;
+        let collect = gpu.kernels().collect(&latest, 0..shape.batch, copy.bindings())?;
 
         let mut trimmed = arrangement.clone();
         trimmed.cut(policy, &Cut::Truncate(arrangement.rows().len() - count));

@@ -109,6 +109,11 @@ impl<L: Arrangement> Layer<L> {
         held.map(|(arrangement, store)| arrangement.view(gpu, store)).transpose()
     }
 
+    /// Has the layer keep its tokens in memory that an engine gave.
+    pub(super) fn set_store(&mut self, store: Store) {
+        self.store = Some(store);
+    }
+
     /// The buffers, if there are some.
     pub(super) fn store(&self) -> Option<&Store> {
         self.store.as_ref()
@@ -143,6 +148,7 @@ impl<L: Arrangement> Layer<L> {
         let mut guards = std::mem::take(&mut staged.guards);
         guards.extend(self.guards().cloned());
         call.hold(guards);
+        call.keep(self.store.as_ref().and_then(|store| store.memory().guard()));
         staged.recorded = staged.dispatches.len() as u64;
         staged.dispatches.drain(..).for_each(|dispatch| call.add(dispatch));
     }
@@ -306,9 +312,10 @@ impl<L: Arrangement> Layer<L> {
 
     /// Refuses a change to `batch` rows that has no room, from counts alone.
     pub(crate) fn check_batch(&self, gpu: &Gpu, policy: &L::Policy, batch: usize) -> Result<()> {
-        self.arrangement
-            .as_ref()
-            .map_or(Ok(()), |arrangement| arrangement.check_batch(gpu, self.index, policy, batch))
+        let held = self.arrangement.as_ref().zip(self.store.as_ref());
+        held.map_or(Ok(()), |(arrangement, store)| {
+            arrangement.check_batch(gpu, self.index, store, policy, batch)
+        })
     }
 
     /// Stages room for `tokens` more tokens a row; `None` where it is there or nothing was ever written.

@@ -16,6 +16,7 @@ use crate::host::window::Window;
 use crate::stats::Stats;
 use crate::storage::arrangement::{Arrangement, PageCounts, Staged};
 use crate::storage::layer::{Effect, Layer};
+use crate::storage::store::Store;
 use crate::storage::write::Storing;
 use crate::tensor::TensorView;
 use crate::view::{LayerView, Owner};
@@ -82,6 +83,16 @@ impl<L: Arrangement> Layers<L> {
 
     pub(crate) fn with_storing(mut self, storing: Storing) -> Self {
         self.storing = storing;
+        self
+    }
+
+    /// Has the first layers keep their tokens in memory that an engine gave.
+    pub(crate) fn with_memory(mut self, stores: Vec<Store>) -> Self {
+        for (number, store) in stores.into_iter().enumerate() {
+            let mut layer = self.new_layer(number);
+            layer.set_store(store);
+            self.layers.insert(number, layer);
+        }
         self
     }
 

@@ -199,7 +199,14 @@ impl Arrangement for Paged {
         self.table.map.used() as u64
     }
 
-    fn check_batch(&self, gpu: &Gpu, _layer: usize, _paging: &Paging, batch: usize) -> Result<()> {
+    fn check_batch(
+        &self,
+        gpu: &Gpu,
+        _layer: usize,
+        _store: &Store,
+        _paging: &Paging,
+        batch: usize,
+    ) -> Result<()> {
         check_table(gpu, batch, self.table.map.row_pages(), 0).map(|_| ())
     }
 

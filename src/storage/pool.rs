@@ -45,7 +45,7 @@ pub(crate) fn copy_pool(
             new_capacity: new_pages * page_slots,
             copies: &copies.words,
         };
-        gpu.kernels().copy_rows([old.buffers(), new.buffers()], &copy)
+        gpu.kernels().copy_rows([old.bindings(), new.bindings()], &copy)
     });
     Ok((dispatches.collect::<Result<_>>()?, shape.bytes(used, page_tokens)?.iter().sum()))
 }

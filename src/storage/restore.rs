@@ -156,9 +156,9 @@ pub(super) fn upload(
         return Err(Shape { batch, ..*shape }.too_large(limit, layer, Ok(bytes), count, fits));
     }
     let store = Store::new(gpu, layer, bytes)?;
-    for (buffer, bytes) in store.buffers().into_iter().zip(saved.buffers(rows, tokens)) {
+    for (range, bytes) in store.ranges().into_iter().zip(saved.buffers(rows, tokens)) {
         if !bytes.is_empty() {
-            gpu.handle().write(buffer, 0, &bytes)?;
+            gpu.handle().write(&range.buffer, range.offset, &bytes)?;
         }
     }
     Ok(store)

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::gpu::arena::RegionGuard;
 use crate::gpu::device::binding_limit;
@@ -90,9 +90,19 @@ impl Arrangement for Ring {
         Ok(StagedWrite { change, plan, lists })
     }
 
-    fn check_batch(&self, gpu: &Gpu, layer: usize, growth: &Growth, batch: usize) -> Result<()> {
+    fn check_batch(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        store: &Store,
+        growth: &Growth,
+        batch: usize,
+    ) -> Result<()> {
         if batch <= self.most_rows {
             return Ok(());
+        }
+        if store.is_given() {
+            return Err(store.too_short(layer, Shape { batch, ..self.shape }, self.capacity));
         }
         self.capacity_of_copy(gpu, layer, Shape { batch, ..self.shape }, *growth).map(|_| ())
     }
@@ -128,6 +138,10 @@ impl Arrangement for Ring {
             .then(|| plan::order_row_moves(map, self.shape.batch))
             .filter(|moves| moves.written <= MOST_MOVES);
         let Some(moves) = in_place else {
+            if store.is_given() {
+                let what = "a change of more than 8192 rows at once in memory that the engine gave";
+                return Err(Error::NotSupported { what });
+            }
             let capacity = self.capacity_of_copy(gpu, layer, shape, *growth)?;
             return self.copy_into(gpu, layer, store, shape, capacity, map);
         };
@@ -209,6 +223,9 @@ impl Ring {
                 let rows = shape.rows_in(capacity, store.bytes()).max(shape.batch);
                 return Ok(Staged::unmoved(empty(capacity, rows)));
             }
+            if store.is_given() {
+                return Err(store.too_short(layer, shape, needed));
+            }
         }
         let capacity = capacity_for(gpu, layer, shape, growth, 0, new_len)?;
         let store = ring_store(gpu, layer, shape, capacity)?;
@@ -247,8 +264,8 @@ impl Ring {
                         new_capacity: capacity,
                         copies: &copies.words,
                     };
-                    let buffers = [old.buffers(), new.buffers()];
-                    dispatches.push(gpu.kernels().copy_rows(buffers, &copy)?);
+                    let bindings = [old.bindings(), new.bindings()];
+                    dispatches.push(gpu.kernels().copy_rows(bindings, &copy)?);
                 }
             }
         }

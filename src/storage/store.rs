@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, StoringError};
 use crate::format::{Format, Plane, TokenBytes};
 use crate::gpu::Gpu;
 use crate::gpu::bind_groups::BindGroups;
 use crate::gpu::memory::Memory;
 use crate::gpu::own_buffers::OwnBuffer;
+use crate::gpu::range::BufferRange;
 use crate::host::rows::Rows;
 use crate::view::{LayerView, PageTable, RowTable};
 
@@ -72,12 +73,12 @@ impl Shape {
         (pages, records): (Option<PageTable>, Option<RowTable>),
     ) -> LayerView {
         let [memory_rows, capacity] = memory;
-        let [key, value] = store.buffers();
+        let [key, value] = store.ranges();
         let value = if self.is_value_in_key { key } else { value };
         LayerView {
             key: key.clone(),
             value: value.clone(),
-            _memory: Some(Arc::clone(&store.memory)),
+            memory: Some(Arc::clone(&store.memory)),
             formats: self.formats,
             scale_slots: (memory_rows * self.heads * capacity) as u64,
             batch: self.batch,
@@ -137,9 +138,6 @@ impl Shape {
     }
 }
 
-/// Bytes of a buffer that is bound and not used: a unit of the kernels.
-const UNUSED_BYTES: u64 = 16;
-
 /// A layer's memory.
 #[derive(Debug)]
 pub(crate) struct Store {
@@ -151,16 +149,44 @@ pub(crate) struct Store {
     /// Bind groups that name the buffers and an engine's own; they go with the memory.
     pub(crate) bind_groups: Arc<BindGroups>,
     gather: OnceLock<wgpu::BindGroup>,
-    _own: [OwnBuffer; 2],
+    /// Outputs must not lie in the buffers as long as this is the store of a layer.
+    _own: Vec<OwnBuffer>,
 }
 
 impl Store {
     pub(crate) fn new(gpu: &Gpu, layer: usize, bytes: [u64; 2]) -> Result<Self> {
-        let memory = Memory::new(gpu.handle(), layer, [bytes[0], bytes[1].max(UNUSED_BYTES)])?;
-        let own = memory.buffers().each_ref().map(|buffer| gpu.handle().own_buffers.add(buffer));
+        let memory = Memory::new(gpu.handle(), layer, bytes)?;
+        let own = |range: &BufferRange| gpu.handle().own_buffers.add(&range.buffer);
+        Ok(Self { _own: memory.ranges().map(own).into(), ..Self::of(memory, bytes) })
+    }
+
+    /// What an engine gave for K, and for V if it is stored.
+    pub(crate) fn given(memory: Memory, is_value_stored: bool) -> Self {
+        let [key, value] = memory.ranges().map(|range| range.size);
+        Self::of(memory, [key, if is_value_stored { value } else { 0 }])
+    }
+
+    fn of(memory: Memory, bytes: [u64; 2]) -> Self {
         let (bind_groups, gather) = (Arc::default(), OnceLock::new());
         let memory = Arc::new(memory);
-        Ok(Self { memory, bytes, capacity: 0, bind_groups, gather, _own: own })
+        Self { memory, bytes, capacity: 0, bind_groups, gather, _own: Vec::new() }
+    }
+
+    /// Whether an engine gave the memory, so that no other can take its place.
+    pub(crate) fn is_given(&self) -> bool {
+        self.memory.is_given()
+    }
+
+    /// The refusal of more rows, or longer ones, than there is room for in what an engine gave.
+    pub(crate) fn too_short(&self, layer: usize, shape: Shape, tokens: usize) -> Error {
+        let needed = match shape.bytes(shape.batch, tokens) {
+            Ok(needed) => needed,
+            Err(error) => return error,
+        };
+        let at = usize::from(needed[0] <= self.bytes[0]);
+        let (side, needed, given) = (["K", "V"][at], needed[at], self.bytes[at]);
+        let Shape { batch, heads, .. } = shape;
+        StoringError::MemoryTooShort { layer, side, needed, given, batch, tokens, heads }.into()
     }
 
     /// Bytes of K and of V.
@@ -173,8 +199,13 @@ impl Store {
         self.bytes.iter().filter(|&&bytes| bytes > 0).count() as u64
     }
 
-    pub(crate) fn buffers(&self) -> [&wgpu::Buffer; 2] {
-        self.memory.buffers().each_ref()
+    pub(crate) fn ranges(&self) -> [&BufferRange; 2] {
+        self.memory.ranges()
+    }
+
+    /// Both, as kernels bind them.
+    pub(crate) fn bindings(&self) -> [wgpu::BufferBinding<'_>; 2] {
+        self.ranges().map(BufferRange::binding)
     }
 
     /// The buffers, of which a browser may say later that it refused them.
@@ -187,8 +218,7 @@ impl Store {
         if let Some(bindings) = self.gather.get() {
             return Ok(bindings.clone());
         }
-        let [key, value] = self.buffers();
-        let bindings = gpu.kernels().bind_gather(key, value)?;
+        let bindings = gpu.kernels().bind_gather(self.bindings())?;
         Ok(self.gather.get_or_init(|| bindings).clone())
     }
 }

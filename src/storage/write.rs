@@ -85,8 +85,9 @@ impl<'a> Inputs<'a> {
         ] {
             check_stored(what, dim, format)?;
             view.check_device(what, gpu.handle())?;
-            // New tokens must not be read from the layer's own memory.
-            if store.is_some_and(|store| store.buffers().contains(&view.buffer)) {
+            // New tokens must not be read from the layer's own buffers, which the kernel binds to write.
+            let is_own = |store: &Store| store.ranges().iter().any(|it| it.buffer == *view.buffer);
+            if store.is_some_and(is_own) {
                 return Err(Error::SourceIsCache { what, layer });
             }
         }
@@ -104,7 +105,7 @@ impl<'a> Inputs<'a> {
     pub(super) fn write(&self, gpu: &Gpu, shape: &Shape, target: Target<'_>) -> Result<Dispatch> {
         let Target { store, view, positions, lists } = target;
         let value = if shape.is_value_in_key { self.key } else { self.value };
-        let [k, v] = store.buffers().map(wgpu::Buffer::as_entire_buffer_binding);
+        let [k, v] = store.bindings();
         let [key_source, value_source] = &self.sources;
         let bindings =
             [key_source.binding(self.key.buffer), value_source.binding(value.buffer), k, v];
@@ -136,8 +137,7 @@ pub(super) fn write_stored(
     target: Target<'_>,
 ) -> Result<Vec<Dispatch>> {
     let Target { store, view, positions, lists } = target;
-    let [[key, value], [k, v]] =
-        [from, store].map(|store| store.buffers().map(wgpu::Buffer::as_entire_buffer_binding));
+    let [[key, value], [k, v]] = [from, store].map(Store::bindings);
     let bindings = gpu.kernels().bind_append(&[key, value, k, v])?;
     let planes = shape.planes(shape.batch, count).enumerate();
     let dispatches = planes.map(|(at, Plane { base, row_bytes })| {
@@ -145,7 +145,7 @@ pub(super) fn write_stored(
             let row = row_bytes[side];
             let head = count as u64 * row;
             let strides = [shape.heads as u64 * head, head, row];
-            let window = (0, from.buffers()[side].size());
+            let window = (0, from.ranges()[side].size);
             Source { offset: base[side], strides, row_bytes: row, window }
         });
         let append = AppendShape { sources: &sources, tokens, positions, target: view, lists };

@@ -5,8 +5,11 @@
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use wgpu_kvcache::{CachePosition, DType, Error, Format, Formats, Gpu, TensorView};
+use wgpu_kvcache::{
+    CachePosition, DType, Error, Format, Formats, Gpu, StaticKVCache, StoringError, TensorView,
+};
 
+use crate::given::Pool;
 use crate::gpu;
 use crate::model::{Block, Model, Refused};
 use crate::rig::{Rig, Storing, plain_gpu, upload};
@@ -14,6 +17,8 @@ use crate::rig::{Rig, Storing, plain_gpu, upload};
 /// Bound and layer count of the static caches.
 const BOUND: usize = 300;
 const LAYERS: usize = 3;
+/// Bytes of K or of V of each layer in memory of an engine's.
+const GIVEN: u64 = 1 << 20;
 /// What WebGPU's default limits bind, less what a misfit adds.
 const MOST_BYTES: usize = 96 << 20;
 
@@ -65,6 +70,8 @@ enum Call {
 enum Kind {
     Dynamic,
     Static,
+    /// The same, in memory of an engine's, which may be too little for a batch.
+    Given,
     /// In pages of so many tokens.
     Paged(usize),
     /// The same, with the bounds of the static kind.
@@ -165,6 +172,7 @@ fn history() -> impl Strategy<Value = History> {
     let kind = prop_oneof![
         2 => Just(Kind::Dynamic),
         2 => Just(Kind::Static),
+        2 => Just(Kind::Given),
         3 => page.clone().prop_map(Kind::Paged),
         1 => page.clone().prop_map(Kind::PagedStatic),
         // From too few for many a batch to enough for most.
@@ -404,6 +412,13 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
     if due == Err(Refused::Pages) {
         assert!(matches!(answer, Err(Error::OutOfPages { .. })), "{call:?}: {answer:?}");
     }
+    if due == Err(Refused::Room) {
+        let is_right = matches!(
+            answer,
+            Err(Error::Storing(StoringError::MemoryTooShort { given: GIVEN, .. }))
+        );
+        assert!(is_right, "{call:?}: {answer:?}");
+    }
     if answer.is_err() {
         assert_eq!(rig.cache.stats(), before, "{call:?}: {answer:?}");
     }
@@ -411,9 +426,18 @@ fn make(rig: &mut Rig, history: &History, call: &Call) {
 
 fn run(gpu: &Gpu, history: &History) {
     let storing = history.storing;
+    let layers = if matches!(history.kind, Kind::Given) { LAYERS } else { 0 };
+    let pool = Pool::new(gpu, &vec![[GIVEN; 2]; layers]);
     let mut rig = match history.kind {
         Kind::Dynamic => Rig::dynamic_storing(gpu, storing),
         Kind::Static => Rig::fixed_storing(gpu, BOUND, LAYERS, storing),
+        Kind::Given => {
+            let options = storing.options().with_max_cache_len(BOUND);
+            let memory = pool.memory(storing.is_value_in_key);
+            let cache = StaticKVCache::in_memory(gpu, options, &memory).expect("its options");
+            let model = Model::fixed(BOUND, LAYERS).of_at_most_bytes(GIVEN, storing);
+            Rig::storing(gpu, Box::new(cache), model, storing)
+        }
         Kind::Paged(size) => Rig::in_pages_storing(gpu, size, None, Model::dynamic(), storing),
         Kind::PagedStatic(size) => {
             Rig::in_pages_storing(gpu, size, None, Model::fixed(BOUND, LAYERS), storing)
@@ -427,6 +451,7 @@ fn run(gpu: &Gpu, history: &History) {
         make(&mut rig, history, call);
         rig.check(&format!("after call {number}, {call:?}"));
     }
+    pool.check(gpu);
 }
 
 fn histories(gpu: &Gpu) {

@@ -44,6 +44,7 @@ mod faults;
 #[cfg(not(target_arch = "wasm32"))]
 mod foreign;
 mod formats;
+mod given;
 mod histories;
 mod inputs;
 mod keep;

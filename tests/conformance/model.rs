@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use wgpu_kvcache::{CachePosition, DType, HostTensor};
 
 use crate::attention::Random;
+use crate::rig::Storing;
 
 /// A row-major (B, H, T, D) tensor on the host, as raw bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,6 +129,8 @@ pub(crate) enum Refused {
     Batch,
     /// Not as many lengths as a layer has rows.
     Rows,
+    /// More rows than an engine has given memory for.
+    Room,
 }
 
 /// K or V of a layer.
@@ -314,6 +317,8 @@ pub(crate) struct Model {
     pages: Option<(usize, BTreeMap<usize, Pages>)>,
     /// Pages that a layer has at most.
     most_pages: Option<usize>,
+    /// Bytes of K and of V that there are, in memory of an engine's, and how it stores them.
+    room: Option<(u64, Storing)>,
     /// Whether layers that are not written took no part in a change of the batch.
     is_batch_changed: bool,
 }
@@ -332,6 +337,29 @@ impl Model {
     /// The same, in pages of `size` tokens.
     pub(crate) fn in_pages(self, size: usize) -> Self {
         Self { pages: Some((size, BTreeMap::new())), ..self }
+    }
+
+    /// The same, with so many bytes of K and of V a layer.
+    pub(crate) fn of_at_most_bytes(self, bytes: u64, storing: Storing) -> Self {
+        Self { room: Some((bytes, storing)), ..self }
+    }
+
+    /// Whether a layer of such K and V, of bound length, has no room for `batch` rows.
+    fn is_too_large(&self, batch: usize, heads: usize, sides: [(usize, usize); 2]) -> bool {
+        let (Some((bytes, storing)), Some((bound, _))) = (self.room, self.bounds) else {
+            return false;
+        };
+        (batch * heads * bound) as u64 * storing.token_bytes(sides) > bytes
+    }
+
+    /// Whether some layer has no room for as many rows as `batch` makes of its own.
+    fn has_no_room(&self, batch: impl Fn(usize) -> usize) -> bool {
+        self.layers.values().any(|sides| {
+            let [(heads, _), _] = sides.each_ref().map(|side| (side.heads, side.dim));
+            let rows = sides[0].rows.len();
+            let sides = sides.each_ref().map(|side| (side.element, side.dim));
+            batch(rows) != rows && self.is_too_large(batch(rows), heads, sides)
+        })
     }
 
     /// The same, with at most `most_pages` pages a layer.
@@ -406,6 +434,10 @@ impl Model {
         let end = positions.iter().flatten().max().map_or(0, |highest| highest + 1);
         if self.bounds.is_some_and(|(bound, _)| end > bound) {
             return Err(Refused::Bound);
+        }
+        let sizes = [key, value].map(|block| (block.element, block.shape[3]));
+        if sides.is_none() && self.is_too_large(batch, key.shape[1], sizes) {
+            return Err(Refused::Room);
         }
         let own = self.lens.get(&layer).cloned().unwrap_or_else(|| vec![0; batch]);
         let ends: Vec<usize> = match position {
@@ -514,6 +546,9 @@ impl Model {
         if self.layers.values().any(|[key, _]| highest >= key.rows.len()) {
             return Err(Refused::Index);
         }
+        if self.has_no_room(|_| indices.len()) {
+            return Err(Refused::Room);
+        }
         let is_same = |batch: usize| indices.iter().copied().eq(0..batch);
         self.is_batch_changed |= self.layers.values().any(|[key, _]| !is_same(key.rows.len()));
         for side in self.layers.values_mut().flatten() {
@@ -531,6 +566,9 @@ impl Model {
     pub(crate) fn repeat_interleave(&mut self, repeats: usize) -> Result<(), Refused> {
         if repeats == 0 {
             return Err(Refused::Nothing);
+        }
+        if self.has_no_room(|batch| batch * repeats) {
+            return Err(Refused::Room);
         }
         self.is_batch_changed |= repeats > 1 && !self.layers.is_empty();
         for side in self.layers.values_mut().flatten() {

@@ -205,6 +205,15 @@ impl Storing {
         [key, if self.is_value_in_key { key } else { value }]
     }
 
+    /// Bytes of a token of one head, of the larger of K and V, each of an element size and `head_dim` as they come in.
+    pub(crate) fn token_bytes(self, sides: [(usize, usize); 2]) -> u64 {
+        let formats = [self.formats.key, self.formats.value];
+        let bytes = formats.iter().zip(sides).map(|(format, (element, dim))| {
+            format.map_or((element * dim) as u64, |format| format.token_bytes(dim))
+        });
+        bytes.take(if self.is_value_in_key { 1 } else { 2 }).max().unwrap_or(0)
+    }
+
     /// The options of a cache that stores so.
     pub(crate) fn options(self) -> CacheOptions<'static> {
         let options = CacheOptions::default().with_formats(self.formats);
@@ -234,13 +243,22 @@ impl Rig {
         Self { gpu: gpu.clone(), cache, model, storing: Storing::default(), seed: 0 }
     }
 
+    pub(crate) fn storing(
+        gpu: &Gpu,
+        cache: Box<dyn KVCache>,
+        model: Model,
+        storing: Storing,
+    ) -> Self {
+        Self { storing, ..Self::new(gpu, cache, model) }
+    }
+
     pub(crate) fn dynamic(gpu: &Gpu) -> Self {
         Self::dynamic_storing(gpu, Storing::default())
     }
 
     pub(crate) fn dynamic_storing(gpu: &Gpu, storing: Storing) -> Self {
         let cache = DynamicKVCache::with_options(gpu, storing.options()).expect("its options");
-        Self { storing, ..Self::new(gpu, Box::new(cache), Model::dynamic()) }
+        Self::storing(gpu, Box::new(cache), Model::dynamic(), storing)
     }
 
     pub(crate) fn fixed(gpu: &Gpu, bound: usize, layers: usize) -> Self {
@@ -250,7 +268,7 @@ impl Rig {
     pub(crate) fn fixed_storing(gpu: &Gpu, bound: usize, layers: usize, storing: Storing) -> Self {
         let options = storing.options().with_max_cache_len(bound).with_num_layers(layers);
         let cache = StaticKVCache::with_options(gpu, options).expect("both options");
-        Self { storing, ..Self::new(gpu, Box::new(cache), Model::fixed(bound, layers)) }
+        Self::storing(gpu, Box::new(cache), Model::fixed(bound, layers), storing)
     }
 
     /// Pages of `size` tokens, in a pool that grows.
@@ -281,7 +299,7 @@ impl Rig {
         let cache = PagedKVCache::with_options(gpu, options);
         let cache = cache.unwrap_or_else(|error| panic!("{error}"));
         let model = model.in_pages(size).of_at_most(max_pages);
-        Self { storing, ..Self::new(gpu, Box::new(cache), model) }
+        Self::storing(gpu, Box::new(cache), model, storing)
     }
 
     /// New K of `shape`, and V of the same but `value_dim`: noise, other noise at every call.

@@ -45,11 +45,11 @@ impl Kernels {
         &self,
         view: &LayerView,
         rows: Range<usize>,
-        targets: [&wgpu::Buffer; 2],
+        targets: [wgpu::BufferBinding<'_>; 2],
     ) -> Result<Vec<Dispatch>> {
         let [key, value] = targets;
-        let bindings =
-            self.collect.bind(&[&view.key, &view.value, key, value].map(super::whole))?;
+        let [k, v] = view.bindings();
+        let bindings = self.collect.bind(&[k, v, key, value])?;
         let tokens = (rows.len() * view.heads * view.len) as u64;
         let mut bases = [0; 2];
         let mut dispatches = Vec::with_capacity(2);

@@ -50,13 +50,12 @@ pub(crate) struct GatherShape<'a> {
 }
 
 impl Kernels {
-    /// Binds a layer's buffers; one bind group serves all gathers.
+    /// Binds K and V of a layer; one bind group serves all gathers.
     pub(crate) fn bind_gather(
         &self,
-        key: &wgpu::Buffer,
-        value: &wgpu::Buffer,
+        bindings: [wgpu::BufferBinding<'_>; 2],
     ) -> Result<wgpu::BindGroup> {
-        self.gather.bind(&[super::whole(key), super::whole(value)])
+        self.gather.bind(&bindings)
     }
 
     pub(crate) fn gather(

@@ -386,11 +386,6 @@ fn narrow(count: usize) -> Result<u32> {
     u32::try_from(count).map_err(|_| Error::too_many("count that a kernel takes", count as u64))
 }
 
-/// A whole cache buffer, as a binding.
-fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
-    buffer.as_entire_buffer_binding()
-}
-
 #[cfg(test)]
 mod tests {
     use super::grid;

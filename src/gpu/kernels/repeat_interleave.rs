@@ -56,7 +56,7 @@ impl Kernels {
     /// Copies rows from the old K and V to the new ones.
     pub(crate) fn copy_rows(
         &self,
-        [old, new]: [[&wgpu::Buffer; 2]; 2],
+        [old, new]: [[wgpu::BufferBinding<'_>; 2]; 2],
         shape: &CopyShape<'_>,
     ) -> Result<Dispatch> {
         let [from, to] = shape.planes;
@@ -79,8 +79,8 @@ impl Kernels {
             list_at: list.offset / 4,
             list_end: super::narrow(shape.copies.len())?,
         };
-        let bindings =
-            self.repeat_interleave.bind(&[old[0], old[1], new[0], new[1]].map(super::whole))?;
+        let ([k, v], [new_k, new_v]) = (old, new);
+        let bindings = self.repeat_interleave.bind(&[k, v, new_k, new_v])?;
         let groups = u64::from(tiles) * shape.heads as u64;
         self.repeat_interleave.prepare(
             Variant { unit, ..Variant::default() },

@@ -93,7 +93,7 @@ impl SequenceLayers {
         let view = |allocation: &Allocation, spans: &[Span]| {
             self.shaped_view(at, (store, pool), &spans.into(), allocation.clone(), None)
         };
-        let collect = gpu.kernels().collect(&view(from, tail), 0..1, copy.buffers())?;
+        let collect = gpu.kernels().collect(&view(from, tail), 0..1, copy.bindings())?;
         let (copies, moved) = self.stage_page_copies(growth, at, &ready.staged)?;
         let kept = ready.staged.total;
         let target = Target { store, view: &view(to, target), positions, lists: Some(to) };

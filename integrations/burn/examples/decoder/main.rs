@@ -17,12 +17,13 @@ const HELP: &str = "\
 A small decoder with random weights, in burn: its K and V grow by cat, are written by slice_assign, or lie in
 wgpu-kvcache. Prints the tokens of each and the largest difference of the logits.
 
-usage: decoder [--tokens N] [--bench [--lengths A,B,..] [--steps N]]
+usage: decoder [--tokens N] [--bench [--lengths A,B,..] [--steps N] [--rows N]]
 
   --tokens N       tokens to decode (default 40)
   --bench          measure a step at several lengths instead, in turns, and print a table
   --lengths A,B    the lengths (default 64,512,2048,8192)
   --steps N        steps a turn (default 5)
+  --rows N         batch rows (default 1)
 ";
 
 const SHAPE: Shape = Shape { layers: 2, heads: 8, kv_heads: 8, head_dim: 32, vocabulary: 256 };
@@ -62,7 +63,8 @@ fn main() -> Result<(), Error> {
     if arguments.iter().any(|argument| argument == "--bench") {
         let lengths = value(&arguments, "--lengths").unwrap_or("64,512,2048,8192");
         let lengths: Vec<usize> = lengths.split(',').map(str::parse).collect::<Result<_, _>>()?;
-        return bench(&shared, &decoder, &lengths, number("--steps", 5)?);
+        let bench = Bench { shared: &shared, decoder: &decoder, rows: number("--rows", 1)? };
+        return bench.run(&lengths, number("--steps", 5)?);
     }
     compare(&shared, &decoder, number("--tokens", 40)?)
 }
@@ -71,9 +73,13 @@ fn main() -> Result<(), Error> {
 const NAMES: [&str; 4] = ["cat, matmul", "cat, attention", "slice_assign, attention", "this crate"];
 const TURNS: usize = 5;
 
-/// The loops by name.
-fn loops(shared: &SharedDevice, capacity: usize) -> Vec<(&'static str, Box<dyn Attend>)> {
-    let assigned = Assigned::new(Form::Module, SHAPE, 1, capacity, shared.device());
+/// The loops by name, for so many rows of at most `capacity` tokens.
+fn loops(
+    shared: &SharedDevice,
+    rows: usize,
+    capacity: usize,
+) -> Vec<(&'static str, Box<dyn Attend>)> {
+    let assigned = Assigned::new(Form::Module, SHAPE, rows, capacity, shared.device());
     vec![
         (NAMES[0], Box::new(Concatenated::new(Form::Matmul, SHAPE.layers))),
         (NAMES[1], Box::new(Concatenated::new(Form::Module, SHAPE.layers))),
@@ -89,7 +95,7 @@ fn read(tensor: Tensor<3>) -> Result<Vec<f32>, Error> {
 
 /// Decodes the same tokens with all loops.
 fn compare(shared: &SharedDevice, decoder: &Decoder, tokens: usize) -> Result<(), Error> {
-    let mut loops = loops(shared, tokens + 8);
+    let mut loops = loops(shared, 1, tokens + 8);
     let mut next = vec![(1..=8).collect::<Vec<u32>>()];
     let mut decoded = Vec::new();
     let mut differences = vec![0.0_f32; loops.len()];
@@ -133,80 +139,93 @@ impl Measured {
     }
 }
 
-/// Random q, K and V of some tokens, (1, T, heads, D).
-fn random(shared: &SharedDevice, tokens: usize) -> [Tensor<4>; 3] {
-    [SHAPE.heads, SHAPE.kv_heads, SHAPE.kv_heads].map(|heads| {
-        let values = noise(&mut 5, tokens * heads * SHAPE.head_dim);
-        let data = TensorData::new(values, [1, tokens, heads, SHAPE.head_dim]);
-        Tensor::from_data(data, shared.device())
-    })
+/// What is measured.
+struct Bench<'a> {
+    shared: &'a SharedDevice,
+    decoder: &'a Decoder,
+    rows: usize,
 }
 
-/// Measures steps at these lengths, in turns: of the whole decoder, and of attention of all layers alone.
-fn bench(
-    shared: &SharedDevice,
-    decoder: &Decoder,
-    lengths: &[usize],
-    steps: usize,
-) -> Result<(), Error> {
-    println!("{SHAPE:?}; ms a step, in brackets this crate's time as a part of it");
-    println!("| tokens | of | {} |", NAMES.join(" | "));
-    println!("| --: | :-- | --: | --: | --: | --: |");
-    for &length in lengths {
-        let mut loops = filled(shared, length, 2 * steps * (TURNS + 1))?;
-        for what in ["the decoder", "attention alone"] {
-            let [q, k, v] = random(shared, 1);
-            // The first turn compiles and tunes.
-            for turn in 0..=TURNS {
-                for measured in &mut loops {
-                    for _ in 0..steps {
-                        let start = Instant::now();
-                        let attend = &mut *measured.attend;
-                        if what == "the decoder" {
-                            let at = vec![vec![measured.position]];
-                            read(decoder.forward(&[vec![5]], &at, attend))?;
-                        } else {
-                            for layer in 0..SHAPE.layers {
-                                let [q, k, v] = [&q, &k, &v].map(Tensor::clone);
-                                let context = attend.attend(layer, q, k, v);
-                                if layer + 1 == SHAPE.layers {
-                                    read(context.flatten(0, 1))?;
-                                }
+impl Bench<'_> {
+    /// Measures steps at these lengths, in turns: of the whole decoder, and of attention of all layers alone.
+    fn run(&self, lengths: &[usize], steps: usize) -> Result<(), Error> {
+        let rows = self.rows;
+        println!(
+            "{SHAPE:?}, {rows} rows; ms a step, in brackets this crate's time as a part of it"
+        );
+        println!("| tokens | of | {} |", NAMES.join(" | "));
+        println!("| --: | :-- | --: | --: | --: | --: |");
+        for &length in lengths {
+            let mut loops = self.filled(length, 2 * steps * (TURNS + 1))?;
+            let new = self.random(1);
+            for what in ["the decoder", "attention alone"] {
+                // The first turn compiles and tunes.
+                for turn in 0..=TURNS {
+                    for measured in &mut loops {
+                        for _ in 0..steps {
+                            let start = Instant::now();
+                            match what {
+                                "the decoder" => self.step(measured)?,
+                                _ => Self::attend(&mut *measured.attend, &new)?,
                             }
-                        }
-                        measured.position += 1;
-                        if turn > 0 {
-                            measured.times.push(start.elapsed());
+                            measured.position += 1;
+                            if turn > 0 {
+                                measured.times.push(start.elapsed());
+                            }
                         }
                     }
                 }
+                let medians: Vec<f64> = loops.iter_mut().map(Measured::median).collect();
+                let own = medians[medians.len() - 1];
+                let cells = medians.iter().map(|its| format!("{its:.1} ({:.2})", own / its));
+                println!("| {length} | {what} | {} |", cells.collect::<Vec<_>>().join(" | "));
+                loops.iter_mut().for_each(|measured| measured.times.clear());
             }
-            let medians: Vec<f64> = loops.iter_mut().map(Measured::median).collect();
-            let own = medians[medians.len() - 1];
-            let cells = medians.iter().map(|its| format!("{its:.1} ({:.2})", own / its));
-            println!("| {length} | {what} | {} |", cells.collect::<Vec<_>>().join(" | "));
-            loops.iter_mut().for_each(|measured| measured.times.clear());
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// The loops, with caches that hold `length` tokens and have space for more.
-fn filled(shared: &SharedDevice, length: usize, more: usize) -> Result<Vec<Measured>, Error> {
-    let mut all = Vec::new();
-    for (_, mut attend) in loops(shared, length + more) {
-        let mut position = 0;
-        // In pieces, so that no matrix of scores is large.
-        while position < length {
-            let count = (length - position).min(256);
-            let [q, k, v] = random(shared, count);
-            for layer in 0..SHAPE.layers {
-                let [q, k, v] = [&q, &k, &v].map(Tensor::clone);
-                read(attend.attend(layer, q, k, v).narrow(1, 0, 1).flatten(0, 1))?;
-            }
-            position += count;
-        }
-        all.push(Measured { attend, position, times: Vec::new() });
+    /// The next token of each row through the decoder.
+    fn step(&self, measured: &mut Measured) -> Result<(), Error> {
+        let at = vec![vec![measured.position]; self.rows];
+        let tokens = vec![vec![5]; self.rows];
+        read(self.decoder.forward(&tokens, &at, &mut *measured.attend)).map(|_| ())
     }
-    Ok(all)
+
+    /// Random q, K and V of some tokens of each row, (B, T, heads, D).
+    fn random(&self, tokens: usize) -> [Tensor<4>; 3] {
+        [SHAPE.heads, SHAPE.kv_heads, SHAPE.kv_heads].map(|heads| {
+            let shape = [self.rows, tokens, heads, SHAPE.head_dim];
+            let values = noise(&mut 5, shape.iter().product());
+            Tensor::from_data(TensorData::new(values, shape), self.shared.device())
+        })
+    }
+
+    /// Attention of all layers, of the same q, K and V.
+    fn attend(attend: &mut dyn Attend, new: &[Tensor<4>; 3]) -> Result<(), Error> {
+        for layer in 0..SHAPE.layers {
+            let [q, k, v] = new.each_ref().map(Tensor::clone);
+            let context = attend.attend(layer, q, k, v);
+            if layer + 1 == SHAPE.layers {
+                read(context.narrow(1, 0, 1).flatten(0, 1))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The loops, with caches that hold `length` tokens a row and have space for more.
+    fn filled(&self, length: usize, more: usize) -> Result<Vec<Measured>, Error> {
+        let mut all = Vec::new();
+        for (_, mut attend) in loops(self.shared, self.rows, length + more) {
+            let mut position = 0;
+            // In pieces, so that no matrix of scores is large.
+            while position < length {
+                let count = (length - position).min(256);
+                Self::attend(&mut *attend, &self.random(count))?;
+                position += count;
+            }
+            all.push(Measured { attend, position, times: Vec::new() });
+        }
+        Ok(all)
+    }
 }

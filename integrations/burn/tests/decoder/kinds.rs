@@ -66,9 +66,12 @@ fn a_window_hides_and_frees_what_lies_before_it() {
 
 #[test]
 fn sixteen_bits_and_quantised_formats_are_near_f32() {
-    for (key, value, bound) in
-        [(Format::F16, Format::F16, 1e-3), (Format::Q8_0, Format::Q8_0, 2e-2)]
-    {
+    // V of at most 1 is stored in steps of 1/8 in q4_0, so it is half a step off at most.
+    for (key, value, bound) in [
+        (Format::F16, Format::F16, 1e-3),
+        (Format::Q8_0, Format::Q8_0, 2e-2),
+        (Format::Q8_0, Format::Q4_0, 8e-2),
+    ] {
         let formats = Formats { key: Some(key), value: Some(value) };
         let shared = shared();
         let options = CacheOptions::default().with_formats(formats);
@@ -104,6 +107,61 @@ fn tensors_of_f16_come_back_as_f16() {
         assert_eq!(got.dtype(), DType::F16);
         assert!(difference4(expected, got) < 3e-3);
     }
+}
+
+#[test]
+fn latent_attention_stores_k_alone() {
+    let shared = shared();
+    let mut cache = dynamic(CacheOptions::default().with_value_in_key());
+    let mut alone = Concatenated::new(Form::Matmul, 1);
+    let seed = &mut 29;
+    let mut wide = |tokens: usize, heads: usize| {
+        let data = TensorData::new(noise(seed, tokens * heads * 24), [1, tokens, heads, 24]);
+        Tensor::<4>::from_data(data, shared.device())
+    };
+    for tokens in [5, 1, 3] {
+        let (q, k) = (wide(tokens, 4), wide(tokens, 1));
+        let value = k.clone().narrow(3, 0, 16);
+        let expected = alone.attend(0, q.clone(), k.clone(), value);
+        let got = cache.attend_latent(0, q, k, 16, AttendOptions::default().bthd());
+        assert!(difference4(expected, got.expect("attention")) < 1e-5);
+    }
+    let both = cache.attend(0, wide(1, 4), wide(1, 1), wide(1, 1), AttendOptions::default().bthd());
+    assert!(matches!(both, Err(Error::Cache(_))), "V of another tensor");
+}
+
+#[test]
+fn rows_of_different_length_see_their_own_tokens() {
+    let mut cache = dynamic(CacheOptions::default());
+    let mut alone = [(); 2].map(|()| Concatenated::new(Form::Matmul, 1));
+    let seed = &mut 31;
+    // Two prompts of 4 and 2 tokens, padded to 4, and then a token each.
+    let rounds: [&[Vec<u32>]; 3] =
+        [&[vec![0, 1, 2, 3], vec![0, 1, 1, 1]], &[vec![4], vec![2]], &[vec![5], vec![3]]];
+    for (round, positions) in rounds.into_iter().enumerate() {
+        let count = positions[0].len();
+        let rows = [(); 2].map(|()| [4, 2, 2].map(|heads| random(seed, count, heads)));
+        let mut expected = Vec::new();
+        for (row, [q, k, v]) in rows.iter().enumerate() {
+            // Of the padding of the shorter prompt the last token is the one that stays.
+            let of = |x: &Tensor<4>| match (round, row) {
+                (0, 1) => {
+                    Tensor::cat(vec![x.clone().narrow(1, 0, 1), x.clone().narrow(1, 3, 1)], 1)
+                }
+                _ => x.clone(),
+            };
+            let attended = alone[row].attend(0, of(q), of(k), of(v));
+            let latest = attended.dims()[1] - 1;
+            expected.push(attended.narrow(1, latest, 1));
+        }
+        let both = |at: usize| Tensor::cat(rows.iter().map(|row| row[at].clone()).collect(), 0);
+        let options =
+            AttendOptions::default().bthd().with_position(CachePosition::PerRow(positions));
+        let got = cache.attend(0, both(0), both(1), both(2), options).expect("attention");
+        let got = got.narrow(1, count - 1, 1);
+        assert!(difference4(Tensor::cat(expected, 0), got) < 1e-5, "round {round}");
+    }
+    assert_eq!(cache.seq_length(0).expect("a length"), 6);
 }
 
 #[test]
