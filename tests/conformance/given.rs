@@ -147,7 +147,7 @@ fn live_tokens_are_a_slice_of_the_engines_tensor() {
 /// A cache in memory that an engine gives answers as one in memory of its own: all formats, K alone, windows, wraps,
 /// ragged rows, changes of the batch, attention, and a buffer that cannot be copied from.
 #[test]
-fn it_answers_as_a_cache_in_its_own_memory() {
+fn attention_and_content_are_those_of_a_cache_in_its_own_memory() {
     let gpu = gpu();
     let [heads, dim, tokens] = [2, 64, 12];
     let stored = BufferUsages::STORAGE;
