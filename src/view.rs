@@ -70,6 +70,8 @@ pub struct LayerView {
     pub(crate) rows: Option<RowTable>,
     /// Of a step's view.
     pub(crate) step: Option<Arc<StepWork>>,
+    /// Tokens that a query looks back on at most, its own included, since the layer keeps no more for it.
+    pub(crate) window: Option<usize>,
     /// Bind groups that are kept with the buffers.
     pub(crate) bind_groups: Arc<BindGroups>,
     /// Whose layer it is.
@@ -246,7 +248,8 @@ impl LayerView {
                 .source(what, &limits)?;
         }
         check_tokens(start, len, capacity)?;
-        let (bind_groups, pages, rows, step, owner) = (Arc::default(), None, None, None, None);
+        let (bind_groups, pages, rows, step) = (Arc::default(), None, None, None);
+        let (window, owner) = (None, None);
         Ok(Self {
             key: BufferRange::whole(key),
             value: BufferRange::whole(value),
@@ -262,6 +265,7 @@ impl LayerView {
             pages,
             rows,
             step,
+            window,
             bind_groups,
             owner,
             memory: None,
@@ -410,6 +414,12 @@ impl LayerView {
     /// Whether no token is live.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The layer's [window](crate::CacheOptions::with_windows), if it has one: causal
+    /// [`Attention`](crate::Attention) lets no query look further back, whatever its options say.
+    pub fn window(&self) -> Option<usize> {
+        self.window
     }
 
     /// Slots of each row and head, in tokens; of a paged view, of each page and head.

@@ -96,7 +96,13 @@ pub(super) fn shapes(
     if options.is_causal && live.packed.is_none() && live.is_written && tokens > len {
         return Err(refused(
             "causal attention needs every new token in the cache first",
-            "record the update that adds them before attention, and take its view",
+            "write K and V of all of them before attention and take the view of that update, or check the order of the axes (TensorView::bthd)",
+        ));
+    }
+    if options.is_causal && live.packed.is_none() && !live.is_written && tokens > len {
+        return Err(refused(
+            "there are more queries than new tokens",
+            "hand in a query for each new token, or for the latest ones alone; check the order of the axes (TensorView::bthd)",
         ));
     }
     Ok((heads / kv_heads, tokens))

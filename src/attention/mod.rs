@@ -128,6 +128,9 @@ impl Attention {
     /// Where the rows of a view differ in length, the queries of row b are the latest Tq of that row's own live tokens;
     /// a query of a row with fewer tokens than that, which has no token of its own, sees none and gives zeros.
     ///
+    /// Over a layer that keeps [a window](crate::CacheOptions::with_windows) a causal query looks back no further than that,
+    /// with or without a window of its own.
+    ///
     /// The work of a call grows with Tq times the live tokens, and systems end a dispatch that takes seconds:
     /// hand a prompt of many thousands of tokens in by pieces, a piece's K and V with its queries.
     ///
@@ -156,6 +159,7 @@ impl Attention {
     ) -> Result<()> {
         let gpu = self.gpu.clone();
         let (group, tokens) = checks::shapes(query, Live::of(view), output, &options)?;
+        let options = options.over(view);
         let rules = checks::rules(&options, view.key_dim)?;
         view.check(gpu.handle(), pass, [("query", query), ("output", output)])?;
         let mut from = query.source("query", gpu.limits())?;

@@ -2,6 +2,7 @@
 
 use crate::gpu::kernels::Has;
 use crate::tensor::TensorView;
+use crate::view::LayerView;
 
 /// Which tokens [`Attention::record`](crate::Attention::record) lets a query see, and how it scores them.
 ///
@@ -71,6 +72,14 @@ impl<'a> AttentionOptions<'a> {
             sinks: self.sinks.is_some(),
             starts: self.starts.is_some(),
         }
+    }
+
+    /// The same over a view: queries do not look past the window of its layer, of which earlier tokens are there only
+    /// for the first queries of a chunk. Where all live tokens are in every query's window nothing is added.
+    pub(super) fn over(self, view: &LayerView) -> Self {
+        let of_layer = view.window.filter(|&window| self.is_causal && view.len > window);
+        let window = self.window.into_iter().chain(of_layer).min();
+        Self { window, ..self }
     }
 
     /// What scores are multiplied by; `None` for 1/√D.

@@ -89,9 +89,9 @@ impl<'a> CacheOptions<'a> {
     ///
     /// A layer with a window of w tokens, of which a query sees its own and the w - 1 before it, keeps what its window needs:
     /// an update that appends n tokens lets go of all live tokens but the latest w - 1 first. So
-    /// the view that it returns has at most w - 1 + n tokens, and attention over it
-    /// [with the same window](crate::AttentionOptions::with_window) is exact, whatever the pieces that a prompt
-    /// comes in. In rings the memory is never more than that of w tokens and the longest update; in pages, whole
+    /// the view that it returns has at most w - 1 + n tokens, and causal attention over it is exact, whatever the pieces
+    /// that a prompt comes in: it looks back no further than the window, with or without a
+    /// [window of its own](crate::AttentionOptions::with_window). In rings the memory is never more than that of w tokens and the longest update; in pages, whole
     /// pages before the window go back.
     ///
     /// [`get_seq_length`](crate::KVCache::get_seq_length) and [`get`](crate::KVCache::get) tell of the live tokens;

@@ -55,7 +55,7 @@ pub enum Error {
 
     /// K and V have different element types, or a type that differs from the layer's.
     #[error(
-        "{what} is {got}, but {expected} is expected; convert it first, since the cache moves bits and never converts"
+        "{what} is {got}, but {expected} is expected of it; convert it first, or that with which it must agree"
     )]
     WrongDType {
         /// Which tensor, or which conversion.
@@ -94,7 +94,7 @@ pub enum Error {
 
     /// New tokens do not fit the layer's shape.
     #[error(
-        "layer {layer} holds batch {batch}, heads {heads}, head_dim {key_dim} (K) and {value_dim} (V), but the new key is {key:?} and the new value {value:?}; only T may differ (reset() frees the layer for another shape)"
+        "layer {layer} holds batch {batch}, heads {heads}, head_dim {key_dim} (K) and {value_dim} (V), but the new key is {key:?} and the new value {value:?}; only T may differ; check the order of the axes, (B, H, T, D), or reset() the cache for another shape"
     )]
     LayerShape {
         /// The layer.

@@ -177,10 +177,11 @@ impl<L: Arrangement> Layers<L> {
         let mut call = Call::default();
         call.borrow([key, value]);
         layer.hand_over(&mut staged, &mut call);
+        let window = layer.window.map(|window| window.tokens);
         call.record(pass, &self.ledger)?;
         self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));
         self.commit_one(layer_idx, staged);
-        Ok(LayerView { owner: Some(self.owner()), ..view })
+        Ok(LayerView { window, owner: Some(self.owner()), ..view })
     }
 
     fn new_layer(&self, number: usize) -> Layer<L> {
@@ -312,7 +313,8 @@ impl<L: Arrangement> Layers<L> {
     pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView>> {
         let Some(layer) = self.shown(layer_idx)? else { return Ok(None) };
         let view = layer.view(&self.gpu)?;
-        Ok(view.map(|view| LayerView { owner: Some(self.owner()), ..view }))
+        let window = layer.window.map(|window| window.tokens);
+        Ok(view.map(|view| LayerView { window, owner: Some(self.owner()), ..view }))
     }
 
     /// A layer whose content may be shown; `None` if it was never written.

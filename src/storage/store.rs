@@ -91,6 +91,7 @@ impl Shape {
             pages,
             rows: records,
             step: None,
+            window: None,
             bind_groups: Arc::clone(&store.bind_groups),
             owner: None,
         }

@@ -295,6 +295,19 @@ fn an_update_and_its_attention_in_one_call() {
                 });
                 assert!(matches!(error, Err(Error::AttentionShape { .. })), "{error:?}");
             }
+            // More queries than new tokens, where nothing is written yet and where enough is.
+            let long = floats(&gpu, [2, 6, tokens + 1, 8], 22);
+            let long = LayerTensors { query: long.view(), output: long.view(), ..tensors };
+            let mut empty = DynamicKVCache::new(&gpu);
+            for cache in [&mut empty as &mut dyn KVCache, together.as_mut()] {
+                let error = gpu.submit_pass("long", |pass| {
+                    attention.update(pass, cache, 0, &long, APPEND, options).map(|_| ())
+                });
+                let is_right = matches!(&error, Err(Error::AttentionShape { reason, remedy, .. })
+                    if reason.contains("more queries") && remedy.contains("order of the axes"));
+                assert!(is_right, "{error:?}");
+            }
+            assert_eq!(empty.stats(), Default::default(), "nothing was written");
             let error = gpu.submit_pass("wrong", |pass| {
                 let options = options.with_scale(f32::NAN);
                 attention.update(pass, together.as_mut(), 0, &tensors, APPEND, options).map(|_| ())

@@ -314,7 +314,10 @@ fn pieces_of_any_size_give_what_one_token_at_a_time_gives() {
                     });
                     gpu.submit_pass("piece", |pass| {
                         let view = cache.update(pass, &k, &v, 0, APPEND)?;
-                        let options = AttentionOptions::default().with_window(window);
+                        // A layer that keeps a window is attended with it, told or not.
+                        let is_told = view.window().is_none() || random.below(2) == 0;
+                        let options = AttentionOptions::default();
+                        let options = options.with_window(is_told.then_some(window));
                         attention.record(pass, &q, &view, &out, options)
                     })
                     .unwrap_or_else(|error| panic!("{error}"));
@@ -508,7 +511,9 @@ fn sequences_keep_what_windows_need() {
                                         .expect("a shape")
                                 });
                                 let view = cache.update(pass, &step, at, &k, &v)?;
-                                let options = AttentionOptions::default().with_window(window);
+                                let is_told = view.window() != window || call % 2 == 0;
+                                let options = AttentionOptions::default();
+                                let options = options.with_window(window.filter(|_| is_told));
                                 attention.record(pass, &q, &view, &to, options)?;
                                 outputs.push(out);
                             }

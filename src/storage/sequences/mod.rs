@@ -386,7 +386,8 @@ impl SequenceLayers {
         let tables = (Some(pages), Some(records));
         let memory = [pool, self.limits.page_tokens];
         let view = shape.view(store, &longest, memory, tables);
-        LayerView { step, owner: Some(self.owner()), ..view }
+        let window = self.sequences.window().map(|window| window.tokens);
+        LayerView { step, window, owner: Some(self.owner()), ..view }
     }
 
     fn owner(&self) -> Owner {

@@ -17,8 +17,9 @@ const HELP: &str = "\
 A small decoder with random weights, in burn: its K and V grow by cat, are written by slice_assign, or lie in
 wgpu-kvcache. Prints the tokens of each and the largest difference of the logits.
 
-usage: decoder [--tokens N] [--bench [--lengths A,B,..] [--steps N] [--rows N]]
+usage: decoder [--head-dim N] [--tokens N] [--bench [--lengths A,B,..] [--steps N] [--rows N]]
 
+  --head-dim N     elements a head, of 8 heads and 2 layers (default 64)
   --tokens N       tokens to decode (default 40)
   --bench          measure a step at several lengths instead, in turns, and print a table
   --lengths A,B    the lengths (default 64,512,2048,8192)
@@ -26,7 +27,10 @@ usage: decoder [--tokens N] [--bench [--lengths A,B,..] [--steps N] [--rows N]]
   --rows N         batch rows (default 1)
 ";
 
-const SHAPE: Shape = Shape { layers: 2, heads: 8, kv_heads: 8, head_dim: 32, vocabulary: 256 };
+/// The decoder, with heads of so many elements.
+fn shape(head_dim: usize) -> Shape {
+    Shape { layers: 2, heads: 8, kv_heads: 8, head_dim, vocabulary: 256 }
+}
 
 /// This crate's cache as the attention of the decoder: all that a model needs to change.
 struct Cached(BurnCache<DynamicKVCache>);
@@ -59,7 +63,7 @@ fn main() -> Result<(), Error> {
     }
     let number = |name, default: usize| value(&arguments, name).map_or(Ok(default), str::parse);
     let shared = SharedDevice::new()?;
-    let decoder = Decoder::new(SHAPE, shared.device());
+    let decoder = Decoder::new(shape(number("--head-dim", 64)?), shared.device());
     if arguments.iter().any(|argument| argument == "--bench") {
         let lengths = value(&arguments, "--lengths").unwrap_or("64,512,2048,8192");
         let lengths: Vec<usize> = lengths.split(',').map(str::parse).collect::<Result<_, _>>()?;
@@ -76,13 +80,14 @@ const TURNS: usize = 5;
 /// The loops by name, for so many rows of at most `capacity` tokens.
 fn loops(
     shared: &SharedDevice,
+    shape: Shape,
     rows: usize,
     capacity: usize,
 ) -> Vec<(&'static str, Box<dyn Attend>)> {
-    let assigned = Assigned::new(Form::Module, SHAPE, rows, capacity, shared.device());
+    let assigned = Assigned::new(Form::Module, shape, rows, capacity, shared.device());
     vec![
-        (NAMES[0], Box::new(Concatenated::new(Form::Matmul, SHAPE.layers))),
-        (NAMES[1], Box::new(Concatenated::new(Form::Module, SHAPE.layers))),
+        (NAMES[0], Box::new(Concatenated::new(Form::Matmul, shape.layers))),
+        (NAMES[1], Box::new(Concatenated::new(Form::Module, shape.layers))),
         (NAMES[2], Box::new(assigned)),
         (NAMES[3], Box::new(Cached::new(shared))),
     ]
@@ -95,7 +100,7 @@ fn read(tensor: Tensor<3>) -> Result<Vec<f32>, Error> {
 
 /// Decodes the same tokens with all loops.
 fn compare(shared: &SharedDevice, decoder: &Decoder, tokens: usize) -> Result<(), Error> {
-    let mut loops = loops(shared, 1, tokens + 8);
+    let mut loops = loops(shared, decoder.shape, 1, tokens + 8);
     let mut next = vec![(1..=8).collect::<Vec<u32>>()];
     let mut decoded = Vec::new();
     let mut differences = vec![0.0_f32; loops.len()];
@@ -149,9 +154,9 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Measures steps at these lengths, in turns: of the whole decoder, and of attention of all layers alone.
     fn run(&self, lengths: &[usize], steps: usize) -> Result<(), Error> {
-        let rows = self.rows;
+        let (shape, rows) = (self.decoder.shape, self.rows);
         println!(
-            "{SHAPE:?}, {rows} rows; ms a step, in brackets this crate's time as a part of it"
+            "{shape:?}, {rows} rows; ms a step, in brackets this crate's time as a part of it"
         );
         println!("| tokens | of | {} |", NAMES.join(" | "));
         println!("| --: | :-- | --: | --: | --: | --: |");
@@ -166,7 +171,7 @@ impl Bench<'_> {
                             let start = Instant::now();
                             match what {
                                 "the decoder" => self.step(measured)?,
-                                _ => Self::attend(&mut *measured.attend, &new)?,
+                                _ => self.attend(&mut *measured.attend, &new)?,
                             }
                             measured.position += 1;
                             if turn > 0 {
@@ -194,19 +199,21 @@ impl Bench<'_> {
 
     /// Random q, K and V of some tokens of each row, (B, T, heads, D).
     fn random(&self, tokens: usize) -> [Tensor<4>; 3] {
-        [SHAPE.heads, SHAPE.kv_heads, SHAPE.kv_heads].map(|heads| {
-            let shape = [self.rows, tokens, heads, SHAPE.head_dim];
+        let Shape { heads, kv_heads, head_dim, .. } = self.decoder.shape;
+        [heads, kv_heads, kv_heads].map(|heads| {
+            let shape = [self.rows, tokens, heads, head_dim];
             let values = noise(&mut 5, shape.iter().product());
             Tensor::from_data(TensorData::new(values, shape), self.shared.device())
         })
     }
 
     /// Attention of all layers, of the same q, K and V.
-    fn attend(attend: &mut dyn Attend, new: &[Tensor<4>; 3]) -> Result<(), Error> {
-        for layer in 0..SHAPE.layers {
+    fn attend(&self, attend: &mut dyn Attend, new: &[Tensor<4>; 3]) -> Result<(), Error> {
+        let layers = self.decoder.shape.layers;
+        for layer in 0..layers {
             let [q, k, v] = new.each_ref().map(Tensor::clone);
             let context = attend.attend(layer, q, k, v);
-            if layer + 1 == SHAPE.layers {
+            if layer + 1 == layers {
                 read(context.narrow(1, 0, 1).flatten(0, 1))?;
             }
         }
@@ -216,12 +223,12 @@ impl Bench<'_> {
     /// The loops, with caches that hold `length` tokens a row and have space for more.
     fn filled(&self, length: usize, more: usize) -> Result<Vec<Measured>, Error> {
         let mut all = Vec::new();
-        for (_, mut attend) in loops(self.shared, self.rows, length + more) {
+        for (_, mut attend) in loops(self.shared, self.decoder.shape, self.rows, length + more) {
             let mut position = 0;
             // In pieces, so that no matrix of scores is large.
             while position < length {
                 let count = (length - position).min(256);
-                Self::attend(&mut *attend, &self.random(count))?;
+                self.attend(&mut *attend, &self.random(count))?;
                 position += count;
             }
             all.push(Measured { attend, position, times: Vec::new() });
