@@ -34,8 +34,8 @@ pub enum Error {
 
     /// A tensor that burn does not keep in a buffer of its wgpu runtime.
     #[error(
-        "{what} is not a plain tensor of burn's wgpu runtime: {reason}; take the tensor out of autodiff with \
-         Tensor::inner, and dequantize it"
+        "{what} is not a plain tensor of burn's wgpu runtime: {reason}; take a tensor that autodiff \
+         tracks out of it with Tensor::inner, and dequantize a quantized one"
     )]
     Backend {
         /// Which tensor.

@@ -19,7 +19,7 @@ wgpu-kvcache. Prints the tokens of each and the largest difference of the logits
 
 usage: decoder [--head-dim N] [--tokens N] [--bench [--lengths A,B,..] [--steps N] [--rows N]]
 
-  --head-dim N     elements a head, of 8 heads and 2 layers (default 64)
+  --head-dim N     elements a head, of 8 heads and 2 layers (default 32)
   --tokens N       tokens to decode (default 40)
   --bench          measure a step at several lengths instead, in turns, and print a table
   --lengths A,B    the lengths (default 64,512,2048,8192)
@@ -63,7 +63,7 @@ fn main() -> Result<(), Error> {
     }
     let number = |name, default: usize| value(&arguments, name).map_or(Ok(default), str::parse);
     let shared = SharedDevice::new()?;
-    let decoder = Decoder::new(shape(number("--head-dim", 64)?), shared.device());
+    let decoder = Decoder::new(shape(number("--head-dim", 32)?), shared.device());
     if arguments.iter().any(|argument| argument == "--bench") {
         let lengths = value(&arguments, "--lengths").unwrap_or("64,512,2048,8192");
         let lengths: Vec<usize> = lengths.split(',').map(str::parse).collect::<Result<_, _>>()?;

@@ -147,13 +147,15 @@ pub(crate) enum Form {
 pub(crate) fn burn_attention(form: Form, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
     let [batch, heads, count, dim] = q.dims();
     let [_, kv_heads, length, _] = k.dims();
+    let value_dim = v.dims()[3];
     let group = heads / kv_heads;
     // One token: the query heads of a K/V head are its rows, and no mask is needed.
     if count == 1 {
         let q = q.reshape([batch, kv_heads, group, dim]);
-        return plain(form, q, k, v, None).reshape([batch, heads, 1, dim]);
+        return plain(form, q, k, v, None).reshape([batch, heads, 1, value_dim]);
     }
     let repeat = |x: Tensor<4>| {
+        let dim = x.dims()[3];
         let wide = x.unsqueeze_dim::<5>(2).expand([batch, kv_heads, group, length, dim]);
         wide.reshape([batch, heads, length, dim])
     };

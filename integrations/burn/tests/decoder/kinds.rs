@@ -52,8 +52,9 @@ fn a_window_hides_and_frees_what_lies_before_it() {
         keys.push(k.clone());
         values.push(v.clone());
         let attention = AttentionOptions::default().with_window(8);
-        let options = AttendOptions::from(attention).bthd();
-        let got = cache.attend(0, q.clone(), k, v, options).expect("attention");
+        // Told of the window or not, attention looks back no further than the layer keeps.
+        let options = if keys.len() % 2 == 0 { attention.into() } else { AttendOptions::default() };
+        let got = cache.attend(0, q.clone(), k, v, options.bthd()).expect("attention");
         let first = keys.len().saturating_sub(8);
         let mut alone = Concatenated::new(Form::Matmul, 1);
         let [k, v] = [&keys, &values].map(|x| Tensor::cat(x[first..].to_vec(), 1));
@@ -62,15 +63,27 @@ fn a_window_hides_and_frees_what_lies_before_it() {
     }
     assert!(cache.seq_length(0).expect("a length") <= 8);
     assert_eq!(cache.next_position(0).expect("a position"), 30);
+
+    // A chunk of 5 after them: each of its queries has a window of its own.
+    let (q, k, v) = (random(seed, 5, 4), random(seed, 5, 2), random(seed, 5, 2));
+    let all = [(&keys, &k), (&values, &v)]
+        .map(|(old, new)| Tensor::cat(old.iter().chain([new]).cloned().collect::<Vec<_>>(), 1));
+    let got = cache.attend(0, q.clone(), k, v, AttendOptions::default().bthd()).expect("attention");
+    for i in 0..5 {
+        let [k, v] = all.each_ref().map(|x| x.clone().narrow(1, 30 + i + 1 - 8, 8));
+        let alone = Concatenated::new(Form::Matmul, 1).attend(0, q.clone().narrow(1, i, 1), k, v);
+        assert!(difference4(alone, got.clone().narrow(1, i, 1)) < 1e-5, "query {i}");
+    }
 }
 
 #[test]
 fn sixteen_bits_and_quantised_formats_are_near_f32() {
-    // V of at most 1 is stored in steps of 1/8 in q4_0, so it is half a step off at most.
+    // q4_0 has steps of 1/8 of a block's largest number, 8 on its side of zero and 7 on the other: V of at most 1 is a step
+    // off at most.
     for (key, value, bound) in [
         (Format::F16, Format::F16, 1e-3),
         (Format::Q8_0, Format::Q8_0, 2e-2),
-        (Format::Q8_0, Format::Q4_0, 8e-2),
+        (Format::Q8_0, Format::Q4_0, 0.13),
     ] {
         let formats = Formats { key: Some(key), value: Some(value) };
         let shared = shared();
@@ -235,6 +248,14 @@ fn a_refused_call_says_why_and_changes_nothing() {
     let error = cache.attend(0, random(seed, 2, 3), of(&k), of(&v), bthd());
     assert!(matches!(error, Err(Error::Cache(_))), "3 query heads of 2 K/V heads");
     assert_eq!(cache.seq_length(0).expect("a length"), 2);
+    // More queries than new tokens, of a layer that is still empty as well.
+    let long = random(seed, 3, 4);
+    for layer in [0, 1] {
+        let before = cache.seq_length(layer).expect("a length");
+        let error = cache.attend(layer, of(&long), of(&k), of(&v), bthd()).expect_err("3 of 2");
+        assert!(error.to_string().contains("more queries"), "{error}");
+        assert_eq!(cache.seq_length(layer).expect("a length"), before);
+    }
     let wide = of(&k).cast(DType::F64);
     let error = cache.attend(0, of(&q), wide, of(&v), bthd()).expect_err("f64");
     assert!(error.to_string().contains("F64"), "{error}");
