@@ -418,6 +418,8 @@ impl LayerView {
 
     /// The layer's [window](crate::CacheOptions::with_windows), if it has one: causal
     /// [`Attention`](crate::Attention) lets no query look further back, whatever its options say.
+    /// [`unmasked`](crate::AttentionOptions::unmasked) it looks at all that the layer keeps, and of a tree of drafted
+    /// tokens a bit mask can say how far back, from each token's depth.
     pub fn window(&self) -> Option<usize> {
         self.window
     }

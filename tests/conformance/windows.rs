@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use wgpu_kvcache::{
-    Attention, AttentionOptions, CacheKind, CacheLoad, CacheOptions, CachePlan, CachePosition,
-    DType, DynamicKVCache, Error, Gpu, KVCache, LayerShape, PagedKVCache, SequenceCache,
-    SequenceId, StaticKVCache, Tensor, TensorView, WindowError,
+    Attention, AttentionOptions, BitMask, CacheKind, CacheLoad, CacheOptions, CachePlan,
+    CachePosition, DType, DynamicKVCache, Error, Gpu, KVCache, LayerShape, PagedKVCache,
+    SequenceCache, SequenceId, StaticKVCache, Tensor, TensorView, WindowError,
 };
 
 use crate::attention::{Random, distance, upload as upload_floats};
@@ -337,6 +337,50 @@ fn pieces_of_any_size_give_what_one_token_at_a_time_gives() {
                 }
             }
         }
+    }
+}
+
+/// Two drafted continuations of one token, side by side in a layer with a window: each looks back from its own depth, and not
+/// from its place among the live tokens, as the bit mask says.
+#[test]
+fn a_tree_over_a_window_sees_what_its_bit_mask_says() {
+    let gpu = gpu();
+    // K is zero, so that a result is the mean of V, which is the token's number.
+    let numbers = |from: u16, count: u16| {
+        let values: Vec<f32> = (0..HEADS)
+            .flat_map(|_| (from..from + count).flat_map(|token| [f32::from(token); DIM]))
+            .collect();
+        let shape = [1, HEADS, usize::from(count), DIM];
+        [vec![0.0; values.len()], values].map(|it| upload_floats(&gpu, DType::F32, &it, &shape))
+    };
+    // Tokens 3, 4 and 5, and of tokens 6 and 7 the query's own: both are the seventh token of their path, and their window
+    // is 4.
+    let words = [0b0_1111, 0b1_0111].map(f32::from_bits);
+    let words = upload_floats(&gpu, DType::F32, &words, &[1, 1, 1, 2]);
+    for (_, mut cache) in caches(&gpu, &[Some(4)], 20) {
+        let mut attention = Attention::new(&gpu);
+        let [_, output] = numbers(0, 2);
+        gpu.submit_pass("tree", |pass| {
+            for token in 0..6 {
+                let [key, value] = numbers(token, 1);
+                cache.update(pass, &key.view(), &value.view(), 0, APPEND)?;
+            }
+            let [key, value] = numbers(6, 2);
+            let view = cache.update(pass, &key.view(), &value.view(), 0, APPEND)?;
+            assert_eq!((view.window(), view.len()), (Some(4), 5));
+            let mask = BitMask::new(words.buffer(), [1, 1, 2, 5]);
+            let options = AttentionOptions::default().unmasked().with_bit_mask(mask);
+            attention.record(pass, &key.view(), &view, &output.view(), options)
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+        let due: Vec<f64> = [4.5, 4.75]
+            .into_iter()
+            .flat_map(|it| [it; DIM])
+            .cycle()
+            .take(2 * HEADS * DIM)
+            .collect();
+        let got = crate::attention::read(&gpu, &output);
+        assert!(!kernels_run() || distance(&got, &due) < 1e-6, "{got:?}");
     }
 }
 
