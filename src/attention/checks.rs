@@ -93,17 +93,18 @@ pub(super) fn shapes(
         let remedy = "update the layer before attention reads it";
         return Err(refused("the cache holds no token to attend to", remedy));
     }
-    if options.is_causal && live.packed.is_none() && live.is_written && tokens > len {
-        return Err(refused(
-            "causal attention needs every new token in the cache first",
-            "write K and V of all of them before attention and take the view of that update, or check the order of the axes (TensorView::bthd)",
-        ));
-    }
-    if options.is_causal && live.packed.is_none() && !live.is_written && tokens > len {
-        return Err(refused(
-            "there are more queries than new tokens",
-            "hand in a query for each new token, or for the latest ones alone; check the order of the axes (TensorView::bthd)",
-        ));
+    if options.is_causal && live.packed.is_none() && tokens > len {
+        let (reason, remedy) = match live.is_written {
+            true => (
+                "causal attention needs every new token in the cache first",
+                "write K and V of all of them before attention and take the view of that update, or check the order of the axes (TensorView::bthd)",
+            ),
+            false => (
+                "there are more queries than new tokens",
+                "hand in a query for each new token, or for the latest ones alone; check the order of the axes (TensorView::bthd)",
+            ),
+        };
+        return Err(refused(reason, remedy));
     }
     Ok((heads / kv_heads, tokens))
 }

@@ -11,7 +11,8 @@ use crate::view::LayerView;
 /// What attention of a layer takes in and gives: q, K and V of the new tokens, and where the result goes.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerTensors<'a> {
-    /// q, (B, Hq, T, D of K), or of the latest of the new tokens alone; packed, (1, Hq, tokens of the step, D of K), for a step of sequences.
+    /// q, (B, Hq, T, D of K), or of the latest of the new tokens alone; packed, (1, Hq, tokens of the step, D of K), for a
+    /// step of sequences.
     pub query: TensorView<'a>,
     /// New K, (B, H, T, D of K), or packed.
     pub key: TensorView<'a>,

@@ -61,7 +61,8 @@ use crate::tensor::Guard;
 pub struct LayerMemory {
     key: BufferRange,
     value: Option<BufferRange>,
-    guard: Option<Guard>,
+    /// Nothing of note, if the engine gives none.
+    guard: Guard,
 }
 
 impl Debug for LayerMemory {
@@ -79,19 +80,19 @@ impl LayerMemory {
     /// the device's `min_storage_buffer_offset_alignment`; 256 is always enough. A binding without a size ends with the
     /// buffer. [`CachePlan::bytes_of_layers`](crate::CachePlan::bytes_of_layers) tells how many bytes a layer needs.
     pub fn new(key: wgpu::BufferBinding<'_>, value: wgpu::BufferBinding<'_>) -> Self {
-        Self { key: BufferRange::of(&key), value: Some(BufferRange::of(&value)), guard: None }
+        Self { value: Some(BufferRange::of(&value)), ..Self::of_key(key) }
     }
 
     /// A range for K of a cache that [stores K alone](crate::CacheOptions::with_value_in_key).
     pub fn of_key(key: wgpu::BufferBinding<'_>) -> Self {
-        Self { key: BufferRange::of(&key), value: None, guard: None }
+        Self { key: BufferRange::of(&key), value: None, guard: Arc::new(()) }
     }
 
     /// The same with a guard: a handle of the engine's allocator, say. While the guard is not dropped, the memory must
     /// stay the cache's. It is dropped when the cache and all views of it are, and the GPU has run the work on it.
     #[must_use]
     pub fn held_by(self, guard: impl Any + Send + Sync) -> Self {
-        Self { guard: Some(Arc::new(guard)), ..self }
+        Self { guard: Arc::new(guard), ..self }
     }
 
     /// The ranges, with their names.

@@ -16,8 +16,8 @@ pub(crate) struct Memory {
     ranges: [BufferRange; 2],
     /// Of the buffers that were made for this memory, the last ones.
     made: Vec<Answer>,
-    /// Whether an engine gave it, and what keeps it in use.
-    given: Option<Option<Guard>>,
+    /// If an engine gave it, what keeps it in use.
+    given: Option<Guard>,
     #[cfg(target_arch = "wasm32")]
     queue: wgpu::Queue,
 }
@@ -44,7 +44,7 @@ impl Memory {
         handle: &DeviceHandle,
         layer: usize,
         (key, value): (BufferRange, Option<BufferRange>),
-        guard: Option<Guard>,
+        guard: Guard,
     ) -> Result<Self> {
         let (value, made) = match value {
             Some(value) => (value, Vec::new()),
@@ -73,7 +73,7 @@ impl Memory {
 
     /// What keeps an engine's memory in use.
     pub(crate) fn guard(&self) -> Option<&Guard> {
-        self.given.as_ref()?.as_ref()
+        self.given.as_ref()
     }
 
     /// Returns an error if it is known that the memory was refused.

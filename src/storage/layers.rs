@@ -177,16 +177,24 @@ impl<L: Arrangement> Layers<L> {
         let mut call = Call::default();
         call.borrow([key, value]);
         layer.hand_over(&mut staged, &mut call);
-        let window = layer.window.map(|window| window.tokens);
         call.record(pass, &self.ledger)?;
         self.layers.extend(fresh.map(|fresh| (layer_idx, fresh)));
         self.commit_one(layer_idx, staged);
-        Ok(LayerView { window, owner: Some(self.owner()), ..view })
+        Ok(self.as_shown(layer_idx, view))
     }
 
     fn new_layer(&self, number: usize) -> Layer<L> {
-        let window = self.windows.get(number).copied().flatten();
-        Layer::new(number, self.storing, window)
+        Layer::new(number, self.storing, self.window(number))
+    }
+
+    fn window(&self, number: usize) -> Option<Window> {
+        self.windows.get(number).copied().flatten()
+    }
+
+    /// A view of a layer as callers get it: with what it keeps, and whose it is.
+    fn as_shown(&self, number: usize, view: LayerView) -> LayerView {
+        let window = self.window(number).map(|window| window.tokens);
+        LayerView { window, owner: Some(self.owner()), ..view }
     }
 
     /// A layer, which is there from now on, and what its kind decides.
@@ -313,8 +321,7 @@ impl<L: Arrangement> Layers<L> {
     pub(crate) fn view(&self, layer_idx: usize) -> Result<Option<LayerView>> {
         let Some(layer) = self.shown(layer_idx)? else { return Ok(None) };
         let view = layer.view(&self.gpu)?;
-        let window = layer.window.map(|window| window.tokens);
-        Ok(view.map(|view| LayerView { window, owner: Some(self.owner()), ..view }))
+        Ok(view.map(|view| self.as_shown(layer_idx, view)))
     }
 
     /// A layer whose content may be shown; `None` if it was never written.

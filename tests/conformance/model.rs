@@ -355,8 +355,7 @@ impl Model {
     /// Whether some layer has no room for as many rows as `batch` makes of its own.
     fn has_no_room(&self, batch: impl Fn(usize) -> usize) -> bool {
         self.layers.values().any(|sides| {
-            let [(heads, _), _] = sides.each_ref().map(|side| (side.heads, side.dim));
-            let rows = sides[0].rows.len();
+            let (heads, rows) = (sides[0].heads, sides[0].rows.len());
             let sides = sides.each_ref().map(|side| (side.element, side.dim));
             batch(rows) != rows && self.is_too_large(batch(rows), heads, sides)
         })
