@@ -40,6 +40,7 @@ mod error;
 mod format;
 mod gpu;
 mod host;
+mod layer_shape;
 mod layout;
 pub mod pooled;
 #[cfg(feature = "safetensors")]
@@ -69,10 +70,11 @@ pub use error::{
     BrowserError, Error, ErrorKind, Reason, Result, SequenceError, StoringError, WindowError,
 };
 pub use format::{Format, Formats, UnknownFormat};
-pub use gpu::kernels::{CompileScope, LayerShape};
+pub use gpu::kernels::CompileScope;
 pub use gpu::{Gpu, HeadlessOptions};
 pub use host::batch::BatchChange;
 pub use host::position::CachePosition;
+pub use layer_shape::LayerShape;
 pub use layout::Layout;
 pub use sequence::SequenceId;
 pub use stats::Stats;

@@ -44,24 +44,28 @@ fn module(src: &Path, path: &Path) -> String {
     parts.join("::")
 }
 
-/// The modules that a file imports by `crate::` paths. A module and its own children are one thing to a reader,
-/// so `super::` does not count.
-fn imports(code: &str, modules: &BTreeSet<String>) -> BTreeSet<String> {
+/// The modules that the file of module `own` imports: by `crate::` paths, and neighbours in its folder by `super::` paths.
+/// A module and its own children are one thing to a reader, so what a file imports of the module above it does not count.
+fn imports(code: &str, own: &str, modules: &BTreeSet<String>) -> BTreeSet<String> {
+    let parent = own.rsplit_once("::").map_or("", |(parent, _)| parent);
     let mut found = BTreeSet::new();
-    for (at, _) in code.match_indices("crate::") {
-        if code[..at].ends_with(|last: char| last == '$' || last.is_alphanumeric()) {
-            continue;
-        }
-        let is_path = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
-        let path: String = code[at + 7..].chars().take_while(|&c| is_path(c)).collect();
-        let mut path = path.trim_end_matches("::");
-        loop {
-            if modules.contains(path) {
-                found.insert(path.to_owned());
-                break;
+    for (start, above) in [("crate::", ""), ("super::", parent)] {
+        for (at, _) in code.match_indices(start) {
+            if code[..at].ends_with(|last: char| "$:_".contains(last) || last.is_alphanumeric()) {
+                continue;
             }
-            let Some((parent, _)) = path.rsplit_once("::") else { break };
-            path = parent;
+            let is_path = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
+            let path = code[at + start.len()..].chars().take_while(|&c| is_path(c));
+            let path = [above, "::"].concat() + &path.collect::<String>();
+            let mut path = path.trim_matches(':');
+            while path != above {
+                if modules.contains(path) {
+                    found.insert(path.to_owned());
+                    break;
+                }
+                let Some((outer, _)) = path.rsplit_once("::") else { break };
+                path = outer;
+            }
         }
     }
     found
@@ -74,7 +78,7 @@ fn graph() -> BTreeMap<String, BTreeSet<String>> {
     let modules: BTreeSet<String> = all.iter().map(|path| module(&src, path)).collect();
     let edges = all.iter().filter(|path| !path.ends_with("lib.rs")).map(|path| {
         let own = module(&src, path);
-        let mut imported = imports(&code(path), &modules);
+        let mut imported = imports(&code(path), &own, &modules);
         imported.remove(&own);
         (own, imported)
     });

@@ -3,9 +3,9 @@
 use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::{Error, Result};
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::LayerShape;
 use crate::host::capacity::{Growth, pages_of_window, pool_pages, pool_pages_of};
 use crate::host::window::Window;
+use crate::layer_shape::LayerShape;
 use crate::storage::sequences::shape_of;
 use crate::storage::store::Shape;
 

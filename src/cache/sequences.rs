@@ -6,7 +6,7 @@ use crate::cache::GetFuture;
 use crate::cache::options::{CacheOptions, windows_of};
 use crate::error::{Error, Result, SequenceError};
 use crate::gpu::Gpu;
-use crate::gpu::kernels::LayerShape;
+use crate::layer_shape::LayerShape;
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
 use crate::storage::sequences::SequenceLimits;

@@ -22,8 +22,9 @@ use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::format::Formats;
 use crate::gpu::device::DeviceHandle;
-use crate::gpu::kernels::{CompileScope, Kernels, LayerShape};
+use crate::gpu::kernels::{CompileScope, Kernels};
 use crate::gpu::uploads::Uploads;
+use crate::layer_shape::LayerShape;
 use crate::layout::Layout;
 use crate::tensor::{Tensor, checked_shape};
 

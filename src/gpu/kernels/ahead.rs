@@ -4,24 +4,13 @@ use std::collections::HashSet;
 #[cfg(not(target_arch = "wasm32"))]
 use std::sync::{Mutex, PoisonError};
 
-use super::{Kernel, Kernels, Unit, Variant};
+use super::attention::combine_variant;
+use super::{Kernel, Kernels, Rules, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::format::{Formats, Plane, TokenBytes};
+use crate::layer_shape::LayerShape;
 use crate::layout::Layout;
-
-/// The properties of a layer that select its kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LayerShape {
-    /// Type of an element of K and V as they come in, and as they are stored if no [`Formats`] say otherwise.
-    pub dtype: DType,
-    /// K/V heads.
-    pub heads: usize,
-    /// Elements per head of K.
-    pub key_dim: usize,
-    /// Elements per head of V.
-    pub value_dim: usize,
-}
 
 /// Which kernels [`Gpu::compile`](crate::Gpu::compile) compiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,23 +66,51 @@ impl Kernels {
                     wanted.insert((3, Variant { unit, layout, ..Variant::default() }));
                 }
                 if scope == CompileScope::CachesAndAttention {
-                    let (rules, types) = (super::Rules::default(), [DType::F32; 2]);
+                    let (rules, types) = (Rules::default(), [DType::F32; 2]);
                     let attention = self.attention_ahead(layer, stored, layout, &rules, types);
                     let numbered = |(is_tiled, it)| (if is_tiled { 7 } else { 4 }, it);
                     wanted.extend(attention.into_iter().map(numbered));
                     let is_packed = layout == Layout::RaggedPaged;
-                    wanted.insert((5, super::attention::combine_variant(is_packed, DType::F32)));
+                    wanted.insert((5, combine_variant(is_packed, DType::F32)));
                 }
             }
         }
         let wanted = wanted.into_iter().map(|(kernel, variant)| (kernels[kernel], variant));
         compile_all(wanted.collect())
     }
+    /// Compiles attention over layers of these shapes whose views have one of these layouts, split or not.
+    pub(crate) fn compile_attention(
+        &self,
+        layers: &[LayerShape],
+        formats: Formats,
+        layouts: &[Layout],
+        rules: &Rules,
+        types: [DType; 2],
+    ) -> Result<()> {
+        let mut wanted = HashSet::new();
+        for (layer, &layout) in
+            layers.iter().flat_map(|layer| layouts.iter().map(move |it| (layer, it)))
+        {
+            let stored = formats.of(layer.dtype);
+            // Into the output, and into partial results.
+            for types in [types, [types[0], DType::F32]] {
+                let variants = self.attention_ahead(layer, stored, layout, rules, types);
+                wanted.extend(variants.into_iter().map(|(is_tiled, it)| (Some(is_tiled), it)));
+            }
+            wanted.insert((None, combine_variant(layout == Layout::RaggedPaged, types[1])));
+        }
+        let of = |is_tiled: Option<bool>| match is_tiled {
+            Some(is_tiled) => self.attention_kernel(rules, is_tiled),
+            None => &self.attention_combine,
+        };
+        let wanted = wanted.into_iter().map(|(kernel, variant)| (of(kernel), variant));
+        compile_all(wanted.collect())
+    }
 }
 
 /// Compiles on as many threads as there are processors. The first failure is returned.
 #[cfg(not(target_arch = "wasm32"))]
-pub(super) fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
+fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(wanted.len());
     let wanted = Mutex::new(wanted);
     let next = || wanted.lock().unwrap_or_else(PoisonError::into_inner).pop();
@@ -115,6 +132,6 @@ pub(super) fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
 
 /// A browser compiles on threads of its own.
 #[cfg(target_arch = "wasm32")]
-pub(super) fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
+fn compile_all(wanted: Vec<(&Kernel, Variant)>) -> Result<()> {
     wanted.into_iter().try_for_each(|(kernel, variant)| kernel.pipeline(variant).map(|_| ()))
 }

@@ -2,9 +2,10 @@
 
 use super::params::{Strided, params};
 use super::variant::constants;
-use super::{Dispatch, Kernels, LayerShape, Unit, Variant, WORKGROUP};
+use super::{Dispatch, Kernels, Unit, Variant, WORKGROUP};
 use crate::error::Result;
 use crate::gpu::arena::Allocation;
+use crate::layer_shape::LayerShape;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
 use crate::view::LayerView;

@@ -2,10 +2,11 @@
 
 use super::append::{COMMON, Params, SOURCE, as_written, strided};
 use super::variant::constants;
-use super::{AppendShape, Dispatch, Kernels, LayerShape, Positions, Unit, Variant};
+use super::{AppendShape, Dispatch, Kernels, Positions, Unit, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::format::Format;
+use crate::layer_shape::LayerShape;
 use crate::layout::Layout;
 
 pub(super) const CONVERTED: super::Source = super::Source {

@@ -1,21 +1,19 @@
 //! `shaders/attention.wgsl`, `shaders/attention_tiles.wgsl` and `shaders/attention_combine.wgsl`: attention over a layer's
 //! view.
 
-use std::collections::HashSet;
-
-use super::ahead::compile_all;
 use super::form::{
     CONSTANT_NAMES, Form, PLAIN_CONSTANTS, PLAIN_TILE_CONSTANTS, TILE_CONSTANT_NAMES, masking,
 };
 use super::params::{Strided, params};
 use super::rules::Rules;
-use super::spread::{MOST_DIM, Spread, Tiles};
+use super::spread::{MOST_DIM, ROWS, Spread, Tiles};
 use super::variant::constants;
-use super::{Dispatch, Elements, Kernel, Kernels, LayerShape, Variant};
+use super::{Dispatch, Elements, Kernel, Kernels, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::format::{Format, Formats};
+use crate::format::Format;
 use crate::gpu::arena::Allocation;
+use crate::layer_shape::LayerShape;
 use crate::layout::{KvLayout, Layout};
 use crate::tensor::Source;
 use crate::view::LayerView;
@@ -121,9 +119,6 @@ params! {
         items: u32,
     }
 }
-
-/// Query rows of a workgroup or, of a kernel in tiles, of a team.
-pub(crate) const ROWS: usize = 4;
 
 /// What attention reads and writes, and how it is split.
 #[derive(Clone, Copy, Debug)]
@@ -260,7 +255,7 @@ impl Kernels {
         Ok(dispatch)
     }
 
-    fn attention_kernel(&self, rules: &Rules, is_tiled: bool) -> &Kernel {
+    pub(super) fn attention_kernel(&self, rules: &Rules, is_tiled: bool) -> &Kernel {
         match (is_tiled, rules.has.any()) {
             (false, false) => &self.attention,
             (false, true) => &self.attention_extras,
@@ -338,35 +333,6 @@ impl Kernels {
             variants.push((true, variant(spread.tile_constants(tiles.tokens, key_dim, form))));
         }
         variants
-    }
-
-    /// Compiles attention over layers of these shapes whose views have one of these layouts, split or not.
-    pub(crate) fn compile_attention(
-        &self,
-        layers: &[LayerShape],
-        formats: Formats,
-        layouts: &[Layout],
-        rules: &Rules,
-        types: [DType; 2],
-    ) -> Result<()> {
-        let mut wanted = HashSet::new();
-        for (layer, &layout) in
-            layers.iter().flat_map(|layer| layouts.iter().map(move |it| (layer, it)))
-        {
-            let stored = formats.of(layer.dtype);
-            // Into the output, and into partial results.
-            for types in [types, [types[0], DType::F32]] {
-                let variants = self.attention_ahead(layer, stored, layout, rules, types);
-                wanted.extend(variants.into_iter().map(|(is_tiled, it)| (Some(is_tiled), it)));
-            }
-            wanted.insert((None, combine_variant(layout == Layout::RaggedPaged, types[1])));
-        }
-        let of = |is_tiled: Option<bool>| match is_tiled {
-            Some(is_tiled) => self.attention_kernel(rules, is_tiled),
-            None => &self.attention_combine,
-        };
-        let wanted = wanted.into_iter().map(|(kernel, variant)| (of(kernel), variant));
-        compile_all(wanted.collect())
     }
 }
 

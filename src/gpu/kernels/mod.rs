@@ -17,14 +17,14 @@ mod variant;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use ahead::{CompileScope, LayerShape};
+pub use ahead::CompileScope;
 pub(crate) use append::{AppendShape, Positions};
-pub(crate) use attention::{AttentionShape, Items, ROWS};
+pub(crate) use attention::{AttentionShape, Items};
 pub(crate) use gather::GatherShape;
 pub(crate) use limits::check_limits;
 pub(crate) use repeat_interleave::CopyShape;
 pub(crate) use rules::{Has, Rules};
-pub(crate) use spread::{MOST_DIM, Tiles, most_tokens};
+pub(crate) use spread::{MOST_DIM, ROWS, Tiles, most_tokens};
 pub(crate) use variant::Unit;
 use variant::{Elements, ParamsPath, Variant};
 

@@ -1,9 +1,11 @@
 //! How attention spreads a head over the invocations of a workgroup.
 
 use super::Unit;
-use super::attention::ROWS;
 use super::limits::TILES_BYTES;
 use crate::view::LayerView;
+
+/// Query rows of a workgroup or, of a kernel in tiles, of a team.
+pub(crate) const ROWS: usize = 4;
 
 /// How a head is spread over a workgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

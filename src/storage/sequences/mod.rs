@@ -19,7 +19,7 @@ use crate::gpu::Gpu;
 use crate::gpu::arena::Allocation;
 use crate::gpu::call::Call;
 use crate::gpu::device::binding_limit;
-use crate::gpu::kernels::{LayerShape, Positions};
+use crate::gpu::kernels::Positions;
 use crate::gpu::ledger::Ledger;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::gpu::read::read;
@@ -27,6 +27,7 @@ use crate::gpu::read::read_async;
 use crate::gpu::readback::Readback;
 use crate::host::rows::{Rows, Span};
 use crate::host::sequences::{Sequences, StagedStep, StepLimits};
+use crate::layer_shape::LayerShape;
 use crate::sequence::SequenceId;
 use crate::stats::Stats;
 use crate::storage::step::{RowLists, StepBlock, StepData};
