@@ -57,15 +57,11 @@ fn imports(code: &str, own: &str, modules: &BTreeSet<String>) -> BTreeSet<String
             let is_path = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
             let path = code[at + start.len()..].chars().take_while(|&c| is_path(c));
             let path = [above, "::"].concat() + &path.collect::<String>();
-            let mut path = path.trim_matches(':');
-            while path != above {
-                if modules.contains(path) {
-                    found.insert(path.to_owned());
-                    break;
-                }
-                let Some((outer, _)) = path.rsplit_once("::") else { break };
-                path = outer;
-            }
+            let paths = std::iter::successors(Some(path.trim_matches(':')), |path| {
+                path.rsplit_once("::").map(|(outer, _)| outer)
+            });
+            let below = paths.take_while(|&path| path != above);
+            found.extend(below.map(str::to_owned).find(|path| modules.contains(path)));
         }
     }
     found

@@ -78,6 +78,7 @@ impl Kernels {
         let wanted = wanted.into_iter().map(|(kernel, variant)| (kernels[kernel], variant));
         compile_all(wanted.collect())
     }
+
     /// Compiles attention over layers of these shapes whose views have one of these layouts, split or not.
     pub(crate) fn compile_attention(
         &self,
