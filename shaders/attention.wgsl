@@ -80,18 +80,19 @@ fn main(
     let quad1 = quad0 + 4u * slices;
     let quad2 = quad0 + 8u * slices;
     let quad3 = quad0 + 12u * slices;
-    let q0 = query_quads(item, row, quad0);
+    // In a loop, and not four times in a row: a software adapter takes long to compile a text as long as that.
+    var q0 = Quads();
     var q1 = Quads();
     var q2 = Quads();
     var q3 = Quads();
-    if fours > 1u {
-        q1 = query_quads(item, row, quad1);
-    }
-    if fours > 2u {
-        q2 = query_quads(item, row, quad2);
-    }
-    if fours > 3u {
-        q3 = query_quads(item, row, quad3);
+    for (var f = 0u; f < fours; f++) {
+        let quads = query_quads(item, row, quad0 + 4u * f * slices);
+        switch f {
+            case 0u: { q0 = quads; }
+            case 1u: { q1 = quads; }
+            case 2u: { q2 = quads; }
+            default: { q3 = quads; }
+        }
     }
 
     // The sink of a head stands for a token that is seen before all others, whose V is zero.
@@ -185,15 +186,15 @@ fn main(
     let all_total = over_lanes(local, total * fade, false);
 
     let sums = Sums(item, row, fade, all_highest, all_total);
-    write_fours(local, sums, 0u, sum0);
-    if fours > 1u {
-        write_fours(local, sums, 4u, sum1);
-    }
-    if fours > 2u {
-        write_fours(local, sums, 8u, sum2);
-    }
-    if fours > 3u {
-        write_fours(local, sums, 12u, sum3);
+    for (var f = 0u; f < fours; f++) {
+        var quads = sum0;
+        switch f {
+            case 0u: {}
+            case 1u: { quads = sum1; }
+            case 2u: { quads = sum2; }
+            default: { quads = sum3; }
+        }
+        write_fours(local, sums, 4u * f, quads);
     }
 }
 
@@ -294,10 +295,16 @@ fn write_fours(local: u32, sums: Sums, i: u32, quads: Quads) {
         write_shared(local, sums, i, 4u);
         return;
     }
-    write_quads(local, sums, i, quads.x);
-    write_quads(local, sums, i + 1u, quads.y);
-    write_quads(local, sums, i + 2u, quads.z);
-    write_quads(local, sums, i + 3u, quads.w);
+    for (var k = 0u; k < 4u; k++) {
+        var quad = quads.x;
+        switch k {
+            case 0u: {}
+            case 1u: { quad = quads.y; }
+            case 2u: { quad = quads.z; }
+            default: { quad = quads.w; }
+        }
+        write_quads(local, sums, i + k, quad);
+    }
 }
 
 // Adds up quad i over all lanes, and writes it, if it lies within the head.

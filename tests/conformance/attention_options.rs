@@ -11,9 +11,9 @@ use crate::attention::{
     BOUND, Case, DTYPES, Form, Lie, Placed, Random, distance, filled, forms, lies_and_dtypes,
     upload,
 };
-use crate::rig::{buffer, plain_gpu};
+use crate::rig::buffer;
 use crate::wait::ReadLayer;
-use crate::{cases, gpu, kernels_run};
+use crate::{cases, gpu, kernels_run, shared_plain_gpu};
 
 /// Below this an entry of a mask hides the token.
 const HIDDEN: f32 = -1.0e38;
@@ -310,7 +310,7 @@ fn check(
 /// A case of a few tokens, or of so many that they are split.
 fn case((lie, dtype): (Lie, DType), number: usize, random: &mut Random) -> Case {
     // Few sizes of heads, since each is compiled for itself.
-    let dim = [64, 64, 20, 8][number % 4];
+    let dim = [64, 16, 20, 8][number % 4];
     let len = [3, 17, 40, 70, 2100][random.below(5)];
     let tokens = [1, 1 + random.below(len.min(9))][random.below(2)];
     Case {
@@ -332,7 +332,7 @@ fn case((lie, dtype): (Lie, DType), number: usize, random: &mut Random) -> Case 
 /// Each option alone, each pair of them, and all at once, over changing layouts, types and shapes.
 #[test]
 fn options_alone_in_pairs_and_all_at_once() {
-    let gpus = [gpu(), plain_gpu(|_| ())];
+    let gpus = [gpu(), shared_plain_gpu()];
     let mut attention = gpus.each_ref().map(Attention::new);
     let mut random = Random(41);
     let lies = lies_and_dtypes();
@@ -392,7 +392,7 @@ fn a_window_of_any_size_over_every_layout() {
 /// q and the output in every pair of types, over every type of K and V, in every form, split and not.
 #[test]
 fn queries_and_outputs_of_every_type() {
-    let gpus = [gpu(), plain_gpu(|_| ())];
+    let gpus = [gpu(), shared_plain_gpu()];
     let mut attention = gpus.each_ref().map(Attention::new);
     let mut random = Random(47);
     for number in 0..18 {
@@ -406,8 +406,8 @@ fn queries_and_outputs_of_every_type() {
             group: 3,
             len: if long { 2100 } else { 33 },
             tokens: 2,
-            dim: [64, 6][number / 3 % 2],
-            value_dim: [64, 10][number / 3 % 2],
+            dim: [16, 6][number / 3 % 2],
+            value_dim: [16, 10][number / 3 % 2],
             is_causal: true,
             scale: None,
             forms: forms(number),

@@ -7,7 +7,7 @@
 use wgpu_kvcache::{Attention, DType};
 
 use crate::attention::{
-    BOUND, Case, Lie, Random, attend, distance, filled, forms, lies_and_dtypes,
+    BOUND, Case, Lie, Random, attend, distance, filled, forms, half_of, lies_and_dtypes,
 };
 use crate::gpu;
 use crate::wait::ReadLayer;
@@ -126,10 +126,10 @@ fn check(
 
 /// A causal case of so many new tokens.
 fn case((lie, dtype): (Lie, DType), number: usize, len: usize, tokens: usize) -> Case {
-    let dims = match dtype {
-        DType::F32 => [32, 47, 128, 256, 80],
-        _ => [32, 48, 128, 256, 80],
-    };
+    let short = if dtype == DType::F32 { 47 } else { 46 };
+    let sizes = half_of((lie, dtype), [[32; 2], [short; 2], [128, 256], [80; 2]]);
+    // One size has one query in a contiguous layer and several in others, the next the other way round.
+    let dim = sizes[usize::from((tokens == 1) == (lie == Lie::Contiguous))][number % 2];
     Case {
         lie,
         dtype,
@@ -138,8 +138,8 @@ fn case((lie, dtype): (Lie, DType), number: usize, len: usize, tokens: usize) ->
         group: 2,
         len,
         tokens,
-        dim: dims[number % 5],
-        value_dim: dims[number % 5],
+        dim,
+        value_dim: dim,
         is_causal: true,
         scale: Some(0.25),
         forms: forms(number),

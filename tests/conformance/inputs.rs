@@ -8,16 +8,16 @@ use wgpu_kvcache::{
     TensorView,
 };
 
-use crate::gpu;
 use crate::model::{Block, Model};
 use crate::rig::{Rig, buffer, compare, plain_gpu, upload};
 use crate::wait::ReadLayer;
+use crate::{gpu, shared_plain_gpu};
 
 pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// Parameters travel in two ways, by what the device has; both must come out right.
 pub(crate) fn devices() -> [(&'static str, Gpu); 2] {
-    [("full device", gpu()), ("plain device", shared!(Gpu, || plain_gpu(|_| {})))]
+    [("full device", gpu()), ("plain device", shared_plain_gpu())]
 }
 
 /// A buffer that holds `bytes`.

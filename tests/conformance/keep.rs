@@ -7,11 +7,10 @@ use wgpu_kvcache::{
 };
 
 use crate::attention::{BOUND, Random, distance, upload as upload_floats};
-use crate::gpu;
-use crate::kernels_run;
 use crate::model::Block;
-use crate::rig::{plain_gpu, same_bits, upload};
+use crate::rig::{same_bits, upload};
 use crate::wait::{ReadLayer, ReadSequence};
+use crate::{gpu, kernels_run, shared_plain_gpu};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 
@@ -47,7 +46,7 @@ fn tokens(
 /// tokens, what is before them stays, and appends follow behind.
 #[test]
 fn those_that_are_named_stay_in_their_order() {
-    let gpus = [gpu(), plain_gpu(|_| ())];
+    let gpus = [gpu(), shared_plain_gpu()];
     let mut random = Random(73);
     let mut seed = 0;
     for run in 0..12 {
@@ -247,7 +246,7 @@ fn what_cannot_be_kept_is_refused_and_changes_nothing() {
 /// The same of one sequence among others that share its pages, in layers with a window and without.
 #[test]
 fn of_a_sequence_those_that_are_named_stay() {
-    let gpus = [gpu(), plain_gpu(|_| ())];
+    let gpus = [gpu(), shared_plain_gpu()];
     let mut random = Random(97);
     let mut seed = 0;
     for run in 0..16 {

@@ -8,24 +8,6 @@
 #[cfg(target_arch = "wasm32")]
 extern crate test;
 
-/// A value that is made when it is first used, and shared by all tests: of a thread in a browser, where nothing of wgpu's
-/// leaves its thread.
-macro_rules! shared {
-    ($type:ty, $make:expr) => {{
-        #[cfg(not(target_arch = "wasm32"))]
-        {
-            static SHARED: std::sync::OnceLock<$type> = std::sync::OnceLock::new();
-            SHARED.get_or_init($make).clone()
-        }
-        #[cfg(target_arch = "wasm32")]
-        {
-            use std::cell::OnceCell;
-            std::thread_local! { static SHARED: OnceCell<$type> = const { OnceCell::new() } }
-            SHARED.with(|shared| shared.get_or_init($make).clone())
-        }
-    }};
-}
-
 mod attention;
 mod attention_long;
 mod attention_options;
@@ -36,6 +18,7 @@ mod attention_unseen;
 mod batch;
 #[cfg(target_arch = "wasm32")]
 mod browser;
+mod devices;
 mod encoder_decoder;
 #[cfg(not(target_arch = "wasm32"))]
 mod failed_submits;
@@ -158,7 +141,7 @@ fn try_open(features: Features, limits: Option<Limits>) -> Result<Gpu, Error> {
     }
 }
 
-/// The device that the tests share.
+/// A device that tests share.
 ///
 /// The variable `WGPU_BACKEND` picks the backend, and `KV_DEVICE` what is asked of the adapter: `best`
 /// (all that it has, the default), `immediates` (WebGPU's default limits and immediates) or `baseline`
@@ -174,7 +157,12 @@ fn gpu() -> Gpu {
         Wanted::Immediates => (Features::IMMEDIATES, Some(Limits::default())),
         Wanted::Baseline => (Features::empty(), Some(Limits::default())),
     };
-    shared!(Gpu, || open(features, limits))
+    devices::with_mine(|mine| mine.full.get_or_init(|| open(features, limits)).clone())
+}
+
+/// A device of WebGPU's default limits and no optional feature that tests share.
+fn shared_plain_gpu() -> Gpu {
+    devices::with_mine(|mine| mine.plain.get_or_init(|| rig::plain_gpu(|_| ())).clone())
 }
 
 /// How many random histories to run: `usual`, or what `KV_HISTORIES` says.

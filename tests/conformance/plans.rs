@@ -7,7 +7,7 @@ use wgpu_kvcache::{
 
 use crate::attention::{DTYPES, Random, upload};
 use crate::rig::plain_gpu;
-use crate::{cases, gpu};
+use crate::{cases, gpu, shared_plain_gpu};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const KINDS: [CacheKind; 4] =
@@ -109,7 +109,7 @@ fn random_options<'a>(
 
 #[test]
 fn a_plan_foresees_what_a_cache_takes_to_the_byte() {
-    let gpus = [gpu(), plain_gpu(|_| ())];
+    let gpus = [gpu(), shared_plain_gpu()];
     let mut random = Random(71);
     for number in 0..cases(160) {
         let gpu = &gpus[number % 2];

@@ -10,9 +10,9 @@ use wgpu_kvcache::{
 
 use crate::attention::{Random, distance, upload as upload_floats};
 use crate::model::{Block, Model};
-use crate::rig::{compare, plain_gpu, same_bits, upload};
+use crate::rig::{compare, same_bits, upload};
 use crate::wait::{ReadLayer, ReadSequence};
-use crate::{cases, gpu, kernels_run};
+use crate::{cases, gpu, kernels_run, shared_plain_gpu};
 
 const APPEND: CachePosition<'_> = CachePosition::Append;
 const HEADS: usize = 2;
@@ -125,7 +125,7 @@ impl Run<'_> {
 /// roll-back past that is an error and changes nothing.
 #[test]
 fn layers_keep_what_their_windows_need_after_any_history() {
-    let gpus = [gpu(), plain_gpu(|_| ())];
+    let gpus = [gpu(), shared_plain_gpu()];
     let mut random = Random(61);
     let mut seed = 0;
     let (mut refused, mut apart, mut cropped) = (0, 0, 0);
