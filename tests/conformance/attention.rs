@@ -462,7 +462,9 @@ fn random_shapes() {
     // Every two of a layout, a type and a length meet; with KV_HISTORIES=3000 all three do.
     let is_whole = cases(1) >= 3;
     for (number, (lie, dtype)) in lies_and_dtypes().into_iter().enumerate() {
-        for octave in (0..13).filter(|octave| is_whole || (number + number / 3 + octave) % 3 == 0) {
+        for octave in
+            (0..13).filter(|octave| is_whole || (number + number / 3 + octave).is_multiple_of(3))
+        {
             let len = (1 << octave) + random.below(1 << octave);
             // Every fourth is below the 32 that models begin at.
             let mut some_dim = || match (dtype, random.below(4)) {

@@ -177,7 +177,9 @@ fn a_key_of_minus_infinity_weighs_nothing() {
         // Every head_dim in one layout and type. In each of the others a quarter of those that are read a quad at a time
         // or of those that are read a word at a time.
         let is_whole = half_of((lie, dtype), [true, false])[0];
-        let some = |at: usize, dim: usize| (at + number) % 4 == 0 && (dim % 4 == 0) == is_whole;
+        let some = |at: usize, dim: usize| {
+            (at + number).is_multiple_of(4) && dim.is_multiple_of(4) == is_whole
+        };
         for (_, dim) in all.enumerate().filter(|&(at, dim)| number == 0 || some(at, dim)) {
             if dtype != DType::F32 && dim % 2 == 1 {
                 continue;
