@@ -18,7 +18,13 @@ cd "$(dirname "$0")/.."
 # Mesa complains where this is unset, as it is in containers.
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
-# The profile that builds fastest, and features of its own: what follows builds all it needs at once.
-cargo build --profile quick -p decode --bin adapter
-examples/decode/setup.sh --model smollm2 --model gemma3 --profile quick
+# What cargo itself takes of the flags.
+flags=()
+for flag in "$@"; do
+  if [ "$flag" = -- ]; then break; fi
+  flags+=("$flag")
+done
+# All at once: a build of one program alone has other features, and takes the time of everything below it once more.
+cargo test --workspace --no-run "${flags[@]}"
+examples/decode/setup.sh --model smollm2 --model gemma3 --adapter "$(ls -t "${CARGO_TARGET_DIR:-target}"/*/adapter | head -1)"
 cargo test --workspace "$@"

@@ -2,8 +2,10 @@
 # Gets what the decode example and the tests need and this machine lacks: a Vulkan driver where no
 # adapter is found or only GL in software answers, and models. Says nothing about what is already there.
 #
-# Usage: examples/decode/setup.sh [--model smollm2|gemma3]... [--no-model] [--no-driver] [cargo build flags, e.g. --profile quick]
-# Without --model and --no-model it gets smollm2. With --no-driver it looks for no adapter.
+# Usage: examples/decode/setup.sh [--model smollm2|gemma3]... [--no-model] [--no-driver] [--adapter FILE]
+#   [cargo build flags, e.g. --profile quick]
+# Without --model and --no-model it gets smollm2. With --no-driver it looks for no adapter. FILE is the program `adapter`,
+# if it is built already.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # Mesa complains where this is unset, as it is in containers.
@@ -13,6 +15,7 @@ models=()
 default=(smollm2)
 flags=()
 driver=yes
+program=
 while [ $# -gt 0 ]; do
   case "$1" in
     --model=*) models+=("${1#--model=}") ;;
@@ -26,13 +29,27 @@ while [ $# -gt 0 ]; do
       ;;
     --no-model) default=() ;;
     --no-driver) driver=no ;;
+    --adapter)
+      if [ $# -lt 2 ]; then
+        echo "--adapter needs the path of the program that names the adapter" >&2
+        exit 2
+      fi
+      program=$2
+      shift
+      ;;
     *) flags+=("$1") ;;
   esac
   shift
 done
 if [ ${#models[@]} -eq 0 ]; then models=("${default[@]}"); fi
 
-adapter() { cargo run --quiet "${flags[@]}" -p decode --bin adapter; }
+adapter() {
+  if [ -n "$program" ]; then
+    "$program"
+  else
+    cargo run --quiet "${flags[@]}" -p decode --bin adapter
+  fi
+}
 
 if [ "$driver" = yes ]; then
   found=$(adapter 2>&1) && answers=yes || answers=no
