@@ -80,7 +80,8 @@ fn main(
     let quad1 = quad0 + 4u * slices;
     let quad2 = quad0 + 8u * slices;
     let quad3 = quad0 + 12u * slices;
-    // In a loop, and not four times in a row: a software adapter takes long to compile a text as long as that.
+    // In a loop, here as where results are written, and not four times in a row: a software adapter takes long to
+    // compile a text as long as that.
     var q0 = Quads();
     var q1 = Quads();
     var q2 = Quads();

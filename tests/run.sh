@@ -18,13 +18,8 @@ cd "$(dirname "$0")/.."
 # Mesa complains where this is unset, as it is in containers.
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
-# What cargo itself takes of the flags.
-flags=()
-for flag in "$@"; do
-  if [ "$flag" = -- ]; then break; fi
-  flags+=("$flag")
-done
-# All at once: a build of one program alone has other features, and takes the time of everything below it once more.
-cargo test --workspace --no-run "${flags[@]}"
-examples/decode/setup.sh --model smollm2 --model gemma3 --adapter "$(ls -t "${CARGO_TARGET_DIR:-target}"/*/adapter | head -1)"
+# All at once, and whatever the flags leave out: a build of the adapter's program alone has other features, and takes the
+# time of everything below it once more.
+cargo test --workspace --no-run
+examples/decode/setup.sh --model smollm2 --model gemma3 --adapter "${CARGO_TARGET_DIR:-target}/debug/adapter"
 cargo test --workspace "$@"

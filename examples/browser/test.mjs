@@ -55,7 +55,7 @@ const shown = () =>
   }));
 
 /** Waits until `holds` is true of what is shown, and returns that. */
-async function until(what, holds, seconds = 600) {
+async function until(what, holds, seconds = 180) {
   const end = Date.now() + 1000 * seconds;
   for (;;) {
     const now = await shown();
@@ -115,7 +115,7 @@ try {
   await phase("idle", 60_000);
   assert.match(await page.textContent("#message span"), /Cancelled/);
   await page.click("#load");
-  await phase("ready", 900_000);
+  await phase("ready", 400_000);
   const stages = await page.evaluate(() => [...document.querySelectorAll("#progress li")].map((row) => row.textContent.replace(/\s+/g, " ").trim()));
   say(stages.join("; "));
 

@@ -424,9 +424,9 @@ fn every_layout_and_type() {
     let mut attention = Attention::new(&gpu);
     let mut random = Random(7);
     for (number, (lie, dtype)) in lies_and_dtypes().into_iter().enumerate() {
+        let sizes = half_of((lie, dtype), [[32; 3], [80; 3], [128, 256, 512], [64; 3]]);
         for (nth, len) in [1, 2, 3, 31, 32, 33, 127, 128, 129, 513, 2049].into_iter().enumerate() {
             // One size has one query in a contiguous layer and several in others, the next the other way round.
-            let sizes = half_of((lie, dtype), [[32; 3], [80; 3], [128, 256, 512], [64; 3]]);
             let dim = sizes[nth % 2][random.below(3)];
             let has_several = len > 3 && (nth % 2 == 0) != (lie == Lie::Contiguous);
             let tokens = if has_several { 2 + random.below(6) } else { 1 };
@@ -449,8 +449,8 @@ fn every_layout_and_type() {
     }
 }
 
-/// Random shapes, for every layout and type: a length between any two powers of two up to 8192, one or
-/// more rows, any even D up to 256, odd ones in f32 up to 512, K and V of different D, causal or not.
+/// Random shapes, for every layout and type: in each layout a length between any two powers of two up to 8192, one
+/// or more rows, any even D up to 256, odd ones in f32 up to 512, K and V of different D, causal or not.
 #[test]
 fn random_shapes() {
     // So many elements of K, and so many products with q, that a case takes no longer than needed.

@@ -213,7 +213,13 @@ fn every_arrangement_and_type_is_as_each_row_alone() {
         kinds.extend([1, 4, 16].map(|size| Kind::Paged { size, is_apart }));
     }
     for (number, kind) in kinds.into_iter().enumerate() {
+        let lie = match kind {
+            Kind::Ring { .. } => Lie::Contiguous,
+            Kind::Wrapped { .. } => Lie::Wrapped,
+            Kind::Paged { size, .. } => Lie::Paged(size),
+        };
         for dtype in DTYPES {
+            let dim = half_of((lie, dtype), [[20, 64], [6, 10]])[0][number % 2];
             let long = 20 + random.below(80);
             let lens = [
                 vec![4, 2],
@@ -222,12 +228,6 @@ fn every_arrangement_and_type_is_as_each_row_alone() {
                 vec![2100, 70 + random.below(900)],
             ];
             for lens in lens {
-                let lie = match kind {
-                    Kind::Ring { .. } => Lie::Contiguous,
-                    Kind::Wrapped { .. } => Lie::Wrapped,
-                    Kind::Paged { size, .. } => Lie::Paged(size),
-                };
-                let dim = half_of((lie, dtype), [[20, 64], [6, 10]])[0][number % 2];
                 let case = Case { kind, dtype, lens, dim };
                 let mut cache = filled(&gpu, &case, &mut random);
                 check(&gpu, &mut attention, &case, cache.as_ref(), &mut random);
