@@ -1,7 +1,8 @@
 //! Replays recorded runs of the system whose interface this crate implements. `tests/traces/README.md`
 //! gives the format.
 //!
-//! The variable `KV_TRACES` names a further folder of traces to replay.
+//! The variable `KV_TRACES` names a further folder of traces to replay. With few histories (`KV_HISTORIES`) each trace is
+//! replayed in some types and formats, in turn.
 
 use std::path::Path;
 
