@@ -83,37 +83,52 @@ fn both_forms(gpu: &Gpu) -> [Attention; 2] {
     [false, true].map(|is_cpu| Attention { is_cpu, ..Attention::new(gpu) })
 }
 
+/// Widths of K and V, tokens, queries of a row, and whether the numbers are whole.
+type Work = ([usize; 2], usize, usize, bool);
+
+#[test]
+fn forms_for_a_gpu_and_for_a_cpu_agree() {
+    let work = [
+        ([50, 50], 700, 3, false),
+        ([32, 32], 3000, 2, false),
+        ([64, 64], 2500, 1, true),
+        ([96, 32], 40, 5, false),
+        ([128, 128], 2100, 3, true),
+        ([256, 256], 900, 2, false),
+        ([512, 512], 300, 2, false),
+    ];
+    forms_agree(&work, false);
+}
+
+/// So many queries that a GPU's workgroups take them in tiles, whole and split.
+#[test]
+fn tiles_for_a_gpu_and_rows_for_a_cpu_agree() {
+    let work = [
+        ([6, 6], 600, 150, false),
+        ([50, 10], 90, 70, false),
+        ([64, 64], 150, 70, true),
+        ([64, 128], 1300, 33, false),
+        ([192, 128], 120, 30, false),
+        ([256, 256], 40, 17, false),
+    ];
+    forms_agree(&work, true);
+}
+
 /// Software adapters, which most tests run on, get the kernels in other forms than GPUs do.
 ///
 /// They are given the same work, over every layout and type. Those for CPUs are compared with f64
 /// elsewhere. Whole numbers have exact scores, up to some thousands, so one token decides there.
-#[test]
-fn forms_for_a_gpu_and_for_a_cpu_agree() {
+fn forms_agree(work: &[Work], is_tiled: bool) {
     let gpu = Gpu::headless().unwrap_or_else(|error| panic!("{error}"));
-    let mut attention = [false, true].map(|is_cpu| Attention { is_cpu, ..Attention::new(&gpu) });
+    let mut attention = both_forms(&gpu);
     let mut state = 1;
     let mut number = 0;
     let slopes = [0.5, 0.25, 0.125, 0.06, 0.03, 0.01];
     let sinks = [1.0, f32::NEG_INFINITY, 0.0, 3.0, -2.0, 0.5];
     for dtype in [DType::F32, DType::F16, DType::BF16] {
-        for ([dim, value_dim], len, tokens, is_whole) in [
-            ([50, 50], 700, 3, false),
-            ([32, 32], 3000, 2, false),
-            ([64, 64], 2500, 1, true),
-            ([96, 32], 40, 5, false),
-            ([128, 128], 2100, 3, true),
-            ([256, 256], 900, 2, false),
-            ([512, 512], 300, 2, false),
-            // So many queries that a GPU's workgroups take them in tiles, whole and split.
-            ([6, 6], 600, 150, false),
-            ([50, 10], 90, 70, false),
-            ([64, 64], 150, 70, true),
-            ([64, 128], 1300, 33, false),
-            ([192, 128], 120, 30, false),
-            ([256, 256], 40, 17, false),
-        ] {
-            let is_tiled = Tiles::of([dim, value_dim], 2 * tokens, false, u32::MAX).is_some();
-            assert_eq!(is_tiled, tokens > 9, "{dim}");
+        for &([dim, value_dim], len, tokens, is_whole) in work {
+            let tiles = Tiles::of([dim, value_dim], 2 * tokens, false, u32::MAX);
+            assert_eq!(tiles.is_some(), is_tiled, "{dim}");
             for (nth, (layout, mut cache)) in caches(&gpu, len).into_iter().enumerate() {
                 // A pipeline takes seconds to compile here. Every two of a shape, a layout and a type meet, but not
                 // every three; tiles hold f32 whatever was stored, so a shape in tiles has one type.

@@ -71,15 +71,14 @@ const MANY: [[usize; 4]; 6] = [
 const MANY_ROWS: [[usize; 4]; 4] =
     [[17_000, 1, 2, 2], [33_000, 1, 1, 1], [70_000, 1, 2, 4], [140_001, 1, 1, 3]];
 
-/// Makes a layer of each of `shapes`, does `change` to it, and compares.
+/// Makes a layer of each of `shapes`, on the two devices in turn, does `change` to it, and compares.
 fn with(shapes: &[[usize; 4]], what: &str, change: fn(&mut Rig)) {
-    for (device, gpu) in devices() {
-        for &shape in shapes {
-            let mut rig = Rig::dynamic(&gpu);
-            rig.update(0, shape, shape[3], CachePosition::Append);
-            change(&mut rig);
-            rig.check(&format!("{device}, {shape:?}, {what}"));
-        }
+    let devices = devices();
+    for (&shape, (device, gpu)) in shapes.iter().zip(devices.iter().cycle()) {
+        let mut rig = Rig::dynamic(gpu);
+        rig.update(0, shape, shape[3], CachePosition::Append);
+        change(&mut rig);
+        rig.check(&format!("{device}, {shape:?}, {what}"));
     }
 }
 
