@@ -2,7 +2,8 @@
 //! sliding window of its local layers.
 //!
 //! `reference/gemma3.json` says how it was made. The tests need the model, which `examples/decode/setup.sh --model
-//! gemma3` gets. Its place may be given in the variable `KV_GEMMA3`.
+//! gemma3` gets. Its place may be given in the variable `KV_GEMMA3`. Long prompts take minutes on a software adapter, so
+//! each kind gets some of the cases; `cargo test --workspace --test gemma3 -- --ignored` runs every case in every kind.
 
 mod rig;
 #[path = "rig/steps.rs"]
@@ -156,13 +157,16 @@ fn greedy_ids_in_a_static_and_a_paged_cache() {
 /// All prompts but one in one run: long ones are prefilled by pieces while others decode.
 #[test]
 fn greedy_ids_in_sequences() {
-    let loaded = loaded();
     let mut cases = reference();
     let long = cases.iter().position(Case::is_long).expect("a long case");
     cases.remove(long);
+    check_in_sequences(&loaded(), &cases);
+}
+
+fn check_in_sequences(loaded: &Loaded, cases: &[Case]) {
     let room = cases.iter().map(Case::tokens).max().expect("a case");
     let mut engine = loaded.engine(Format::F32, room, 3);
-    let mut cache = sequences(&loaded, &engine);
+    let mut cache = sequences(loaded, &engine);
     let requests = cases.iter().map(|case| Request {
         ids: case.prompt_ids.clone(),
         max_new_tokens: Some(case.greedy.len()),
@@ -170,9 +174,25 @@ fn greedy_ids_in_sequences() {
     let requests: Vec<_> = requests.collect();
     let settings = loaded.settings(0);
     let served = serve(&mut engine, &mut cache, &[], &requests, settings, &mut |_, _| Ok(()));
-    for (ids, case) in served.expect("a run").ids.iter().zip(&cases) {
+    for (ids, case) in served.expect("a run").ids.iter().zip(cases) {
         assert_eq!(*ids, case.greedy, "after {} tokens", case.prompt_ids.len());
     }
+}
+
+/// All of what the three tests above run in parts.
+#[test]
+#[ignore = "a quarter of an hour on a software adapter"]
+fn greedy_ids_of_every_case_in_every_kind() {
+    let loaded = loaded();
+    let cases = reference();
+    let room = cases.iter().map(Case::tokens).max().expect("a case");
+    let mut engine = loaded.engine(Format::F32, room, 1);
+    for kind in [Kind::Dynamic, Kind::Static, Kind::Paged] {
+        for case in &cases {
+            check(&loaded, &mut engine, case, kind);
+        }
+    }
+    check_in_sequences(&loaded, &cases);
 }
 
 fn sequences(loaded: &Loaded, engine: &Engine) -> SequenceCache {
