@@ -12,9 +12,7 @@ mod steps;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use decode_engine::{
-    Engine, Generation, Known, Options, Request, Rows, beam_search, greedy, serve,
-};
+use decode_engine::{Engine, Generation, Known, Request, Rows, beam_search, greedy, serve};
 use rig::{Kind, Loaded, model_path};
 use serde::Deserialize;
 use steps::{best, logits};
@@ -50,6 +48,11 @@ impl Case {
     fn tokens(&self) -> usize {
         self.prompt_ids.len() + self.greedy.len()
     }
+}
+
+/// Tokens of the longest of these prompts and its answer.
+fn room(cases: &[Case]) -> usize {
+    cases.iter().map(Case::tokens).max().expect("a case")
 }
 
 fn loaded() -> MutexGuard<'static, Loaded> {
@@ -132,8 +135,7 @@ fn the_tokenizer_gives_the_ids_and_the_text() {
 fn greedy_ids_of_every_case_in_a_dynamic_cache() {
     let loaded = loaded();
     let cases = reference();
-    let room = cases.iter().map(Case::tokens).max().expect("a case");
-    let mut engine = loaded.engine(Format::F32, room, 1);
+    let mut engine = loaded.engine(Format::F32, room(&cases), 1);
     for case in cases {
         check(&loaded, &mut engine, &case, Kind::Dynamic);
     }
@@ -143,8 +145,7 @@ fn greedy_ids_of_every_case_in_a_dynamic_cache() {
 fn greedy_ids_in_a_static_and_a_paged_cache() {
     let loaded = loaded();
     let cases = reference();
-    let room = cases.iter().map(Case::tokens).max().expect("a case");
-    let mut engine = loaded.engine(Format::F32, room, 1);
+    let mut engine = loaded.engine(Format::F32, room(&cases), 1);
     let mut long: Vec<&Case> = cases.iter().filter(|case| case.is_long()).collect();
     for kind in [Kind::Static, Kind::Paged] {
         let short = cases.iter().filter(|case| case.prompt_ids.len() < 100);
@@ -164,8 +165,7 @@ fn greedy_ids_in_sequences() {
 }
 
 fn check_in_sequences(loaded: &Loaded, cases: &[Case]) {
-    let room = cases.iter().map(Case::tokens).max().expect("a case");
-    let mut engine = loaded.engine(Format::F32, room, 3);
+    let mut engine = loaded.engine(Format::F32, room(cases), 3);
     let mut cache = sequences(loaded, &engine);
     let requests = cases.iter().map(|case| Request {
         ids: case.prompt_ids.clone(),
@@ -181,12 +181,11 @@ fn check_in_sequences(loaded: &Loaded, cases: &[Case]) {
 
 /// All of what the three tests above run in parts.
 #[test]
-#[ignore = "a quarter of an hour on a software adapter"]
+#[ignore = "many minutes on a software adapter"]
 fn greedy_ids_of_every_case_in_every_kind() {
     let loaded = loaded();
     let cases = reference();
-    let room = cases.iter().map(Case::tokens).max().expect("a case");
-    let mut engine = loaded.engine(Format::F32, room, 1);
+    let mut engine = loaded.engine(Format::F32, room(&cases), 1);
     for kind in [Kind::Dynamic, Kind::Static, Kind::Paged] {
         for case in &cases {
             check(&loaded, &mut engine, case, kind);
@@ -233,8 +232,7 @@ const NARROW: usize = 40;
 fn narrow(loaded: &Loaded, max_tokens: usize, max_batch: usize) -> Engine {
     let mut model = loaded.model.clone();
     model.config.local.as_mut().expect("local layers").window = NARROW;
-    let options = Options { formats: Format::F32.into(), max_tokens, max_batch };
-    Engine::new(&loaded.gpu, &model, options).expect("an engine")
+    loaded.engine_of(&model, Format::F32, max_tokens, max_batch)
 }
 
 /// The first tokens of a long prompt.

@@ -109,8 +109,19 @@ impl Loaded {
         max_tokens: usize,
         max_batch: usize,
     ) -> Engine {
+        self.engine_of(&self.model, formats, max_tokens, max_batch)
+    }
+
+    /// An engine of this model with some of its settings changed.
+    pub(crate) fn engine_of(
+        &self,
+        model: &Model,
+        formats: impl Into<Formats>,
+        max_tokens: usize,
+        max_batch: usize,
+    ) -> Engine {
         let options = Options { formats: formats.into(), max_tokens, max_batch };
-        Engine::new(&self.gpu, &self.model, options).expect("an engine")
+        Engine::new(&self.gpu, model, options).expect("an engine")
     }
 
     pub(crate) fn cache(&self, engine: &Engine, kind: Kind, max_tokens: usize) -> Box<dyn KVCache> {
