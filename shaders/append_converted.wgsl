@@ -24,16 +24,16 @@ override key_format: u32 = 3u;
 override value_format: u32 = 3u;
 // Whether the source is (B, T, H, D): then neighbouring threads take the heads of a token, else the tokens of a head.
 override is_bthd: bool = false;
+// Threads of a workgroup: fewer for a step, whose pieces are few.
+override threads: u32 = 64u;
 
-const WORKGROUP: u32 = 64u;
-
-@compute @workgroup_size(WORKGROUP)
+@compute @workgroup_size(threads)
 fn main(
     @builtin(local_invocation_index) local: u32,
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let number = (group.x + groups.x * (group.y + groups.y * group.z)) * WORKGROUP + local;
+    let number = (group.x + groups.x * (group.y + groups.y * group.z)) * threads + local;
     let piece = number % params.tiles;
     let row = number / params.tiles;
     let heads = params.kv.heads;

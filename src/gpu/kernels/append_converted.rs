@@ -21,15 +21,27 @@ pub(super) const CONVERTED: super::Source = super::Source {
         [SIDE, include_str!("../../../shaders/append/side_vectors.wgsl")],
         [SIDE, include_str!("../../../shaders/append/side_words.wgsl")],
     ]),
-    constants: &["source_type", "key_format", "value_format", "is_bthd", "position_form"],
+    constants: &[
+        "source_type",
+        "key_format",
+        "value_format",
+        "is_bthd",
+        "position_form",
+        "threads",
+    ],
     ..SOURCE
 };
 
 const SIDE: &str = include_str!("../../../shaders/append/side.wgsl");
 
-/// Elements that an invocation converts, and invocations a workgroup, as in the shader.
+/// Elements that an invocation converts, as in the shader.
 const PIECE: usize = 64;
-const CONVERTERS: u64 = 64;
+
+/// Invocations a workgroup for a step, and for a prompt. A step has few pieces: in large workgroups most processors
+/// would have none.
+const THREADS: [u32; 2] = [8, 64];
+/// The most invocations that are a step's.
+const MOST_OF_STEP: u64 = 1024;
 
 impl Kernels {
     /// Writes new tokens of `dtype` in the formats of the target.
@@ -79,21 +91,25 @@ impl Kernels {
         }
         let is_bthd = key.strides[1] < key.strides[2];
         let form = shape.positions.form();
-        let variant = variant(unit, view.layout(), dtype, view.formats, is_bthd, form);
-        let (lists, groups) = (shape.lists.cloned(), threads.div_ceil(CONVERTERS));
+        let a_group = THREADS[usize::from(threads > MOST_OF_STEP)];
+        let variant = variant(unit, view.layout(), dtype, view.formats, is_bthd, form, a_group);
+        let (lists, groups) = (shape.lists.cloned(), threads.div_ceil(u64::from(a_group)));
         self.append_converted.prepare(variant, bindings, lists, &params, groups)
     }
 }
 
-/// The variants that convert K and V of a layer, (B, H, T, D) or (B, T, H, D).
+/// The variants that convert K and V of a layer, (B, H, T, D) or (B, T, H, D), of a step and of a prompt.
 pub(super) fn converted_ahead(
     layer: &LayerShape,
     formats: [Format; 2],
     layout: Layout,
-) -> [Variant; 2] {
+) -> [Variant; 4] {
     let form = if layout == Layout::RaggedPaged { 2 } else { 0 };
     let unit = unit_of([layer.key_dim, layer.value_dim]);
-    [false, true].map(|is_bthd| variant(unit, layout, layer.dtype, formats, is_bthd, form))
+    let [step, prompt] = THREADS;
+    [(false, step), (false, prompt), (true, step), (true, prompt)].map(|(is_bthd, threads)| {
+        variant(unit, layout, layer.dtype, formats, is_bthd, form, threads)
+    })
 }
 
 fn variant(
@@ -103,10 +119,11 @@ fn variant(
     formats: [Format; 2],
     is_bthd: bool,
     form: u32,
+    threads: u32,
 ) -> Variant {
     let [key, value] = formats.map(Format::number);
     let source = Format::from(dtype).number();
-    let constants = constants([source, key, value, u32::from(is_bthd), form]);
+    let constants = constants([source, key, value, u32::from(is_bthd), form, threads]);
     Variant { unit, layout: Some(as_written(layout)), constants, ..Variant::default() }
 }
 
