@@ -17,9 +17,11 @@ const HELP: &str = "\
 A small decoder with random weights, in burn: its K and V grow by cat, are written by slice_assign, or lie in
 wgpu-kvcache. Prints the tokens of each and the largest difference of the logits.
 
-usage: decoder [--head-dim N] [--tokens N] [--bench [--lengths A,B,..] [--steps N] [--rows N]]
+usage: decoder [--head-dim N] [--kv-heads N] [--tokens N] [--bench [--lengths A,B,..] [--steps N]
+               [--rows N]]
 
   --head-dim N     elements a head, of 8 heads and 2 layers (default 32)
+  --kv-heads N     heads of K and V, which the 8 query heads share: 1, 2, 4 or 8 (default 8)
   --tokens N       tokens to decode (default 40)
   --bench          measure a step at several lengths instead, in turns, and print a table
   --lengths A,B    the lengths (default 64,512,2048,8192)
@@ -27,9 +29,13 @@ usage: decoder [--head-dim N] [--tokens N] [--bench [--lengths A,B,..] [--steps 
   --rows N         batch rows (default 1)
 ";
 
-/// The decoder, with heads of so many elements.
-fn shape(head_dim: usize) -> Shape {
-    Shape { layers: 2, heads: 8, kv_heads: 8, head_dim, vocabulary: 256 }
+/// The decoder, with so many heads of K and V, of so many elements.
+fn shape(kv_heads: usize, head_dim: usize) -> Result<Shape, Error> {
+    let heads = 8;
+    if kv_heads == 0 || heads % kv_heads != 0 {
+        return Err(format!("--kv-heads {kv_heads}: {heads} query heads cannot share them").into());
+    }
+    Ok(Shape { layers: 2, heads, kv_heads, head_dim, vocabulary: 256 })
 }
 
 /// This crate's cache as the attention of the decoder: all that a model needs to change.
@@ -62,8 +68,9 @@ fn main() -> Result<(), Error> {
         return Ok(());
     }
     let number = |name, default: usize| value(&arguments, name).map_or(Ok(default), str::parse);
+    let shape = shape(number("--kv-heads", 8)?, number("--head-dim", 32)?)?;
     let shared = SharedDevice::new()?;
-    let decoder = Decoder::new(shape(number("--head-dim", 32)?), shared.device());
+    let decoder = Decoder::new(shape, shared.device());
     if arguments.iter().any(|argument| argument == "--bench") {
         let lengths = value(&arguments, "--lengths").unwrap_or("64,512,2048,8192");
         let lengths: Vec<usize> = lengths.split(',').map(str::parse).collect::<Result<_, _>>()?;
