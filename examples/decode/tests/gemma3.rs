@@ -181,7 +181,7 @@ fn check_in_sequences(loaded: &Loaded, cases: &[Case]) {
 
 /// All of what the three tests above run in parts.
 #[test]
-#[ignore = "many minutes on a software adapter"]
+#[ignore = "ten minutes on a software adapter"]
 fn greedy_ids_of_every_case_in_every_kind() {
     let loaded = loaded();
     let cases = reference();
