@@ -31,8 +31,8 @@ usage: decoder [--head-dim N] [--kv-heads N] [--tokens N] [--bench [--lengths A,
 
 /// The decoder, with so many heads of K and V, of so many elements.
 fn shape(kv_heads: usize, head_dim: usize) -> Result<Shape, Error> {
-    let heads = 8;
-    if kv_heads == 0 || heads % kv_heads != 0 {
+    let heads: usize = 8;
+    if !heads.is_multiple_of(kv_heads) {
         return Err(format!("--kv-heads {kv_heads}: {heads} query heads cannot share them").into());
     }
     Ok(Shape { layers: 2, heads, kv_heads, head_dim, vocabulary: 256 })
